@@ -1,0 +1,1 @@
+"""What a base looks like, and where deltas land in it."""

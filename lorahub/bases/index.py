@@ -1,0 +1,130 @@
+"""What a base looks like, without its weights: names, shapes, dtypes, digests.
+
+A base index is canonical for its framework: built from checkpoint headers or from a model on the meta device, it is
+the same.  It knows no framework; frameworks make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from lorahub.deltas.kind import JSON
+
+__all__ = ["BaseIndex", "BaseRef", "ParameterInfo", "natural", "structure_digest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRef:
+    """Which base: a repository at a commit, or a local folder.
+
+    Attributes:
+        repo: "ns/name", or "" for a base known only as a folder or a live model.
+        commit: 40-hex commit, or "".
+        subfolder: folder within the repository, or "".
+        folder: where it lies on this machine, or "" (never written to records).
+    """
+
+    repo: str = ""
+    commit: str = ""
+    subfolder: str = ""
+    folder: str = ""
+
+    def __str__(self) -> str:
+        place = self.repo or self.folder or "a live model"
+        return f"{place}@{self.commit[:12]}" if self.commit else place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """One stored parameter.
+
+    Attributes:
+        shape: as stored.
+        dtype: safetensors code ("BF16").
+        stored_as: the name in the checkpoint's files (or in the live model), where it differs from the canonical one.
+        transposed: a linear weight stored [in, out] (GPT-2's Conv1D); declared by the framework.
+        component: part of a pipeline, or "".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    stored_as: str
+    transposed: bool = False
+    component: str = ""
+
+
+def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def structure_digest(entries: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """``sha256:`` over the sorted (name, shape) pairs as JSON: equal skeletons agree whatever their dtype or order."""
+    text = json.dumps(sorted([name, list(shape)] for name, shape in entries), separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseIndex:
+    """A base's parameters under canonical names, in natural order.
+
+    Attributes:
+        ref: which base this is.
+        framework: the registered framework that made it.
+        parameters: canonical name -> parameter, sorted by ``natural``.
+        aliases: (canonical prefix, other prefix) pairs: a module below the first is also spelled below the second
+            (``("bert.", "")``: a bare encoder's adapter says ``encoder.layer.0`` for ``bert.encoder.layer.0``).
+        tied: groups of names that share one storage.
+        weights: ``sha256:`` over the weight files, or "" where nobody hashed them.
+        config: the base's configuration as JSON, for config edits; empty where there is none.
+        declared: the framework knows module types, so transposed and fused storage is declared; False for bare
+            headers, where an adapter that claims a transposed base is refused rather than guessed at.
+    """
+
+    ref: BaseRef
+    framework: str
+    parameters: Mapping[str, ParameterInfo]
+    aliases: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    weights: str = ""
+    config: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
+    declared: bool = True
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Canonical names in natural order."""
+        return tuple(self.parameters)
+
+    @property
+    def structure(self) -> str:
+        """Digest of all names and shapes: the same skeleton."""
+        return structure_digest((name, info.shape) for name, info in self.parameters.items())
+
+    def targets(self, names: Collection[str]) -> str:
+        """Digest of the names and shapes that an adapter touches; names the base lacks are left out."""
+        return structure_digest((name, self.parameters[name].shape) for name in names if name in self.parameters)
+
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """Module path -> the names of its own parameters, in canonical order."""
+        result: dict[str, list[str]] = {}
+        for name in self.parameters:
+            module, _, parameter = name.rpartition(".")
+            result.setdefault(module, []).append(parameter)
+        return {module: tuple(parameters) for module, parameters in result.items()}
+
+    def spellings(self, module: str) -> tuple[str, ...]:
+        """``module`` and its other names under ``aliases``; the canonical one first."""
+        names = [module]
+        for canonical, other in self.aliases:
+            if f"{module}.".startswith(canonical):
+                names.append(other + module[len(canonical) :] if module + "." != canonical else other.rstrip("."))
+        return tuple(names)
+
+    def tied_with(self, name: str) -> tuple[str, ...]:
+        """The other names that share storage with ``name``."""
+        return tuple(other for group in self.tied if name in group for other in group if other != name)

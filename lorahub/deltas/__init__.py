@@ -1,0 +1,1 @@
+"""How a parameter changes: one file a kind."""

@@ -1,0 +1,118 @@
+"""The one obligation of an adapter kind: how a weight changes.
+
+A delta is a value: frozen tensors and numbers, and a pure function from the untouched weight to its change.  It
+knows nothing of files, models, layouts or other adapters.  Weights are ``[out, in, *k]`` (``*k`` empty for linear
+layers; a vector parameter is ``[out]``), factors have rank ``r``.
+
+PEFT's ``lora_A`` is ``down``, ``lora_B`` is ``up``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
+
+from lorahub.lazy import torch
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Delta", "Index", "LowRank", "take"]
+
+Index: TypeAlias = "slice | tuple[int, ...]"
+"""Which rows or columns: a slice, or positions in order (a permutation or a selection)."""
+
+ALL = slice(None)
+
+
+def take(tensor: torch.Tensor, index: Index, dim: int) -> torch.Tensor:
+    """``tensor`` restricted to ``index`` along ``dim``: a view for a slice, a copy for positions."""
+    if isinstance(index, slice):
+        if index == ALL:
+            return tensor
+        return tensor[(ALL,) * dim + (index,)]
+    return tensor.index_select(dim, torch.tensor(index, dtype=torch.long, device=tensor.device))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A change that is exactly ``scale * up @ down``: ``up`` [out, r], ``down`` [r, in * prod(k)], stored dtype."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+
+
+class Delta(ABC):
+    """One adapter's change to one parameter.  Subclasses are frozen dataclasses and final.
+
+    Class attributes:
+        kind: the registered name, as ``lora``.
+        additive: the change does not look at the weight's values; such deltas commute and add.
+        reads: names of sibling parameters of the same module whose values the change needs, passed by keyword.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+    additive: ClassVar[bool]
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
+        """The change at weight 1.
+
+        Args:
+            weight: the untouched parameter, ``[out, in, *k]`` or ``[out]``, float32 or float64.
+            siblings: the parameters named in ``reads``, in the same dtype.
+
+        Returns:
+            A tensor of the weight's shape, dtype and device.  Pure: ``weight`` is not written to.
+        """
+
+    def region(self, rows: Index, cols: Index) -> Self:
+        """The delta cut to a region: ``region(r, c).delta(W[r][:, c]) == delta(W)[r][:, c]``.
+
+        Raises:
+            NotLocal: an element of the change depends on weights outside its row or column window.
+        """
+        from lorahub.errors import NotLocal  # noqa: PLC0415 - only the rare refusal pays for it
+
+        raise NotLocal(f"a {self.kind} delta cannot be cut to a region of its weight")
+
+    def low_rank(self) -> LowRank | None:
+        """The change as exact factors, or None."""
+        return None
+
+    def replacement(self) -> torch.Tensor | None:
+        """The parameter's whole new value if that is what this delta is, in its stored dtype, or None."""
+        return None
+
+    @abstractmethod
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the parameter this delta fits, or None where the tensors alone do not determine it."""
+
+    @classmethod
+    @abstractmethod
+    def fresh(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """A delta of rank ``r`` for a parameter of ``shape`` that changes nothing yet, ready to train."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """A random valid instance with a change that is not small; the laws run on it."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The delta's own tensors by field name, in declaration order."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]  # every subclass is a dataclass
+        return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+
+    def nbytes(self) -> int:
+        """Bytes held by the delta's tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+Deltas: TypeAlias = Mapping[str, Delta]
+"""What one module's group of tensors does: parameter name ("weight", "bias", ...) to delta."""

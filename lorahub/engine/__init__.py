@@ -1,0 +1,1 @@
+"""Adapter and base to weights: plan, merge, undo, stream."""

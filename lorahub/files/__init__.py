@@ -1,0 +1,1 @@
+"""Bytes on disk: headers, lazy tensors, streaming writers.  No knowledge of adapters."""

@@ -1,0 +1,1 @@
+"""Spellings on disk: one file a format."""

@@ -1,0 +1,73 @@
+"""Shapes declared as text and checked from headers alone.
+
+A pattern is a list of dimensions separated by blanks: ``"out r *1"``.  A name stands for one size, the same
+everywhere in one binding; a number stands for itself; ``*k`` stands for any number of trailing sizes, the same
+everywhere; ``*1`` stands for any number of trailing ones.  Sizes, dimensions and names only: no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+__all__ = ["Binding", "ShapeMisfit", "instantiate", "unify"]
+
+Binding: TypeAlias = "dict[str, int | tuple[int, ...]]"
+
+
+class ShapeMisfit(ValueError):
+    """A shape that does not fit its pattern; the message names both sizes.  Callers turn it into a finding."""
+
+
+def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[int, ...]], *, name: str) -> Binding:
+    """Match ``shape`` against ``pattern`` under ``bound`` and return the larger binding.
+
+    Args:
+        pattern: such as ``"r in *k"``.
+        shape: the sizes found.
+        bound: sizes already known; not changed.
+        name: what the shape belongs to, for the message.
+
+    Raises:
+        ShapeMisfit: with the pattern, the shape, and the two sizes that disagree.
+    """
+    dims = pattern.split()
+    rest = dims.pop() if dims and dims[-1].startswith("*") else None
+    found = tuple(shape)
+    if len(found) < len(dims) or (rest is None and len(found) != len(dims)):
+        raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {len(found)} dimensions")
+    result: Binding = dict(bound)
+    for dim, size in zip(dims, found, strict=False):
+        expected = int(dim) if dim.isdigit() else result.setdefault(dim, size)
+        if expected != size:
+            raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} is {expected} elsewhere, {size} here")
+    tail = found[len(dims) :]
+    if rest == "*1":
+        if any(size != 1 for size in tail):
+            raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: trailing sizes must be 1")
+    elif rest is not None:
+        expected_tail = result.setdefault(rest[1:], tail)
+        if expected_tail != tail:
+            raise ShapeMisfit(
+                f"{name} {list(found)} does not fit [{pattern}]: {rest[1:]} is {expected_tail} elsewhere, {tail} here"
+            )
+    return result
+
+
+def instantiate(pattern: str, bound: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that ``pattern`` means under ``bound``; ``*1`` gives as many ones as ``k`` has sizes."""
+    sizes: list[int] = []
+    for dim in pattern.split():
+        if dim == "*1":
+            k = bound.get("k", ())
+            sizes += [1] * (len(k) if isinstance(k, tuple) else 0)
+        elif dim.startswith("*"):
+            tail = bound[dim[1:]]
+            sizes += list(tail) if isinstance(tail, tuple) else [tail]
+        elif dim.isdigit():
+            sizes.append(int(dim))
+        else:
+            size = bound[dim]
+            assert isinstance(size, int)
+            sizes.append(size)
+    return tuple(sizes)
