@@ -1,0 +1,303 @@
+"""Read safetensors headers: without torch, under limits, from a file or from anything that reads ranges.
+
+Whatever the bytes are, the outcome is a ``Header`` in which every tensor lies where it says, or one ``HeaderError``.
+Reads the header alone, never a tensor.  Knows nothing of adapters.
+
+The format: 8 bytes of header length (little-endian), that many bytes of JSON, then the tensors' bytes without holes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from lorahub.errors import HeaderError
+from lorahub.files.dtypes import DTYPES
+from lorahub.files.grammar import INTEGERS_ONLY, Malformed, Scanner, show
+from lorahub.files.raw import open_regular, read_into
+
+__all__ = [
+    "METADATA",
+    "Header",
+    "Limits",
+    "Read",
+    "TensorInfo",
+    "header_of",
+    "name_fault",
+    "parse_header",
+    "read_header",
+]
+
+Read: TypeAlias = Callable[[int, int], bytes]
+"""``read(offset, length)``: exactly those bytes."""
+
+METADATA = "__metadata__"
+"""The key of the free-form strings; no tensor can have this name."""
+
+_PREFETCH = 64 << 10  # most headers of adapters fit: one request where ranges are read remotely
+_ENTRY = 4096  # characters; a real entry takes about a hundred
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_FETCH_AGAIN = "the file is damaged or was not written as safetensors: fetch it again, or ask its author"
+_NO_PICKLE = "pickles are never opened: ask for safetensors"
+
+# What else turns up under the name .safetensors.
+_IMPOSTORS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "this is a Git LFS pointer, not the file itself", "git lfs pull"),
+    (b"PK\x03\x04", "this is a zip archive, probably a PyTorch pickle", _NO_PICKLE),
+    (b"\x80\x04\x95", "this is a Python pickle", _NO_PICKLE),
+    (b"\x80", "this looks like a Python pickle", _NO_PICKLE),
+    (b"GGUF", "this is a GGUF file", "lorahub reads safetensors: ask for the weights in that format"),
+    (b"<", "this is a web page or XML, not weights", "the download went to an error or login page: fetch it again"),
+    (b"{", "this is JSON without the length in front", "it may be an index or an error message: look inside"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much a header may ask of the reader.
+
+    Attributes:
+        header: bytes of JSON.
+        tensors: how many.
+        metadata: bytes of all metadata keys and values together.
+        name: characters in one tensor's name.
+    """
+
+    header: int = 8 << 20
+    tensors: int = 100_000
+    metadata: int = 1 << 20
+    name: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: safetensors dtype code, stored shape, and its bytes, ``start`` to ``stop`` of the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a safetensors file says of itself, proven consistent.
+
+    Attributes:
+        tensors: name -> info, in the order of their bytes.
+        metadata: the free-form strings under ``__metadata__``.
+        data_start: where the data section begins, in bytes from the start of the file.
+        size: bytes of the whole file.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+
+    def span(self, name: str) -> tuple[int, int]:
+        """(offset from the start of the file, bytes) of a tensor."""
+        info = self.tensors[name]
+        return self.data_start + info.start, info.nbytes
+
+
+def read_header(path: str | os.PathLike[str], limits: Limits | None = None) -> Header:
+    """The header of a local file; links are followed.
+
+    Raises:
+        HeaderError: the file is no well-formed safetensors file, or is over the limits.
+        NotFound: there is no regular file.
+        AccessDenied: it may not be read.
+    """
+    with open_regular(path) as file:
+        return header_of(file, limits)
+
+
+def header_of(file: io.FileIO, limits: Limits | None = None) -> Header:
+    """The header of an open file, which stays open.
+
+    Raises:
+        HeaderError: as ``read_header``.
+    """
+
+    def read(offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        read_into(file, offset, buffer)
+        return bytes(buffer)
+
+    return parse_header(read, os.fstat(file.fileno()).st_size, where=str(file.name), limits=limits)
+
+
+def parse_header(read: Read, size: int, *, where: str, limits: Limits | None = None) -> Header:
+    """The header of anything that can be read in ranges: one read, or two where it is longer than 64 KiB.
+
+    Args:
+        read: gives exactly the bytes asked for; its own errors pass through.
+        size: bytes of the whole file.
+        where: what to call it in messages.
+        limits: how much the header may ask for.
+
+    Raises:
+        HeaderError: the content is not well-formed, or is over the limits; nothing else, whatever the bytes.
+    """
+    try:
+        return _parse(read, size, limits or Limits())
+    except Malformed as fault:
+        raise HeaderError(f"{where}: {fault.reason}", fault.hint or _FETCH_AGAIN) from None
+
+
+def name_fault(name: str, limits: Limits | None = None) -> str:
+    """Why a tensor may not have this name, or "" if it may.
+
+    Names are printed, become module paths and sometimes file names, so they are printable and stay where they are put.
+    """
+    longest = (limits or Limits()).name
+    if not name:
+        return "is empty"
+    if len(name) > longest:
+        return f"has {len(name)} characters, more than {longest}"
+    if not name.isprintable():
+        return "holds characters that cannot be printed"
+    if "\\" in name or name.startswith("/") or ".." in name.split("/"):
+        return "reads like a path that leaves its folder"
+    if name == METADATA:
+        return "is reserved"
+    return ""
+
+
+def _parse(read: Read, size: int, limits: Limits) -> Header:
+    if size == 0:
+        raise Malformed("the file is empty (0 bytes)", "an interrupted download leaves such a file: fetch it again")
+    first = _exactly(read, 0, min(size, _PREFETCH))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > min(size - 8, limits.header):
+        raise _bad_length(first, size, length, limits)
+    raw = first[8 : 8 + length]
+    raw += _exactly(read, 8 + len(raw), length - len(raw))
+    if not raw.startswith(b"{"):
+        raise Malformed("the header does not begin with '{'")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the header is not UTF-8 (byte {8 + error.start})") from None
+    tensors, metadata = _walk(text, limits)
+    return Header(
+        tensors=MappingProxyType(_contiguous(tensors, size - 8 - length)),
+        metadata=MappingProxyType(metadata),
+        data_start=8 + length,
+        size=size,
+    )
+
+
+def _exactly(read: Read, offset: int, length: int) -> bytes:
+    if not length:
+        return b""
+    data = read(offset, length)
+    if len(data) != length:
+        raise Malformed(f"{length} bytes were asked for at {offset} and {len(data)} came")
+    return data
+
+
+def _bad_length(first: bytes, size: int, length: int, limits: Limits) -> Malformed:
+    for magic, what, hint in _IMPOSTORS:
+        # One letter may also begin the length of a file that was cut off; four more make a header of over 4 GiB.
+        if first.startswith(magic) and (len(magic) > 1 or any(first[4:8])):
+            return Malformed(what, hint)
+    if size < 8:
+        return Malformed(f"the file has {size} bytes, too few for any safetensors file")
+    if length > size - 8:
+        return Malformed(f"the header claims {length} bytes and {size - 8} follow: cut off, or not safetensors")
+    return Malformed(
+        f"the header takes {length} bytes, over the limit of {limits.header}",
+        "if you trust the file, raise the limit: Limits(header=...)",
+    )
+
+
+def _walk(text: str, limits: Limits) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors in the order written, and metadata; each entry sound in itself."""
+    scanner = Scanner(text)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name in scanner.members("the header"):
+        if name == METADATA:
+            metadata = _metadata(scanner, limits)
+            continue
+        if fault := name_fault(name, limits):
+            raise Malformed(f"the tensor name {show(name)} {fault}")
+        if len(tensors) == limits.tensors:
+            raise Malformed(
+                f"more than {limits.tensors} tensors", "if you trust the file, raise the limit: Limits(tensors=...)"
+            )
+        what = f"tensor {show(name)}"
+        tensors[name] = _entry(scanner.small(what, decoder=INTEGERS_ONLY, limit=_ENTRY), what)
+    scanner.end("the header")
+    return tensors, metadata
+
+
+def _metadata(scanner: Scanner, limits: Limits) -> dict[str, str]:
+    result: dict[str, str] = {}
+    size = 0
+    if scanner.null():  # MLX writes it for none
+        return result
+    for key in scanner.members(METADATA):
+        value = scanner.string(f"the value of {show(key)} in {METADATA}")
+        size += len(key.encode()) + len(value.encode())
+        if size > limits.metadata:
+            raise Malformed(
+                f"{METADATA} takes more than {limits.metadata} bytes",
+                "if you trust the file, raise the limit: Limits(metadata=...)",
+            )
+        result[key] = value
+    return result
+
+
+def _entry(value: Any, what: str) -> TensorInfo:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        found = f"has the fields {show(', '.join(value))}" if isinstance(value, dict) else "is no object"
+        raise Malformed(f"{what} {found}; dtype, shape and data_offsets were expected")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise Malformed(f"{what} has an unknown dtype: {show(str(dtype))}", f"known ones: {', '.join(DTYPES)}")
+    if not _sizes(shape):
+        raise Malformed(f"{what} has a shape that is no list of sizes: {show(str(shape))}")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise Malformed(f"{what} has data_offsets that are no [start, stop]: {show(str(offsets))}")
+    # Zeros are left out first: [0, 2**40, 2**40] holds nothing, yet no library can make strides for it.
+    if prod(size for size in shape if size) >= 1 << 63:
+        raise Malformed(f"{what} has a shape too large to count: {show(str(shape))}")
+    bits = DTYPES[dtype].bits * prod(shape)
+    start, stop = offsets
+    if bits != 8 * (stop - start):
+        raise Malformed(f"{what} takes {bits / 8:g} bytes as {dtype} {shape}, and its data_offsets span {stop - start}")
+    return TensorInfo(dtype, tuple(shape), start, stop)
+
+
+def _sizes(value: Any) -> bool:
+    """A list of integers from 0 on; ``true`` is not one, though Python counts it."""
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _contiguous(tensors: dict[str, TensorInfo], available: int) -> dict[str, TensorInfo]:
+    """The tensors in the order of their bytes, which follow each other from 0 to ``available``."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end, previous = 0, "the start"
+    for name, info in ordered.items():
+        if info.start != end:
+            what = "overlaps" if info.start < end else "leaves a hole after"
+            raise Malformed(f"tensor {show(name)}, from byte {info.start} on, {what} {previous}, which ends at {end}")
+        end, previous = info.stop, show(name)
+    if end > available:
+        raise Malformed(f"the file is cut off: {end - available} of {end} bytes of data are missing")
+    if end < available:
+        raise Malformed(f"{available - end} bytes follow the last tensor and belong to none")
+    return ordered
