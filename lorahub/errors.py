@@ -13,6 +13,7 @@
     ├── IntegrityError                  exit 5   bytes are not what they claim to be
     │   ├── HeaderError                          a safetensors header that is malformed or over the limits
     │   ├── DigestMismatch                       content differs from its recorded sha256
+    │   ├── UnsafePath                           a file name that could land outside its folder, or not on every system
     │   ├── NotFinite                            NaN or infinity where weights were expected
     │   └── RecordError                          a metadata record that does not follow its schema
     ├── Unavailable                     exit 6   it may exist, but not from here and now
@@ -55,6 +56,7 @@ __all__ = [
     "PushRefused",
     "RecordError",
     "Unavailable",
+    "UnsafePath",
     "UnsupportedFormat",
     "UnsupportedKind",
     "UsageError",
@@ -131,6 +133,10 @@ class HeaderError(IntegrityError, ValueError):
 
 class DigestMismatch(IntegrityError):
     """Content differs from its recorded sha256."""
+
+
+class UnsafePath(IntegrityError, ValueError):
+    """A file name that could land outside its folder, or that some system cannot hold; the message says why."""
 
 
 class NotFinite(IntegrityError, ArithmeticError):
