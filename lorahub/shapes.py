@@ -38,8 +38,10 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
         raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {len(found)} dimensions")
     result: Binding = dict(bound)
     for dim, size in zip(dims, found, strict=False):
-        expected = int(dim) if dim.isdigit() else result.setdefault(dim, size)
-        if expected != size:
+        if dim.isdigit():
+            if int(dim) != size:
+                raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} was expected, {size} found")
+        elif (expected := result.setdefault(dim, size)) != size:
             raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} is {expected} elsewhere, {size} here")
     tail = found[len(dims) :]
     if rest == "*1":

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
+from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ class Delta(ABC):
         Raises:
             NotLocal: an element of the change depends on weights outside its row or column window.
         """
-        from lorahub.errors import NotLocal  # noqa: PLC0415 - only the rare refusal pays for it
-
         raise NotLocal(f"a {self.kind} delta cannot be cut to a region of its weight")
 
     def low_rank(self) -> LowRank | None:

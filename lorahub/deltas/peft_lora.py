@@ -1,0 +1,281 @@
+"""What PEFT's ``LORA`` config says, for the kinds that share that tag: LoRA and DoRA.
+
+Every field PEFT has written is listed with what it means for stored tensors; one that is not listed may change
+the arithmetic for all we know.  Ranks come from the tensors, so the config only decides the scale; where it states a
+rank it must agree.  Knows configs and headers, no tensors; fields common to all of PEFT belong to the format.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+from lorahub.deltas.kind import JSON, Field, Group, Leaf, TensorRef
+from lorahub.deltas.patterns import first_match
+from lorahub.errors import CannotCarry, IntegrityError
+
+__all__ = ["FIELDS", "LEAVES", "config", "dora_options", "lora_options"]
+
+Number = TypeVar("Number", int, float)
+
+_RULES: Mapping[bool, tuple[str, Callable[[int], float]]] = MappingProxyType(
+    {False: ("alpha/r", float), True: ("alpha/sqrt(r)", math.sqrt)}
+)
+"""``use_rslora`` -> how the scale follows from alpha: name and divisor."""
+
+_PLAIN = re.compile(r"[\w.\-]+")
+
+_MOVED = (
+    "it was started from changed base weights (pissa, olora, corda, lora_ga, loftq); make it plain LoRA first, in PEFT "
+    "by save_pretrained with path_initial_model_for_weight_conversion"
+)
+
+LEAVES = (
+    Leaf(slot="down", suffix="lora_A.weight"),
+    Leaf(slot="up", suffix="lora_B.weight"),
+    Leaf(slot="up", suffix="lora_embedding_A", transposed=True, role="embedding"),
+    Leaf(slot="down", suffix="lora_embedding_B", transposed=True, role="embedding"),
+)
+"""PEFT multiplies an embedding's output, so there its A is [r, V] and its B [d, r]."""
+
+FIELDS: Mapping[str, Field] = MappingProxyType(
+    {
+        # what decides the scale, and which tensors belong together
+        "r": Field(used=True),
+        "lora_alpha": Field(used=True),
+        "rank_pattern": Field(used=True),
+        "alpha_pattern": Field(used=True),
+        "use_rslora": Field(used=True),
+        "use_dora": Field(used=True),
+        "lora_bias": Field(used=True),
+        # how the tensors came about: nothing is left of it in them
+        "lora_dropout": Field(inert=True),
+        "inference_mode": Field(inert=True),
+        "peft_version": Field(inert=True),
+        "task_type": Field(inert=True),
+        "runtime_config": Field(inert=True),
+        "megatron_config": Field(inert=True),
+        "megatron_core": Field(inert=True),
+        "merge_weights": Field(inert=True),  # PEFT < 0.3: merge when switched to eval
+        # which modules were adapted: the keys say it
+        "target_modules": Field(inert=True),
+        "exclude_modules": Field(inert=True),
+        "layers_to_transform": Field(inert=True),
+        "layers_pattern": Field(inert=True),
+        "ensure_weight_tying": Field(inert=True),
+        # how the base stores its weights: the base says it, and PEFT itself overrides the flag by layer type
+        "fan_in_fan_out": Field(inert=True),
+        # settings of an initialisation or variant, without effect unless that one is chosen
+        "loftq_config": Field(inert=True),
+        "eva_config": Field(inert=True),
+        "corda_config": Field(inert=True),
+        "lora_ga_config": Field(inert=True),
+        "qalora_group_size": Field(inert=True),
+        # initialisations that leave the base alone; pissa, pissa_niter_N, olora, corda, lora_ga and loftq do not
+        "init_lora_weights": Field(harmless=(True, "gaussian", "eva", "orthogonal", "mica"), refuse=_MOVED),
+        # other arithmetic
+        "layer_replication": Field(refuse="it adapts a stack of repeated layers, which the base does not have"),
+        "alora_invocation_tokens": Field(
+            refuse="it acts only on tokens after an invocation string, which no change of weights can do"
+        ),
+        "arrow_config": Field(
+            refuse="it routes each token between several adapters, which no change of weights can do"
+        ),
+        "use_qalora": Field(refuse="its down factors act on inputs averaged in groups"),
+        "use_bdlora": Field(refuse="its factors are stored as the blocks of block-diagonal matrices"),
+        "kasa_config": Field(
+            refuse="it removes the smallest singular values from the base and scales between the factors"
+        ),
+        "velora_config": Field(refuse="its files hold projections beside the factors, which are not read"),
+        "monteclora_config": Field(
+            refuse="its files hold the state of a sampler beside the factors, which is not read"
+        ),
+        "trainable_token_indices": Field(refuse="it replaces single rows of an embedding, which are not read"),
+        "target_parameters": Field(refuse="its keys do not name the parameters that they adapt"),
+        "enable_lora": Field(refuse="it adapts parts of a fused layer in the grouped layout of PEFT before 0.3"),
+    }
+)
+
+
+def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    """Scale, its rule, alpha and rank of a LoRA module.
+
+    Raises:
+        IntegrityError: the config states another rank, DoRA without a magnitude, or a bias where there is none (or the
+            other way round).
+        UnsupportedKind: a pattern that cannot be matched safely.
+    """
+    if _flag(config, "use_dora"):
+        raise IntegrityError(f"{module}: use_dora is true, and the file has no lora_magnitude_vector for it")
+    if _flag(config, "lora_bias") != ("bias" in slots):
+        has = "has a lora_B.bias" if "bias" in slots else "has no lora_B.bias"
+        raise IntegrityError(f"{module}: lora_bias is {str(_flag(config, 'lora_bias')).lower()}, and the file {has}")
+    return _scale(config, module, slots)
+
+
+def dora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    """Scale, its rule, alpha and rank of a DoRA module.
+
+    Raises:
+        IntegrityError: the config states another rank, or denies that this is DoRA.
+        UnsupportedKind: a pattern that cannot be matched safely.
+    """
+    if not _flag(config, "use_dora"):
+        raise IntegrityError(f"{module}: use_dora is false, and the file has {slots['magnitude'].key}")
+    if _flag(config, "lora_bias"):
+        raise IntegrityError(f"{module}: lora_bias and use_dora are both true, which PEFT does not allow")
+    return _scale(config, module, slots)
+
+
+def _scale(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    down = slots["down"]
+    rank = down.shape[0] if down.shape else 0
+    if rank < 1:
+        raise IntegrityError(f"{down.key} {list(down.shape)} has no rank")
+    stated, where = _chosen(config, "rank_pattern", "r", module)
+    if stated is not None and stated != rank and not _refused(config):
+        raise IntegrityError(f"{module}: {where} says rank {stated}, and {down.key} has rank {rank}")
+    alpha, _ = _chosen(config, "alpha_pattern", "lora_alpha", module)
+    if alpha is None:
+        alpha = 8  # what PEFT assumes
+    rule, divisor = _RULES[_flag(config, "use_rslora")]
+    return {"scale": alpha / divisor(rank), "scale_rule": rule, "alpha": alpha, "rank": rank}
+
+
+def _refused(config: Mapping[str, JSON]) -> bool:
+    """Whether a refused field is set: then shapes follow other rules, and that field is the one to hear about."""
+    return any(
+        field.refuse and config.get(name) and config[name] not in field.harmless for name, field in FIELDS.items()
+    )
+
+
+def _chosen(config: Mapping[str, JSON], patterns: str, base: str, module: str) -> tuple[int | float | None, str]:
+    """The number that holds for ``module``, and which field it came from; None where the config says nothing."""
+    table = config.get(patterns) or {}
+    if not isinstance(table, Mapping):
+        raise IntegrityError(f"{patterns} should map module names to numbers, not be {table!r}")
+    key = first_match(table, module, field=patterns)
+    value, where = (config.get(base), base) if key is None else (table[key], f"{patterns}[{key!r}]")
+    if value is None and key is None:
+        return None, where
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise IntegrityError(f"{where} should be a number, not {value!r}")
+    return value, where
+
+
+def _flag(config: Mapping[str, JSON], name: str) -> bool:
+    value = config.get(name) or False
+    if not isinstance(value, bool):
+        raise IntegrityError(f"{name} should be true or false, not {value!r}")
+    return value
+
+
+def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
+    """The fields under which reading ``groups`` again gives bit-equal scales.
+
+    Args:
+        groups: module name, as it will be spelled, to its LoRA or DoRA group.
+
+    Raises:
+        CannotCarry: LoRA and DoRA, or modules with and without a bias, in one adapter; a bias on an embedding; a DoRA
+            along the axis that PEFT does not use for that role; or a scale that no alpha gives.
+    """
+    if not groups:
+        return {}
+    bias = _all_or_none(groups, "lora_bias", {name for name, group in groups.items() if "bias" in group.slots})
+    dora = _all_or_none(groups, "use_dora", {name for name, group in groups.items() if "magnitude" in group.slots})
+    if bias and (embeddings := sorted(name for name, group in groups.items() if group.role == "embedding")):
+        raise CannotCarry(f"PEFT has no lora_bias for embeddings: {', '.join(embeddings)}")
+    turned = [name for name, group in groups.items() if _axis(group) != _axis_by_role(group)]
+    if turned:
+        raise CannotCarry(
+            "PEFT's DoRA has lengths for columns on embeddings and for rows on everything else; otherwise on "
+            + ", ".join(sorted(turned)),
+            "If these are embeddings, say so: PEFT spells them apart.",
+        )
+    ranks = {name: group.slots["down"].shape[0] for name, group in groups.items()}
+    rslora, alphas = _alphas(groups, ranks)
+    r, rank_pattern = _patterned(ranks)
+    alpha, alpha_pattern = _patterned(alphas)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": dict(alpha_pattern),
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "lora_bias": bias,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }
+
+
+def _axis_by_role(group: Group) -> int:
+    return 1 if group.role == "embedding" else 0
+
+
+def _axis(group: Group) -> JSON:
+    return group.options.get("axis", _axis_by_role(group))
+
+
+def _all_or_none(groups: Mapping[str, Group], field: str, having: set[str]) -> bool:
+    """Whether a field that holds for the whole adapter is true; raises ``CannotCarry`` where modules differ."""
+    if having and (without := sorted(groups.keys() - having)):
+        raise CannotCarry(
+            f"PEFT's {field} holds for all modules of an adapter: it would be true for {', '.join(sorted(having))} "
+            f"and false for {', '.join(without)}"
+        )
+    return bool(having)
+
+
+def _alphas(groups: Mapping[str, Group], ranks: Mapping[str, int]) -> tuple[bool, dict[str, int | float]]:
+    """``use_rslora`` and every module's alpha: the stated ones if they hold, else whole numbers, else exact ones."""
+    scales = {name: group.options["scale"] for name, group in groups.items()}
+    stated = {group.options.get("scale_rule") for group in groups.values()}
+    rules = sorted(_RULES, key=lambda rslora: _RULES[rslora][0] not in stated)
+    for whole in (True, False):
+        for rslora in rules:
+            found: dict[str, int | float] = {}
+            for name, scale in scales.items():
+                alpha = _alpha(scale, groups[name].options.get("alpha"), _RULES[rslora][1](ranks[name]), whole)
+                if alpha is None:
+                    break
+                found[name] = alpha
+            else:
+                return rslora, found
+    raise CannotCarry(
+        "PEFT derives each scale from an alpha by one rule for the whole adapter, and none gives these scales exactly: "
+        + ", ".join(f"{name} {scale!r}" for name, scale in sorted(scales.items()))
+    )
+
+
+def _alpha(scale: JSON, stated: JSON, divisor: float, whole: bool) -> int | float | None:
+    """An alpha with ``alpha / divisor == scale`` in double precision, or None."""
+    if not isinstance(scale, int | float) or not math.isfinite(scale * divisor):
+        return None
+    near = scale * divisor
+    candidates: list[int | float] = [round(near)]
+    if isinstance(stated, int | float):
+        candidates.insert(0, stated)
+    if not whole:
+        candidates += [near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
+    return next((alpha for alpha in candidates if alpha / divisor == scale), None)
+
+
+def _patterned(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The commonest value, and the others by pattern: plain names where PEFT finds the right one by them."""
+    base = Counter(values.values()).most_common(1)[0][0]
+    plain = {name: value for name, value in values.items() if value != base}
+
+    def found(name: str) -> Number:
+        key = first_match(plain, name, field="pattern")
+        return base if key is None else plain[key]
+
+    if all(map(_PLAIN.fullmatch, plain)) and all(found(name) == value for name, value in values.items()):
+        return base, plain
+    return base, {f"^{re.escape(name)}": value for name, value in plain.items()}

@@ -1,0 +1,133 @@
+"""Laws 7 and 8, over every registered format and kind: what is written reads back bit for bit, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorahub.bases.layout import Target
+from lorahub.deltas.delta import Delta
+from lorahub.deltas.kind import JSON, Group, Kind
+from lorahub.errors import BaseMismatch, CannotCarry
+from lorahub.files.header import read_header
+from lorahub.files.tensors import FileSource
+from lorahub.files.writer import save_file
+from lorahub.formats.format import AdapterFiles, Format
+from lorahub.plugins import Registry, load_registry
+
+REGISTRY = load_registry()
+SHAPES = ((8, 6), (5, 5), (6, 4, 3), (4, 6, 3, 2), (4, 3, 2, 2, 2), (8,))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PAIRS = [
+    pytest.param(each, kind, id=f"{each.name}-{kind.name}")
+    for each in REGISTRY.formats.values()
+    for kind in REGISTRY.kinds.values()
+]
+
+
+def adapters(kind: Kind, dtype: torch.dtype) -> Iterator[tuple[dict[Target, Delta], dict[str, JSON]]]:
+    """Adapters of three modules, built as a reader of files would build them: from examples of every class and shape."""
+    for shape in SHAPES:
+        generator = torch.Generator().manual_seed(len(shape))
+        for cls in kind.deltas:
+            try:
+                examples = [cls.example(shape, r=2, generator=generator) for _ in range(3)]
+            except BaseMismatch:
+                continue
+            cast = [_cast(delta, dtype) for delta in examples]
+            modules = ("layers.2.q", "layers.10.q", "q")
+            plain: dict[Target, Delta] = {
+                Target("", module, "weight"): delta for module, delta in zip(modules, cast, strict=True)
+            }
+            roles: dict[str, JSON] = {target.name: "embedding" for target in plain}
+            yield plain, {}
+            yield plain, {"roles": roles}
+            yield plain | _companions(kind, plain), {}
+
+
+def _cast(delta: Delta, dtype: torch.dtype) -> Delta:
+    values = {field.name: getattr(delta, field.name) for field in fields(delta)}  # type: ignore[arg-type]
+    tensors = {name: tensor.to(dtype) for name, tensor in delta.tensors().items()}
+    return type(delta)(**(values | tensors))
+
+
+def _companions(kind: Kind, deltas: dict[Target, Delta]) -> dict[Target, Delta]:
+    """The further parameters that a kind's own ``build`` would change beside these."""
+    result: dict[Target, Delta] = {}
+    for target, delta in deltas.items():
+        taken = kind.dissolve({"weight": delta})
+        if taken is not None:
+            group = Group(module=target.module, kind=kind.name, slots={}, options=taken[1])
+            built = kind.build(group, taken[0])
+            result |= {Target("", target.module, name): other for name, other in built.items() if name != "weight"}
+    return result
+
+
+def same(one: Delta | None, other: Delta | None) -> bool:
+    if type(one) is not type(other) or one is None or other is None:
+        return False
+    for field in fields(one):  # type: ignore[arg-type]  # every delta is a dataclass
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+                return False
+        elif ours != theirs:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("carrier", "kind"), PAIRS)
+def test_what_a_format_writes_it_reads_back_bit_for_bit_or_it_refuses(
+    carrier: Format, kind: Kind, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    kinds = tuple(REGISTRY.kinds.values())
+    spelled = any(spelling.format == carrier.name for spelling in kind.spellings)
+    carried = 0
+    for deltas, hints in adapters(kind, dtype):
+        try:
+            written = carrier.write(deltas, kinds, hints)
+        except CannotCarry:
+            continue
+        carried += 1
+        save_file(tmp_path / written.file, written.tensors, written.metadata)
+        header = read_header(tmp_path / written.file)
+        files = AdapterFiles(folder=tmp_path, headers={written.file: header}, configs=written.configs)
+        reading = carrier.read(files, kinds, None)
+        assert reading.findings == ()
+        again: dict[Target, Delta] = {}
+        with FileSource(tmp_path / written.file) as source:
+            for group in reading.groups:
+                slots = {
+                    slot: source.read(ref.key).transpose(0, 1) if ref.transposed else source.read(ref.key)
+                    for slot, ref in group.slots.items()
+                }
+                for parameter, delta in REGISTRY.kind(group.kind).build(group, slots).items():
+                    again[Target(group.component, group.module, parameter)] = delta
+        changed = [target.name for target in deltas | again if not same(deltas.get(target), again.get(target))]
+        # Columns whose lengths are kept are an embedding's; a format is told so, or takes them for rows.
+        told = "roles" in hints or not any(getattr(delta, "axis", 0) for delta in deltas.values())
+        assert not changed or not told, changed
+    assert bool(carried) == spelled
+
+
+@pytest.mark.parametrize("carrier", REGISTRY.formats.values(), ids=REGISTRY.formats)
+def test_no_format_spells_two_slots_alike(carrier: Format, registry: Registry) -> None:
+    spellings = [
+        (kind, spelling)
+        for kind in registry.kinds.values()
+        for spelling in kind.spellings
+        if spelling.format == carrier.name
+    ]
+    assert spellings
+    for kind, spelling in spellings:
+        suffixes = [leaf.suffix for leaf in spelling.leaves]
+        assert len(set(suffixes)) == len(suffixes), kind.name
+        for other, theirs in spellings:
+            if other.name != kind.name and theirs.tag == spelling.tag:
+                shared = {leaf.suffix: leaf for leaf in theirs.leaves}
+                assert all(shared.get(leaf.suffix, leaf) == leaf for leaf in spelling.leaves), (kind.name, other.name)
