@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.kind import JSON
-from lorahub.files.header import Header
+from lorahub.files.header import Header, TensorInfo
 from lorahub.findings import Claim
 
 if TYPE_CHECKING:
@@ -32,15 +32,25 @@ class BaseFiles:
 
     Attributes:
         folder: where it lies.
-        headers: safetensors file name -> header.
+        headers: name of a weights file -> header; each tensor is in one of them only.
         configs: JSON file name -> parsed object (``config.json`` ...).
-        others: every other file name.
+        others: every other file, by its path within the folder.
     """
 
     folder: Path
     headers: Mapping[str, Header]
     configs: Mapping[str, Mapping[str, JSON]]
     others: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every stored tensor by its stored name, whichever file it is in."""
+        return {name: info for header in self.headers.values() for name, info in header.tensors.items()}
+
+    @property
+    def config(self) -> Mapping[str, JSON]:
+        """What ``config.json`` says; empty where there is none."""
+        return self.configs.get("config.json", {})
 
 
 Created = Mapping[str, tuple[tuple[int, ...], str]]
@@ -49,17 +59,22 @@ Created = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edits:
-    """What a created head changes elsewhere.
+    """What a created head or an untied parameter changes elsewhere.
 
     Attributes:
         config: key -> new value for the saved ``config.json``.
         removed: parameters of the base that the edited architecture no longer has.
         renamed: canonical name -> name in the saved checkpoint, where it is not the stored one.
+        copied: canonical name -> the parameter it was tied to: now saved on its own, made from that value.
+        missing: what the edited architecture needs and neither base nor adapters have, as parameters or modules; such
+            a checkpoint would load with random numbers there.
     """
 
     config: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     removed: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    copied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    missing: tuple[str, ...] = ()
 
 
 class Framework(Protocol):
@@ -90,13 +105,35 @@ class Framework(Protocol):
         """The same index from a live or meta-device model."""
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
-        """Where each target lands; targets the base lacks are left out."""
+        """Where each target lands; targets the base lacks are left out.
+
+        A target that shares a stored parameter with others (``index.tied``) lands in that one, whose name differs.
+        """
 
     def targets(self, index: BaseIndex, preset: str) -> list[Target]:
-        """The targets a preset names ("attention", "all-linear"), in canonical order."""
+        """The targets a preset names ("attention", "all-linear"), in canonical order.
+
+        Raises:
+            UsageError: no such preset, or none for this base.
+        """
 
     def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
-        """What must change elsewhere when ``created`` parameters are added, or None where this base cannot take them."""
+        """What must change elsewhere when ``created`` parameters are added, or None where this base cannot take them.
+
+        Args:
+            index: the base.
+            created: what adapters bring: parameters the base lacks, or has in another shape.
+            hints: what the adapters say of their task ("task_type", "auto_mapping", "id2label").
+        """
+
+    def untie(self, index: BaseIndex, names: Collection[str]) -> Edits | None:
+        """What must change so that ``names`` are saved apart from what they are tied to.
+
+        None where that cannot be said in the base's configuration: loading would tie them again.
+        """
+
+    def companions(self, files: BaseFiles) -> tuple[str, ...]:
+        """The files that go along with the weights into a merged folder (config, tokenizer, processor), sorted."""
 
     def parameters(self, model: nn.Module, index: BaseIndex) -> Mapping[str, torch.Tensor]:
         """The live tensors by canonical name; tied names give the same tensor."""
@@ -111,7 +148,7 @@ class Framework(Protocol):
 
 def whole_layouts(index: BaseIndex, targets: Collection[Target]) -> dict[Target, Layout]:
     """One whole-parameter layout for each target the base has, transposed where the index declares it."""
-    names = {target: target.name for target in targets}
+    names = {target: index.stored(target.name) for target in targets}
     return {
         target: Layout(
             target=target,

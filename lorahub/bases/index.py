@@ -49,6 +49,7 @@ class ParameterInfo:
         stored_as: the name in the checkpoint's files (or in the live model), where it differs from the canonical one.
         transposed: a linear weight stored [in, out] (GPT-2's Conv1D); declared by the framework.
         component: part of a pipeline, or "".
+        role: what its module is, where the framework knows: "linear", "embedding", "conv"; else "".
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,7 @@ class ParameterInfo:
     stored_as: str
     transposed: bool = False
     component: str = ""
+    role: str = ""
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -79,7 +81,9 @@ class BaseIndex:
         parameters: canonical name -> parameter, sorted by ``natural``.
         aliases: (canonical prefix, other prefix) pairs: a module below the first is also spelled below the second
             (``("bert.", "")``: a bare encoder's adapter says ``encoder.layer.0`` for ``bert.encoder.layer.0``).
-        tied: groups of names that share one storage.
+        tied: groups of names that share one storage, the one in ``parameters`` first; the others are nowhere else.
+        extras: what the files hold besides: buffers of old releases, and second copies of tied parameters.  In no
+            digest; a merge copies their bytes, except a second copy of a parameter that changes, which is left out.
         weights: ``sha256:`` over the weight files, or "" where nobody hashed them.
         config: the base's configuration as JSON, for config edits; empty where there is none.
         declared: the framework knows module types, so transposed and fused storage is declared; False for bare
@@ -91,6 +95,7 @@ class BaseIndex:
     parameters: Mapping[str, ParameterInfo]
     aliases: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+    extras: Mapping[str, ParameterInfo] = field(default_factory=lambda: MappingProxyType({}))
     weights: str = ""
     config: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     declared: bool = True
@@ -110,9 +115,10 @@ class BaseIndex:
         return structure_digest((name, self.parameters[name].shape) for name in names if name in self.parameters)
 
     def modules(self) -> dict[str, tuple[str, ...]]:
-        """Module path -> the names of its own parameters, in canonical order."""
+        """Module path -> the names of its own parameters, in canonical order; tied names too (see ``stored``)."""
         result: dict[str, list[str]] = {}
-        for name in self.parameters:
+        tied = [name for group in self.tied for name in group[1:]]
+        for name in sorted({*self.parameters, *tied}, key=natural) if tied else self.parameters:
             module, _, parameter = name.rpartition(".")
             result.setdefault(module, []).append(parameter)
         return {module: tuple(parameters) for module, parameters in result.items()}
@@ -124,6 +130,10 @@ class BaseIndex:
             if f"{module}.".startswith(canonical):
                 names.append(other + module[len(canonical) :] if module + "." != canonical else other.rstrip("."))
         return tuple(names)
+
+    def stored(self, name: str) -> str:
+        """The name in ``parameters`` that ``name`` shares storage with; ``name`` itself where it is not tied."""
+        return next((group[0] for group in self.tied if name in group), name)
 
     def tied_with(self, name: str) -> tuple[str, ...]:
         """The other names that share storage with ``name``."""

@@ -7,7 +7,7 @@ stacks many weights on a leading axis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorahub.deltas.delta import ALL, Index, take
 from lorahub.lazy import torch
@@ -49,8 +49,8 @@ class Region:
 
     expert: int | None = None
     transposed: bool = False
-    rows: Index = ALL
-    cols: Index = ALL
+    rows: Index = field(default_factory=lambda: ALL)  # a factory, since slices are unhashable before Python 3.12
+    cols: Index = field(default_factory=lambda: ALL)
 
     @property
     def whole(self) -> bool:

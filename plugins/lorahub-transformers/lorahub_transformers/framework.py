@@ -1,0 +1,309 @@
+"""The framework "transformers": bases from their configuration and headers, without importing torch or transformers.
+
+Only ``open_base`` imports transformers.  An architecture that ``families.py`` does not list is taken by names and
+shapes as they are, and says so (``declared`` is False).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lorahub.bases.framework import BaseFiles, Created, Edits, whole_layouts
+from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo, natural
+from lorahub.bases.layout import Layout, Target
+from lorahub.bases.torch_module import in_order, live_entries, live_tensors
+from lorahub.deltas.kind import JSON
+from lorahub.errors import MissingDependency, UnsupportedFormat, UsageError
+from lorahub.files.dtypes import to_torch
+from lorahub.findings import Claim
+from lorahub_transformers import heads
+from lorahub_transformers.families import FAMILIES, Family, Head
+from lorahub_transformers.names import aliases, is_below, matches, spelling_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["COMPANIONS", "Transformers"]
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",  # SentencePiece
+    "sentencepiece*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor*.json",
+    "feature_extractor*.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""Files that a model needs besides its weights, as names with ``*`` for anything."""
+
+_NAME = "transformers"
+
+
+class Transformers:
+    """Transformers models."""
+
+    name = _NAME
+    requires = "transformers>=5,<6"
+
+    def claims(self, files: BaseFiles) -> Claim | None:
+        """By ``model_type`` in ``config.json``."""
+        kind = files.config.get("model_type")
+        if not isinstance(kind, str):
+            return None
+        known = kind in FAMILIES
+        return Claim(
+            0.9 if known else 0.5, f"config.json says model_type {kind!r}{'' if known else ', not in the table'}"
+        )
+
+    def claims_model(self, model: nn.Module) -> Claim | None:
+        """By the classes a model derives from."""
+        classes = {f"{each.__module__}.{each.__qualname__}" for each in type(model).__mro__}
+        if "transformers.modeling_utils.PreTrainedModel" not in classes:
+            return None
+        return Claim(0.9, f"{type(model).__name__} is a transformers model")
+
+    def index(self, ref: BaseRef, files: BaseFiles) -> BaseIndex:
+        """The base's index from ``config.json`` and headers.
+
+        Raises:
+            UnsupportedFormat: its weights are quantised.
+        """
+        _refuse_quantised(files.config, str(files.folder))
+        stored = {
+            name: ParameterInfo(shape=info.shape, dtype=info.dtype, stored_as=name)
+            for name, info in files.tensors.items()
+        }
+        family = _family(files.config)
+        if family is None:
+            return BaseIndex(
+                ref=ref, framework=self.name, parameters=in_order(stored.items()), config=files.config, declared=False
+            )
+        spelling = spelling_of(family, stored)
+        named: dict[str, ParameterInfo] = {}
+        for name, info in stored.items():
+            twin = named.setdefault(spelling.canonical(name), info)
+            if twin is not info:
+                raise UnsupportedFormat(
+                    f"{files.folder} holds one parameter twice, as {twin.stored_as} and as {name}",
+                    "load it with transformers and save it again: save_pretrained",
+                )
+        head = _head(family, _architectures(files.config))
+        tied, extras = _tied_in_files(family, head, files.config, named)
+        return _assemble(ref, family, files.config, named, tied, extras)
+
+    def index_model(self, model: nn.Module, ref: BaseRef) -> BaseIndex:
+        """The index of a live or meta-device model; what is tied is what shares storage.
+
+        Raises:
+            UnsupportedFormat: its weights are quantised, or of a dtype that no safetensors file can hold.
+        """
+        config: dict[str, JSON] = json.loads(cast("Any", model).config.to_json_string())
+        _refuse_quantised(config, f"the live {type(model).__name__}")
+        family = _family(config)
+        if family is None:
+            sources = getattr(model, "all_tied_weights_keys", {})
+            entries, groups = live_entries(model, leaders=set(sources.values()))
+            return BaseIndex(
+                ref=ref, framework=self.name, parameters=in_order(entries.items()), tied=groups, config=config
+            )
+        spelling = spelling_of(family, list(live_tensors(model)))
+        head = _head(family, [each.__name__ for each in type(model).__mro__])
+        leaders = {leader for leader, _ in head.tied}
+        entries, groups = live_entries(model)
+        named = {spelling.canonical(name): info for name, info in entries.items()}
+        tied: list[tuple[str, ...]] = []
+        for group in groups:
+            first, *rest = sorted((spelling.canonical(name) for name in group), key=lambda name: name not in leaders)
+            info = named.pop(spelling.canonical(group[0]))
+            named[first] = replace(info, stored_as=next(name for name in group if spelling.canonical(name) == first))
+            tied.append((first, *sorted(rest)))
+        return _assemble(ref, family, config, named, tied, {})
+
+    def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
+        """Whole parameters, transposed where the architecture stores them so."""
+        return whole_layouts(index, targets)
+
+    def targets(self, index: BaseIndex, preset: str) -> list[Target]:
+        """The weights a preset names: "attention", "feed-forward" or "all-linear" (of the backbone).
+
+        Raises:
+            UsageError: no such preset, or the architecture is not in the table.
+        """
+        family = _family(index.config)
+        if family is None:
+            raise UsageError(
+                f"presets are not known for model_type {index.config.get('model_type')!r}", "name the modules instead"
+            )
+        presets = {"attention": family.attention, "feed-forward": family.feed_forward, "all-linear": family.linear}
+        if preset not in presets:
+            raise UsageError(f"there is no preset '{preset}'", f"presets: {', '.join(presets)}")
+        found = []
+        for name in index.parameters:
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight" and _is_one(family, module, presets[preset]):
+                found.append(Target("", module, parameter))
+        return found
+
+    def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
+        """The class, labels and names of a checkpoint with the created head."""
+        family = _family(index.config)
+        return heads.edits(family, index, created, hints) if family else None
+
+    def untie(self, index: BaseIndex, names: Collection[str]) -> Edits | None:
+        """``tie_word_embeddings: false``, which unties every pair of the model."""
+        family = _family(index.config)
+        return heads.untie(family, index) if family and family.unties and names else None
+
+    def companions(self, files: BaseFiles) -> tuple[str, ...]:
+        """Configuration, tokenizer, processor and chat template files."""
+        names = {*files.configs, *files.others}
+        return tuple(sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)))
+
+    def parameters(self, model: nn.Module, index: BaseIndex) -> Mapping[str, torch.Tensor]:
+        """The live tensors by canonical name."""
+        tensors = live_tensors(model)
+        family = _family(index.config)
+        if family is None:
+            return tensors
+        spelling = spelling_of(family, tensors)
+        return {spelling.canonical(name): tensor for name, tensor in tensors.items()}
+
+    def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
+        """The model in ``folder``, in the class its configuration names; nothing is fetched and no remote code runs.
+
+        Raises:
+            MissingDependency: transformers is not installed.
+            UnsupportedFormat: the configuration names no class of transformers.
+        """
+        try:
+            transformers: Any = import_module("transformers")
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise MissingDependency(
+                "transformers is needed to open this base", f"pip install '{self.requires}'"
+            ) from None
+        options = {"local_files_only": True, "trust_remote_code": False}
+        names = transformers.AutoConfig.from_pretrained(folder, **options).architectures or ["AutoModel"]
+        chosen = getattr(transformers, names[0], None)
+        known = (transformers.PreTrainedModel, transformers.AutoModel)
+        if not (isinstance(chosen, type) and issubclass(chosen, known)):
+            raise UnsupportedFormat(
+                f"{folder} is of the class {names[0]!r}, which transformers {transformers.__version__} does not have",
+                "remote code is never run: open the model yourself and give the live model",
+            )
+        model: nn.Module = cast("Any", chosen).from_pretrained(
+            folder, dtype=to_torch(dtype) if dtype else "auto", **options
+        )
+        return model
+
+
+def _family(config: Mapping[str, JSON]) -> Family | None:
+    kind = config.get("model_type")
+    return FAMILIES.get(kind) if isinstance(kind, str) else None
+
+
+def _architectures(config: Mapping[str, JSON]) -> list[str]:
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _head(family: Family, classes: Iterable[str]) -> Head:
+    """The first class the family knows; the bare backbone where it knows none."""
+    return next(filter(None, map(family.head, classes)), family.heads[0])
+
+
+def _refuse_quantised(config: Mapping[str, JSON], what: str) -> None:
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else "unnamed"
+        raise UnsupportedFormat(
+            f"{what} is quantised (method {method}): its stored tensors are not its weights",
+            "use the unquantised base, and quantise the merged model",
+        )
+
+
+def _tied_in_files(
+    family: Family, head: Head, config: Mapping[str, JSON], named: dict[str, ParameterInfo]
+) -> tuple[list[tuple[str, ...]], dict[str, ParameterInfo]]:
+    """Groups of tied names, and second copies that the files hold; ``named`` is left with one name of each group."""
+    flag = config.get("tie_word_embeddings")
+    ties = family.tied if flag is None else bool(flag)
+    groups: dict[str, list[str]] = {}
+    extras: dict[str, ParameterInfo] = {}
+    for leader, other in head.tied:
+        if leader not in named and other in named and ties:
+            named[leader] = named.pop(other)
+        elif other in named:
+            if not ties:
+                continue
+            extras[other] = named.pop(other)
+        elif leader not in named or not (ties or not family.unties):
+            continue
+        groups.setdefault(leader, [leader]).append(other)
+    return [(leader, *sorted(others)) for leader, (_, *others) in groups.items()], extras
+
+
+def _assemble(
+    ref: BaseRef,
+    family: Family,
+    config: Mapping[str, JSON],
+    named: Mapping[str, ParameterInfo],
+    tied: Iterable[tuple[str, ...]],
+    extras: Mapping[str, ParameterInfo],
+) -> BaseIndex:
+    """The index from canonical names, with what the table knows of each."""
+    kept: dict[str, ParameterInfo] = {}
+    left: dict[str, ParameterInfo] = dict(extras)
+    for name, info in named.items():
+        body = name.removeprefix(family.prefix)
+        if name.startswith(family.prefix) and any(matches(pattern, body) for pattern in family.leftovers):
+            left[name] = info
+        else:
+            kept[name] = _with_role(family, name, info)
+    groups = tuple(sorted(tied))
+    modules = {name.rpartition(".")[0] for name in (*kept, *(name for group in groups for name in group))}
+    return BaseIndex(
+        ref=ref,
+        framework=_NAME,
+        parameters=in_order(kept.items()),
+        aliases=aliases(family, sorted(modules, key=natural)),
+        tied=groups,
+        extras=in_order(left.items()),
+        config=config,
+    )
+
+
+def _with_role(family: Family, name: str, info: ParameterInfo) -> ParameterInfo:
+    module, _, parameter = name.rpartition(".")
+    if parameter != "weight":
+        return replace(info, role="", transposed=False)
+    in_backbone = is_below(name, [family.prefix.rstrip(".")]) if family.prefix else True
+    for role, patterns in (("linear", family.linear), ("embedding", family.embedding), ("conv", family.conv)):
+        if _is_one(family, module, patterns):
+            return replace(info, role=role, transposed=role == "linear" and family.transposed)
+    on_top = not in_backbone or any(name in head.parameters for head in family.heads)
+    role = {2: "linear", 4: "conv"}.get(len(info.shape), "") if on_top else ""  # heads have no other matrices
+    return replace(info, role=role, transposed=False)
+
+
+def _is_one(family: Family, module: str, patterns: Iterable[str]) -> bool:
+    if not module.startswith(family.prefix):
+        return False
+    body = module.removeprefix(family.prefix)
+    return any(matches(pattern, body) for pattern in patterns)
