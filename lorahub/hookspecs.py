@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorahub.bases.framework import Framework
     from lorahub.deltas.kind import Kind
     from lorahub.formats.format import Format
+    from lorahub.runtimes.runtime import Runtime
 
 __all__ = [
     "HOOKSPEC_VERSION",
@@ -54,7 +55,7 @@ def lorahub_frameworks() -> list[Framework]:
 
 
 @hookspec
-def lorahub_runtimes() -> list[object]:
+def lorahub_runtimes() -> list[Runtime]:
     """Runtime tables for ``lorahub check --for NAME``: what a serving runtime accepts."""
     return []
 

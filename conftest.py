@@ -1,0 +1,81 @@
+"""What every test stands on, in tests/ and in the plugins': which skips are allowed, the registry, real adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from lorahub.plugins import Registry, load_registry
+
+settings.register_profile("lorahub", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lorahub")  # no test depends on how fast the machine is, and a run can be repeated
+
+SKIPS = {
+    "set LORAHUB_REAL_ADAPTERS to a folder of real adapters": "they are too large, and not ours to publish",
+    "no CUDA device": "the marker gpu; every kernel has a twin that is tested without one",
+    "hatchling is not installed": "building a wheel needs it; `make` installs it",
+    "runs as root, whom permissions do not bind": "a file cannot be made unreadable for root",
+    "this file system": "it cannot hold what the test needs: links, case, a hole, a long name",
+    "this platform": "the system call that is tested is not there",
+}
+"""How a reason for skipping begins -> why that is no gap.  Any other skip fails."""
+
+
+def _unlisted(report: pytest.TestReport | pytest.CollectReport) -> str | None:
+    """The reason of a skip that nobody has justified."""
+    if not report.skipped or hasattr(report, "wasxfail") or not isinstance(report.longrepr, tuple):
+        return None
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    return None if reason.startswith(tuple(SKIPS)) else reason
+
+
+def _fail_unlisted(report: Any) -> Any:
+    if (reason := _unlisted(report)) is not None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped for a reason that conftest.py does not list: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """An unlisted skip is a failure."""
+    return _fail_unlisted((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    """An unlisted skip of a whole file is a failure."""
+    return _fail_unlisted((yield))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is no device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    """Built-ins and the installed plugins."""
+    return load_registry()
+
+
+@pytest.fixture(scope="session")
+def real_adapters() -> Path:
+    """The folder of real adapters that ``LORAHUB_REAL_ADAPTERS`` names."""
+    folder = os.environ.get("LORAHUB_REAL_ADAPTERS")
+    if not folder:
+        pytest.skip("set LORAHUB_REAL_ADAPTERS to a folder of real adapters")
+    assert Path(folder).is_dir(), f"LORAHUB_REAL_ADAPTERS names {folder}, which is no folder"
+    return Path(folder)

@@ -1,0 +1,120 @@
+"""Writing down what is known while it is known: from an adapter's header and its base to a record.
+
+The counterpart of ``checks.py``, which holds the record against a base later.  No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lorahub.adapter import AdapterHeader
+from lorahub.bases.framework import Framework
+from lorahub.bases.index import BaseIndex
+from lorahub.deltas.kind import JSON, Group
+from lorahub.engine.plan import Plan
+from lorahub.files.digest import file_digest, tensors_digest
+from lorahub.hub.contents import rule_for, survey
+from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord, ModuleRecord
+from lorahub.registry import Registry
+
+__all__ = ["describe_base", "make_record"]
+
+_RECORDED = frozenset({"behaviour", "companion"})
+"""Roles of files whose digest a record keeps: what decides how the adapter acts, tokenizer included; no documents."""
+
+
+def describe_base(
+    index: BaseIndex,
+    framework: Framework,
+    touched: Collection[str],
+    *,
+    repo: str | None = None,
+    revision: str | None = None,
+) -> BaseRecord:
+    """The base as a record keeps it: its name where it has one, and the digests that tell it from its relatives.
+
+    Args:
+        index: the base, with its weights digest.
+        framework: what loads it.
+        touched: canonical names of the parameters the adapter changes.
+        repo: its name on the Hub, where ``index`` does not know.
+        revision: its commit there.
+    """
+    architectures = index.config.get("architectures")
+    fields: dict[str, JSON] = {
+        "repo_id": repo or index.ref.repo,
+        "revision": revision or index.ref.commit,
+        "subfolder": index.ref.subfolder,
+        "library": framework.name,
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "weights_digest": index.weights,
+        "structure": index.structure,
+        "targets": index.targets(touched),
+    }
+    return BaseRecord.checked(**{key: value for key, value in fields.items() if value})
+
+
+def make_record(
+    header: AdapterHeader,
+    registry: Registry,
+    *,
+    base: BaseRecord | None,
+    plan: Plan | None,
+    fields: Mapping[str, Any],
+) -> AdapterRecord:
+    """A record of the adapter as it lies there; what an earlier record said and nothing here contradicts is kept.
+
+    Args:
+        header: the adapter, read against its base where one is at hand.
+        registry: for what each kind touches.
+        base: the base, or None to keep what was recorded.
+        plan: how the adapter lands in that base, for the shapes of the touched parameters.
+        fields: further fields, as ``{"license": "mit"}``.
+
+    Raises:
+        RecordError: a field does not follow the schema.
+        PushRefused: the folder holds what no adapter folder may.
+    """
+    shapes = {step.out: step.after.shape for step in plan.steps} if plan else {}
+    modules = tuple(_module(group, registry, shapes) for group in header.reading.groups)
+    found = survey(header.folder)
+    file = header.reading.file
+    start = header.record or AdapterRecord(schema_version=SCHEMA_VERSION, kinds=("unknown",))
+    return start.changed(
+        schema_version=start.schema_version,
+        kinds=sorted(
+            {group.kind for group in header.reading.groups} | {part.kind for part in header.reading.parts.values()}
+        ),
+        modules=modules,
+        components=sorted({group.component for group in header.reading.groups} - {""}),
+        **({"base": base} if base else {}),
+        files={
+            path: FileRecord(size=size, sha256=sha256)
+            for path in sorted(found.files)
+            if path != FILENAME and rule_for(path).role in _RECORDED
+            for sha256, size in [file_digest(header.folder / path)]
+        },
+        digest={"tensors": tensors_digest(header.folder / file, header.files.headers[file])},
+        **fields,
+    )
+
+
+def _module(group: Group, registry: Registry, shapes: Mapping[str, tuple[int, ...]]) -> ModuleRecord:
+    touch = next(iter(registry.kinds[group.kind].touches(group)))
+    options = group.options
+    name = f"{group.module}.{touch.parameter}" if group.module else touch.parameter
+    fields: dict[str, Any] = {
+        "path": group.module or touch.parameter,
+        "kind": group.kind,
+        "component": group.component,
+        "parameter": touch.parameter,
+        "role": group.role,
+        "rank": touch.rank,
+        "scale": options.get("scale"),
+        "scale_rule": options.get("scale_rule", ""),
+        "alpha": options.get("alpha"),
+        "shape": shapes.get(name, ()),
+        "dtype": next(iter(sorted({ref.dtype for ref in group.slots.values()})), ""),
+    }
+    return ModuleRecord.checked(**{key: value for key, value in fields.items() if value is not None})

@@ -1,0 +1,1 @@
+"""What serving runtimes accept, as tables: ``lorahub check --for NAME``."""
