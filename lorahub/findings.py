@@ -1,7 +1,7 @@
 """What lorahub has to say about an adapter, a base, or the two together: findings, and the verdict they add up to.
 
 A finding is one observation with a stable code, its evidence and its remedy.  The verdict of a report is the worst
-level over its findings.  Nothing here decides policy; ``check.py`` does.
+level over its findings.  Nothing here decides policy; ``checks.py`` does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Finding:
     remedy: str = ""
     allowable: bool = False
 
-    def to_json(self) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
         """The finding as JSON-ready values, keys in declaration order."""
         return {
             "code": self.code,
@@ -89,7 +89,7 @@ class Finding:
 
 
 def worst(findings: Iterable[Finding], *, allowed: Collection[str] = ()) -> Verdict:
-    """The verdict over ``findings``; an allowable finding whose code is in ``allowed`` counts as ``UNVERIFIED`` at most."""
+    """The verdict over ``findings``; an allowable one whose code is in ``allowed`` counts as ``UNVERIFIED`` at most."""
     return max(
         (
             min(finding.level, Verdict.UNVERIFIED) if finding.allowable and finding.code in allowed else finding.level

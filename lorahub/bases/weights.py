@@ -18,23 +18,11 @@ from lorahub.bases.framework import BaseFiles
 from lorahub.errors import IntegrityError, LorahubError
 from lorahub.files.atomic import atomic_write
 from lorahub.files.raw import CHUNK, open_regular, read_into
+from lorahub.files.user import cache_root
 
-__all__ = ["cache_root", "weights_digest"]
+__all__ = ["weights_digest"]
 
 _SETTLED = 2_000_000_000  # ns; a file changed later than this may change again without its time stamp showing it
-
-
-def cache_root() -> Path:
-    """Where lorahub keeps what it can make again: ``LORAHUB_CACHE``, or ``lorahub`` in the platform's cache folder."""
-    if chosen := os.environ.get("LORAHUB_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        home = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "lorahub"
 
 
 def weights_digest(files: BaseFiles, *, progress: Callable[[int, int], None] | None = None) -> str:

@@ -23,28 +23,16 @@ from filelock import FileLock
 from lorahub.errors import DigestMismatch, LorahubError, RecordError
 from lorahub.files.atomic import atomic_write, flush, flush_folder, is_partial, replace_dir, write_failed
 from lorahub.files.digest import file_digest, git_blob_sha1
+from lorahub.files.user import cache_root
 from lorahub.hub.hub import FilePin, Pin
 from lorahub.names import printable
 
-__all__ = ["Cache", "Fetch", "Refs", "cache_root", "pin_of"]
+__all__ = ["Cache", "Fetch", "Refs", "pin_of"]
 
 Fetch: TypeAlias = Callable[[str, FilePin, Path], None]
 """Brings one file: (path in the pin, its content, where to write it).  What lies there already is a start of it."""
 
 _PIN, _REFS = "pin.json", "refs.json"
-
-
-def cache_root() -> Path:
-    """Where pulled folders lie: ``LORAHUB_CACHE``, or ``lorahub`` in the platform's folder for caches."""
-    if chosen := os.environ.get("LORAHUB_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        home = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "lorahub"
 
 
 def pin_of(folder: Path) -> Pin | None:
@@ -240,7 +228,7 @@ def _read_json(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _write_entry(place: Path, pin: Pin, seen: Mapping[str, list[int] | None]) -> None:
-    text = json.dumps({"pin": pin.to_json(), "seen": dict(seen)}, indent=1, sort_keys=True)
+    text = json.dumps({"pin": pin.document(), "seen": dict(seen)}, indent=1, sort_keys=True)
     atomic_write(place / _PIN, text.encode())
 
 

@@ -32,7 +32,9 @@ __all__ = [
     "survey",
 ]
 
-Role: TypeAlias = Literal["behaviour", "companion", "picture", "leftover", "secret", "pickle", "base", "unknown"]
+Role: TypeAlias = Literal[
+    "behaviour", "companion", "document", "picture", "leftover", "secret", "pickle", "base", "unknown"
+]
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -85,8 +87,8 @@ RULES: tuple[Rule, ...] = (
     _files("companion", 256 * MIB, "vocab*.json vocab*.txt vocab.bpe merges.txt bpe.codes *.tiktoken"),
     _files("companion", 256 * MIB, "spiece.model sentencepiece*.model source.spm target.spm"),
     _files("companion", 4 * MIB, "*.jinja chat_template*.json generation_config.json *processor_config.json"),
-    _files("companion", 4 * MIB, "feature_extractor_config.json readme readme.* license* licence* notice* copying*"),
-    _files("companion", 4 * MIB, "citation.* changelog.md"),
+    _files("companion", 4 * MIB, "feature_extractor_config.json"),
+    _files("document", 4 * MIB, "readme readme.* license* licence* notice* copying* citation.* changelog.md"),
     _files("picture", 32 * MIB, "*.png *.jpg *.jpeg *.webp *.gif *.svg"),
     _files("pickle", 0, "*.bin *.pt *.pth *.ckpt *.pkl *.pickle *.joblib *.npy *.npz"),
 )
@@ -101,7 +103,10 @@ _REFUSALS: Mapping[str, tuple[str, str]] = {
     "secret-file": ("names of files that hold keys or passwords", "Move them out of the folder."),
     "secret-text": ("an access token or private key in the text", "Remove it, and revoke it if it was ever shared."),
     "link": ("links, which would publish what they point at", "Copy the file in place of the link."),
-    "pickle-weights": ("pickled files, which run code when they are opened", "Convert them: lorahub convert"),
+    "pickle-weights": (
+        "pickled files, which run code when they are opened",
+        "Save the adapter as safetensors, as save_pretrained does.",
+    ),
     "base-weights": (
         "weights of a whole model, not of an adapter",
         "Publish the adapter alone; if it is one, rename the file.",

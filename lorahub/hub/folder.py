@@ -127,11 +127,11 @@ class FolderHub:
     ) -> Pin:
         """Publish a folder as one commit; see ``Hub.push``.
 
-        ``@`` in ``ref`` names the branch (main by default), a folder after it the place within the repository; other
-        adapters in the repository stay as they are.
+        A dry run refuses whatever the push would refuse.  ``@`` in ``ref`` names the branch (main by default), a
+        folder after it the place within the repository; other adapters in the repository stay as they are.
         """
         repo, branch, tag = _repo_of(ref), _branch_of(ref), _tag_of(version)
-        if not dry_run and os.environ.get("LORAHUB_DISABLE_PUSH", "").lower() not in {"", "0", "no", "false", "off"}:
+        if os.environ.get("LORAHUB_DISABLE_PUSH", "").lower() not in {"", "0", "no", "false", "off"}:
             raise PushRefused("publishing is switched off by LORAHUB_DISABLE_PUSH", "Unset it to publish.")
         found = survey(folder)
         found.demand()

@@ -139,7 +139,7 @@ class Pin:
         """The same pin with other file entries, for when a pull has learnt their sha256."""
         return replace(self, files=files)
 
-    def to_json(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The pin as JSON-ready values; absent values are left out."""
         plain = {name: getattr(self, name) for name in _TEXTS if getattr(self, name)}
         return plain | {
@@ -151,11 +151,11 @@ class Pin:
 
     def dumps(self) -> str:
         """The pin as canonical JSON: sorted keys, no spaces."""
-        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(self.document(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """The pin that ``to_json`` gave.
+        """The pin that ``document`` gave.
 
         Raises:
             RecordError: it is none, or holds what no pin may (a hostile path, a hash of the wrong shape).

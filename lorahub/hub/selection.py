@@ -16,7 +16,7 @@ from lorahub.names import did_you_mean, path_problem, printable
 __all__ = ["Selection", "adapter_folders", "select_adapter", "select_base"]
 
 _CONFIGS = ("adapter_config.json", "lorahub.json")
-_TRAVELS = frozenset({"behaviour", "companion", "picture"})
+_TRAVELS = frozenset({"behaviour", "companion", "document", "picture"})
 _BASE_JSON_LIMIT = 256 * MIB
 _BASE_LIMIT = 64 * GIB
 
@@ -139,6 +139,6 @@ def _no_weights(place: str, inside: Collection[str]) -> NotFound:
     if pickles:
         return NotFound(
             f"{place} has its weights only as pickles, which are never downloaded: {printable(pickles[0])}",
-            "Ask its author for safetensors, or fetch the file yourself and convert it: lorahub convert FILE",
+            "Ask its author for safetensors.",
         )
     return NotFound(f"{place} holds no .safetensors file")

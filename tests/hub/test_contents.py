@@ -54,10 +54,8 @@ ROLES = {
         "chat_template.jinja",
         "chat_template.json",
         "additional_chat_templates/tool_use.jinja",
-        "README.md",
-        "LICENSE",
-        "LICENSE.txt",
     ],
+    "document": ["README.md", "LICENSE", "LICENSE.txt", "NOTICE"],
     "picture": ["preview.png", "images/One.JPG", "logo.svg"],
     "leftover": [
         "optimizer.pt",

@@ -22,7 +22,8 @@ from lorahub.errors import (
     WriteFailed,
 )
 from lorahub.hub import open_hub
-from lorahub.hub.cache import Cache, cache_root, pin_of
+from lorahub.files.user import cache_root
+from lorahub.hub.cache import Cache, pin_of
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.hub import FilePin, Pin, digest_of
 from lorahub.names import Ref
@@ -170,8 +171,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(hub, tmp_path, make_ada
 
 def test_publishing_can_be_switched_off(hub, tmp_path, make_adapter, monkeypatch):
     monkeypatch.setenv("LORAHUB_DISABLE_PUSH", "1")
-    with pytest.raises(PushRefused, match="LORAHUB_DISABLE_PUSH"):
-        hub.push(make_adapter(), INK)
+    for dry_run in (True, False):
+        with pytest.raises(PushRefused, match="LORAHUB_DISABLE_PUSH"):
+            hub.push(make_adapter(), INK, dry_run=dry_run)
     assert not (tmp_path / "hub").exists()
 
 

@@ -150,7 +150,7 @@ def dies_at(step: int, action: Callable[[Callable[[], None]], None]) -> bool:
             setattr(os, name, counting(getattr(os, name)))
         try:
             action(count)
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it, and not run on as a second pytest
+        except BaseException:  # noqa: BLE001 - the parent hears of it; a second pytest must not run on
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
