@@ -1,1 +1,296 @@
-"""The waist: an adapter as a value, from a folder and back to one, with every key accounted for."""
+"""The waist: an adapter as a value, from a folder and back to one, with every key accounted for.
+
+A header is what files say without their weights; an adapter is a header with its deltas.  Formats spell, kinds
+compute; here both are brought together, all or nothing.  Knows no spelling and no base beyond its names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Target
+from lorahub.deltas.delta import Delta
+from lorahub.deltas.kind import JSON, Touch
+from lorahub.errors import CannotCarry, IntegrityError, NotFinite, RecordError, UnsupportedFormat, UnsupportedKind
+from lorahub.files.tensors import FileSource
+from lorahub.findings import Finding, Verdict
+from lorahub.formats.assembly import account, build_deltas, touches
+from lorahub.formats.format import AdapterFiles, Format, Part, Reading
+from lorahub.formats.survey import explain, header_fault, survey
+from lorahub.lazy import torch
+from lorahub.plugins import load_registry
+from lorahub.record import FILENAME, AdapterRecord
+from lorahub.registry import Registry
+from lorahub.saving import write_folder
+
+__all__ = ["Adapter", "AdapterHeader", "load", "open_header", "save"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterHeader:
+    """What an adapter's files say, without its weights.
+
+    Attributes:
+        label: what people call it.
+        folder: where it lies.
+        files: headers and configs found there.
+        reading: what its format made of them; under the base's names where ``index`` is given.
+        touches: every parameter it changes.
+        record: its metadata record, or None; without its maths fields where files changed since.
+        findings: everything there is to say before a base is looked at.
+        index: the base whose names were used, or None.
+    """
+
+    label: str
+    folder: Path
+    files: AdapterFiles
+    reading: Reading
+    touches: Mapping[Target, Touch]
+    record: AdapterRecord | None
+    findings: tuple[Finding, ...]
+    index: BaseIndex | None = None
+
+    @property
+    def format(self) -> str:
+        """The registered name of its format."""
+        return self.reading.format
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind it uses, sorted."""
+        return tuple(sorted({group.kind for group in self.reading.groups}))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank it uses, ascending."""
+        return tuple(sorted({touch.rank for touch in self.touches.values() if touch.rank is not None}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A metadata record, and what happens to each target.
+
+    Attributes:
+        deltas: target -> change; logical orientation, dtypes as stored.
+        record: its metadata, or None.
+        parts: what is no weight change, by name.
+        hints: what its format said that no delta holds, and that writing wants back: ``roles`` (target name -> role of
+            the module), ``base_repo`` and ``base_revision``, ``transposed`` (target names whose base stores [in, out];
+            replacements are [out, in] here), and what is the format's own.
+        header: the files it came from, or None for one made in memory.
+    """
+
+    deltas: Mapping[Target, Delta]
+    record: AdapterRecord | None = None
+    parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
+    hints: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
+    header: AdapterHeader | None = None
+
+
+def open_header(
+    path: str | os.PathLike[str],
+    registry: Registry,
+    *,
+    index: BaseIndex | None = None,
+    weight_name: str = "",
+    subfolder: str = "",
+    label: str = "",
+) -> AdapterHeader:
+    """Recognise an adapter and account for every tensor in it; headers only, no torch.
+
+    Args:
+        path: its folder, or its weights file.
+        registry: kinds and formats.
+        index: the base, to find its names among the keys.
+        weight_name: the file meant, where the folder holds several.
+        subfolder: a folder inside ``path``.
+        label: what people call it; the folder's name by default.
+
+    Raises:
+        NotFound: nothing is there.
+        UnsupportedFormat: no format claims the files, or two alike; the message says what was found instead.
+        UnsupportedKind: it is recognised, and is no weight change at all.
+        HeaderError, IntegrityError: the files are malformed.
+    """
+    files = survey(path, weight_name=weight_name, subfolder=subfolder)
+    if files.headers and all(header_fault(header) for header in files.headers.values()):
+        raise explain(files)
+    reader = _choose(files, registry)
+    reading = reader.read(files, tuple(registry.kinds.values()), index)
+    header = files.headers[reading.file]
+    if fault := header_fault(header):
+        raise UnsupportedFormat(f"{files.folder / reading.file} {fault}", "fetch it again, or ask its author")
+    account(reading, header)
+    changed, twice = touches(reading.groups, registry.kinds)
+    record, about_record = _record(files.folder)
+    return AdapterHeader(
+        label=label or files.folder.name,
+        folder=files.folder,
+        files=files,
+        reading=reading,
+        touches=MappingProxyType(changed),
+        record=record,
+        findings=(*reading.findings, *twice, *about_record),
+        index=index,
+    )
+
+
+def _choose(files: AdapterFiles, registry: Registry) -> Format:
+    """The format with the strongest claim."""
+    claims = [(claim, each) for each in registry.formats.values() if (claim := each.claims(files))]
+    if not claims:
+        raise explain(files)
+    best = max(claim.score for claim, _ in claims)
+    leading = [(claim, each) for claim, each in claims if claim.score == best]
+    if len(leading) > 1:
+        rivals = " and ".join(f"{each.name} ({claim.reason})" for claim, each in leading)
+        raise UnsupportedFormat(f"{files.folder} could be of several formats: {rivals}")
+    return leading[0][1]
+
+
+def _record(folder: Path) -> tuple[AdapterRecord | None, list[Finding]]:
+    """The record in a folder, and what is wrong with it."""
+    path = folder / FILENAME
+    if not path.is_file():
+        return None, []
+    remedy = "lorahub record FOLDER   (writes the record anew)"
+    try:
+        record = AdapterRecord.load(path)
+    except RecordError as error:
+        finding = Finding(
+            code="record-invalid",
+            axis="integrity",
+            level=Verdict.DEGRADED,
+            message=error.message,
+            where=(FILENAME,),
+            remedy=remedy,
+            allowable=True,
+        )
+        return None, [finding]
+    stale = record.stale(folder)
+    if not stale:
+        return record, []
+    finding = Finding(
+        code="record-stale",
+        axis="integrity",
+        level=Verdict.DEGRADED,
+        message=f"{len(stale)} files are not those that {FILENAME} was written for; its arithmetic is ignored",
+        where=stale,
+        remedy=f"fetch the adapter again, or, if you changed it yourself: {remedy}",
+        allowable=True,
+    )
+    return record.changed(modules=None, components=None), [finding]
+
+
+def load(
+    header: AdapterHeader, registry: Registry, *, index: BaseIndex | None = None, allow_nonfinite: bool = False
+) -> Adapter:
+    """Read the tensors and build every delta, or none.
+
+    Args:
+        header: what to read.
+        registry: kinds and formats.
+        index: the base, to use its names and storage; the header's own by default.
+        allow_nonfinite: take NaN and infinity as they are.
+
+    Raises:
+        IntegrityError: the files contradict themselves; ``findings`` lists how.
+        UnsupportedKind: no kind reads it.
+        NotFinite: naming the tensors with NaN or infinity.
+        MissingDependency: torch is not installed.
+    """
+    reading, index = header.reading, header.index if index is None else index
+    if index is not header.index:
+        reading = registry.formats[header.format].read(header.files, tuple(registry.kinds.values()), index)
+    _refuse(header.label, (*reading.findings, *(each for each in header.findings if each not in reading.findings)))
+    with FileSource(header.folder / reading.file) as source:
+        tensors = {key: source.read(key) for key in _keys(reading)}
+    if not allow_nonfinite:
+        _demand_finite(header.label, tensors)
+    deltas, transposed = build_deltas(reading, tensors.__getitem__, registry.kinds, index)
+    about: dict[str, JSON] = {
+        "base_repo": reading.base_repo,
+        "base_revision": reading.base_revision,
+        "transposed": transposed,
+    }
+    hints = {**reading.hints, **{name: value for name, value in about.items() if value}}
+    return Adapter(
+        deltas=MappingProxyType(deltas),
+        record=header.record,
+        parts=reading.parts,
+        hints=MappingProxyType(hints),
+        header=header,
+    )
+
+
+def _refuse(label: str, findings: Iterable[Finding]) -> None:
+    """Stop at what makes a value impossible; everything else is policy, decided where a base is known."""
+    impossible = [each for each in findings if each.level is Verdict.INCOMPATIBLE]
+    broken = tuple(each for each in impossible if each.axis == "integrity")
+    unread = tuple(each for each in impossible if each.code == "kind-unsupported")
+    if broken:
+        raise IntegrityError(f"{label}: {broken[0].show()}", broken[0].remedy, broken)
+    if unread:
+        raise UnsupportedKind(f"{label}: {unread[0].message}", unread[0].remedy, unread)
+
+
+def _keys(reading: Reading) -> list[str]:
+    return [ref.key for group in reading.groups for ref in group.slots.values()] + [
+        ref.key for ref in reading.shared.values()
+    ]
+
+
+def _demand_finite(label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NotFinite(
+            f"{label}: NaN or infinity in {', '.join(bad[:3])}{more}", "its training diverged, or it is damaged"
+        )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # no isfinite for 8-bit floats
+    return bool(torch.isfinite(wide).all())
+
+
+def save(
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    *,
+    registry: Registry | None = None,
+    format: str = "peft",  # noqa: A002 - what people call it
+) -> Path:
+    """Write an adapter to ``folder``; what is there afterwards reads back as the same deltas, bit for bit.
+
+    A new folder appears whole or not at all.  In a folder that exists, files are replaced one by one, each whole.
+
+    Args:
+        adapter: what to write.
+        folder: where to.
+        registry: kinds and formats; the installed ones by default.
+        format: which layout.
+
+    Raises:
+        CannotCarry: the format has no word for part of it; nothing was written.
+        WriteFailed: no space or no permission.
+    """
+    if adapter.parts:
+        raise CannotCarry(
+            f"the format '{format}' cannot carry what is no weight change: {', '.join(sorted(adapter.parts))}"
+        )
+    return write_folder(
+        Path(folder),
+        adapter.deltas,
+        registry=load_registry() if registry is None else registry,
+        format=format,
+        hints=adapter.hints,
+        record=adapter.record,
+    )

@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a format made of some files: every key of the weights file is in exactly one group, shared slot, part or finding.
+    """What a format made of some files: every key is in exactly one group, shared slot, part or finding.
 
     Attributes:
         format: the format's name.
@@ -101,7 +101,7 @@ class Format(Protocol):
         """How sure this format is that the files are its own; None: they are not."""
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
-        """Account for every key.  With ``index``, stems are looked up among the base's names and resolve to canonical ones.
+        """Account for every key; with ``index``, stems are looked up among the base's names and become canonical.
 
         Raises:
             IntegrityError: the files contradict themselves (config rank against tensor rank, half a pair of factors).

@@ -1,0 +1,207 @@
+"""PEFT's folder: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+The config says which type of adapter it is and how its factors are scaled; the tensor names say which module each
+slot belongs to.  Which slots there are, how they are spelled and what a config field means, the kinds declare.  What
+no kind, config field or name accounts for becomes a finding with the keys it concerns.  No number is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Target
+from lorahub.deltas.delta import Delta
+from lorahub.deltas.kind import JSON, Group, Kind
+from lorahub.errors import UnsupportedFormat
+from lorahub.findings import Claim, Finding, Verdict
+from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
+from lorahub.formats.peft.bare import group_bare
+from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
+from lorahub.formats.peft.groups import group_factors, suffixes, tensor_ref
+from lorahub.formats.peft.keys import PREFIX, Names, Stems, take_apart
+from lorahub.formats.peft.types import TYPES
+from lorahub.formats.peft.write import FILE, write
+from lorahub.hookspecs import hookimpl
+
+__all__ = ["PeftFormat", "lorahub_formats"]
+
+_TELLING = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".ia3_l")
+"""Ends of keys that only PEFT writes below ``base_model.model.``."""
+
+_KEPT = ("auto_mapping", "modules_to_save", "peft_type", "peft_version", "task_type")
+"""Config fields that are worth keeping, and that ``write`` puts back."""
+
+
+@final
+class PeftFormat:
+    """Reads and writes PEFT adapters."""
+
+    name = "peft"
+
+    def claims(self, files: AdapterFiles) -> Claim | None:
+        """Sure where the config names a ``peft_type``; half sure where only the tensor names look like PEFT's."""
+        if not files.headers:
+            return None
+        if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
+            return Claim(1.0, f"{CONFIG} has a peft_type")
+        keys = (key for header in files.headers.values() for key in header.tensors)
+        if any(key.startswith(PREFIX) and key.endswith(_TELLING) for key in keys):
+            return Claim(0.5, f"tensor names begin with {PREFIX}")
+        return None
+
+    def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
+        """Account for every key of the weights file.
+
+        Raises:
+            UnsupportedFormat: there is no config, or several files could hold the weights.
+            IntegrityError: a config field has a type that PEFT never writes.
+        """
+        file = _weights_file(files)
+        header = files.headers[file]
+        config = files.configs.get(CONFIG, {})
+        tag = config.get("peft_type")
+        if not isinstance(tag, str):
+            raise UnsupportedFormat(
+                f"{files.folder / file} holds PEFT tensors, but no {CONFIG} with a peft_type lies beside it; without "
+                "it the adapter's alpha, and so its strength, cannot be known",
+                f"put the {CONFIG} that was saved with it into the same folder",
+            )
+        ways = [
+            (kind, spelling)
+            for kind in kinds
+            for spelling in kind.spellings
+            if (spelling.format, spelling.tag) == (self.name, tag)
+        ]
+        stems = Stems(index)
+        found = take_apart(header.tensors, suffixes(ways, shared=False), suffixes(ways, shared=True), stems)
+        factors = group_factors(found, ways, header, config, stems)
+        whole = group_bare(found, header, config, stems, index)
+        groups = (*factors.groups, *whole.groups)
+        findings = [*factors.findings, *whole.findings, *_about_names(found)]
+        left = [*whole.unknown, *found.foreign]
+        parts: dict[str, Part] = {}
+        if ways:
+            present = {group.kind for group in groups}
+            spellings = [spelling for _, spelling in ways]
+            findings += field_findings(config, spellings, [way for kind, way in ways if kind.name in present])
+            findings += _unknown(left)
+        else:
+            findings.append(_no_kind(tag, left, others=bool(groups)))
+            about = TYPES.get(tag)
+            if about and about.part and left:
+                tensors = {key: tensor_ref(header, key) for key in left}
+                parts[about.part] = Part(kind=about.part, reason=about.reason, tensors=tensors)
+        repo, revision, notes = base_claim(config)
+        return Reading(
+            format=self.name,
+            file=file,
+            groups=groups,
+            shared=factors.shared,
+            parts=parts,
+            findings=(*findings, *notes),
+            base_repo=repo,
+            base_revision=revision,
+            hints=_hints(config, groups),
+        )
+
+    def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
+        """Spell the deltas as PEFT would; see ``lorahub.formats.peft.write.write``."""
+        return write(deltas, kinds, hints)
+
+
+def _weights_file(files: AdapterFiles) -> str:
+    if FILE in files.headers:
+        return FILE
+    if len(files.headers) == 1:
+        return next(iter(files.headers))
+    raise UnsupportedFormat(
+        f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
+        "name the one that is meant: weight_name=...",
+    )
+
+
+def _no_kind(tag: str, keys: Sequence[str], *, others: bool) -> Finding:
+    """A ``peft_type`` that no registered kind reads, by name, and why."""
+    about = TYPES.get(tag)
+    if about is None:
+        message = f"peft_type {tag!r} is none that PEFT 0.21 or lorahub knows"
+    elif about.part:
+        message = f"this is {about.title} (peft_type {tag}), which cannot be merged: {about.reason}"
+    else:
+        message = f"this is {about.title} (peft_type {tag}), a weight change that no installed kind reads"
+        message += f"; {about.reason}" if about.reason else ""
+    partly = others and about is not None and bool(about.part)
+    return Finding(
+        code="kind-unsupported",
+        axis="format",
+        level=Verdict.DEGRADED if partly else Verdict.INCOMPATIBLE,
+        message=message,
+        where=tuple(keys),
+        remedy="lorahub plugins" if about and not about.part else "",
+        allowable=partly,
+    )
+
+
+def _unknown(keys: Sequence[str]) -> list[Finding]:
+    if not keys:
+        return []
+    return [
+        Finding(
+            code="key-unknown",
+            axis="format",
+            level=Verdict.DEGRADED,
+            message=f"{len(keys)} tensors are no slot of any kind and are not explained by {CONFIG}",
+            where=tuple(keys),
+            remedy=f"if they replace modules of the base, name those in modules_to_save of {CONFIG}; "
+            "to leave them out: --allow key-unknown",
+            allowable=True,
+        )
+    ]
+
+
+def _about_names(found: Names) -> list[Finding]:
+    """Adapter names inside keys: harmless where there is one, two adapters in one file where there are more."""
+    if not found.adapters:
+        return []
+    adapters = sorted(found.adapters)
+    where = tuple(key for name in adapters for key in found.adapters[name])
+    if len(adapters) == 1:
+        return [
+            Finding(
+                code="adapter-name-in-key",
+                axis="format",
+                level=Verdict.EXACT,
+                message=f"tensors are named as in a model's memory, with the adapter's name {adapters[0]!r} inside",
+                where=where,
+            )
+        ]
+    return [
+        Finding(
+            code="several-adapters",
+            axis="integrity",
+            level=Verdict.INCOMPATIBLE,
+            message=f"the file holds tensors of several adapters: {', '.join(map(repr, adapters))}",
+            where=where,
+            remedy="save each adapter into a folder of its own",
+        )
+    ]
+
+
+def _hints(config: Mapping[str, JSON], groups: Sequence[Group]) -> dict[str, JSON]:
+    hints: dict[str, JSON] = {name: config[name] for name in _KEPT if config.get(name)}
+    if config.get("fan_in_fan_out") is True:
+        hints["fan_in_fan_out"] = True
+    roles: dict[str, JSON] = {
+        Target(group.component, group.module, group.parameter).name: group.role for group in groups if group.role
+    }
+    if roles:
+        hints["roles"] = roles
+    return hints
+
+
+@hookimpl
+def lorahub_formats() -> list[Format]:
+    """PEFT."""
+    return [PeftFormat()]
