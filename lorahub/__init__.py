@@ -1,3 +1,68 @@
-"""lorahub: LoRA-family adapters as dependable, versioned artefacts."""
+"""lorahub: LoRA-family adapters as dependable, versioned artefacts.
+
+    import lorahub
+
+    ink = lorahub.load("acme/ink@1.2")
+    merged = lorahub.merge(model, {"ink": ink}, weights=[0.8])
+    merged.undo()
+
+The names below load on first use; ``import lorahub`` itself imports neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorahub.adapter import Adapter as Adapter
+    from lorahub.adapter import save as save
+    from lorahub.api import check as check
+    from lorahub.api import inspect as inspect
+    from lorahub.api import load as load
+    from lorahub.api import merge as merge
+    from lorahub.api import open_base as open_base
+    from lorahub.api import plan as plan
+    from lorahub.api import pull as pull
+    from lorahub.api import push as push
+    from lorahub.api import record as record
+    from lorahub.errors import LorahubError as LorahubError
+    from lorahub.findings import Finding as Finding
+    from lorahub.findings import Verdict as Verdict
+    from lorahub.hookspecs import hookimpl as hookimpl
+    from lorahub.names import Ref as Ref
+
+_HOME = {
+    "Adapter": "adapter",
+    "Finding": "findings",
+    "LorahubError": "errors",
+    "Ref": "names",
+    "Verdict": "findings",
+    "check": "api",
+    "hookimpl": "hookspecs",
+    "inspect": "api",
+    "load": "api",
+    "merge": "api",
+    "open_base": "api",
+    "plan": "api",
+    "pull": "api",
+    "push": "api",
+    "record": "api",
+    "save": "adapter",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the table is the list
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorahub' has no attribute {name!r}")
+    value = getattr(import_module(f"lorahub.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

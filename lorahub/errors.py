@@ -65,7 +65,7 @@ __all__ = [
 
 
 class LorahubError(Exception):
-    """The root: ``message`` says what and where, ``hint`` what to do next, ``findings`` the evidence if there is any."""
+    """The root: ``message`` says what and where, ``hint`` what to do next, ``findings`` the evidence, if any."""
 
     exit_code: ClassVar[int] = 1
 

@@ -11,12 +11,14 @@ from typing import Any
 from lorahub.adapter import AdapterHeader
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex
-from lorahub.deltas.kind import JSON, Group
+from lorahub.bases.layout import Target
+from lorahub.deltas.kind import JSON
 from lorahub.engine.plan import Plan
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.hub.contents import rule_for, survey
-from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord, ModuleRecord
+from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord
 from lorahub.registry import Registry
+from lorahub.saving import module_record
 
 __all__ = ["describe_base", "make_record"]
 
@@ -77,7 +79,11 @@ def make_record(
         PushRefused: the folder holds what no adapter folder may.
     """
     shapes = {step.out: step.after.shape for step in plan.steps} if plan else {}
-    modules = tuple(_module(group, registry, shapes) for group in header.reading.groups)
+    modules = tuple(
+        module_record(group, touch, shape=shapes.get(Target(group.component, group.module, touch.parameter).name, ()))
+        for group in header.reading.groups
+        for touch in registry.kinds[group.kind].touches(group)[:1]
+    )
     found = survey(header.folder)
     file = header.reading.file
     start = header.record or AdapterRecord(schema_version=SCHEMA_VERSION, kinds=("unknown",))
@@ -98,23 +104,3 @@ def make_record(
         digest={"tensors": tensors_digest(header.folder / file, header.files.headers[file])},
         **fields,
     )
-
-
-def _module(group: Group, registry: Registry, shapes: Mapping[str, tuple[int, ...]]) -> ModuleRecord:
-    touch = next(iter(registry.kinds[group.kind].touches(group)))
-    options = group.options
-    name = f"{group.module}.{touch.parameter}" if group.module else touch.parameter
-    fields: dict[str, Any] = {
-        "path": group.module or touch.parameter,
-        "kind": group.kind,
-        "component": group.component,
-        "parameter": touch.parameter,
-        "role": group.role,
-        "rank": touch.rank,
-        "scale": options.get("scale"),
-        "scale_rule": options.get("scale_rule", ""),
-        "alpha": options.get("alpha"),
-        "shape": shapes.get(name, ()),
-        "dtype": next(iter(sorted({ref.dtype for ref in group.slots.values()})), ""),
-    }
-    return ModuleRecord.checked(**{key: value for key, value in fields.items() if value is not None})

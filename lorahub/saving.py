@@ -30,7 +30,7 @@ from lorahub.lazy import torch
 from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, FileRecord, ModuleRecord
 from lorahub.registry import Registry
 
-__all__ = ["write_folder"]
+__all__ = ["module_record", "write_folder"]
 
 
 def write_folder(
@@ -155,11 +155,12 @@ def _described(record: AdapterRecord | None, groups: Sequence[Group], kinds: Map
     return start.changed(
         kinds=sorted({group.kind for group in groups}),
         components=sorted({group.component for group in groups} - {""}) or None,
-        modules=[_module(group, kinds[group.kind].touches(group)[0]) for group in groups],
+        modules=[module_record(group, kinds[group.kind].touches(group)[0]) for group in groups],
     )
 
 
-def _module(group: Group, touch: Touch) -> ModuleRecord:
+def module_record(group: Group, touch: Touch, *, shape: tuple[int, ...] = ()) -> ModuleRecord:
+    """What a group does to one parameter, as a record keeps it; ``shape``: of that parameter, where it is known."""
     said: dict[str, Any] = {
         "path": group.module or touch.parameter,
         "kind": group.kind,
@@ -170,9 +171,10 @@ def _module(group: Group, touch: Touch) -> ModuleRecord:
         "scale": group.options.get("scale"),
         "scale_rule": group.options.get("scale_rule", ""),
         "alpha": group.options.get("alpha"),
+        "shape": shape,
         "dtype": next(iter(sorted({ref.dtype for ref in group.slots.values()})), ""),
     }
-    return ModuleRecord(**{name: value for name, value in said.items() if value is not None})
+    return ModuleRecord.checked(**{name: value for name, value in said.items() if value is not None})
 
 
 def _with_digests(record: AdapterRecord, folder: Path, written: Written) -> AdapterRecord:

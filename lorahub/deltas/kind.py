@@ -16,7 +16,7 @@ from lorahub.lazy import torch
 
 __all__ = ["JSON", "Field", "Group", "Kind", "Leaf", "Slot", "Spelling", "TensorRef", "Touch"]
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,8 @@ class Spelling:
         tag: what the format's config calls the kind ("LORA"); kinds may share a tag (LoRA and DoRA do).
         leaves: every slot's suffixes; several leaves may name one slot (linear and embedding spellings).
         fields: config fields beyond those the format knows for all kinds.
-        options: ``(config, module, slots) -> options`` for one group; raises ``IntegrityError`` where config and tensors disagree.
+        options: ``(config, module, slots) -> options`` for one group; raises ``IntegrityError`` where config and tensors
+            disagree.
         config: the inverse, for writing: ``options`` per module -> config fields; raises ``CannotCarry``.
     """
 

@@ -1,0 +1,250 @@
+"""Does this adapter go with this base?  Six axes, one verdict, every reason with its evidence.
+
+Policy lives here and nowhere else: which observation is exact, unverified, degraded or incompatible.  The engine
+refuses only what it cannot execute.  Works from headers, records and digests; no weights, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib import metadata
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from lorahub.adapter import AdapterHeader
+from lorahub.bases.framework import Framework
+from lorahub.bases.index import BaseIndex
+from lorahub.engine.plan import Plan
+from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError, LorahubError
+from lorahub.findings import Axis, Finding, Verdict, worst
+from lorahub.record import BaseRecord
+
+__all__ = ["base_findings", "findings", "library_findings", "refuse"]
+
+
+def base_findings(header: AdapterHeader, index: BaseIndex, touched: Collection[str]) -> list[Finding]:
+    """What the adapter's record says of its base, held against ``index``.
+
+    Args:
+        header: the adapter, with its record if it has one.
+        index: the base at hand.
+        touched: canonical names of the parameters the adapter changes.
+    """
+    recorded = header.record.base if header.record else None
+    if recorded is None or not (recorded.weights_digest or recorded.structure or recorded.revision):
+        claimed = header.reading.base_repo
+        says = f"its files name {claimed}, without a commit or digest" if claimed else "its files do not name one"
+        return [
+            Finding(
+                code="base-unrecorded",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"nobody recorded which base the adapter was made for: {says}",
+                remedy="lorahub record FOLDER --base BASE   (with the base it was trained on)",
+            )
+        ]
+    return _weights(header, recorded, index) + _structure(recorded, index, touched)
+
+
+def _weights(header: AdapterHeader, recorded: BaseRecord, index: BaseIndex) -> list[Finding]:
+    same_commit = bool(recorded.revision) and (recorded.repo_id, recorded.revision) == (
+        index.ref.repo,
+        index.ref.commit,
+    )
+    here = index.weights
+    if recorded.weights_digest and here == recorded.weights_digest:
+        renamed = recorded.repo_id and index.ref.repo and recorded.repo_id != index.ref.repo
+        moved = recorded.revision and index.ref.commit and recorded.revision != index.ref.commit
+        if renamed or moved:
+            return [
+                Finding(
+                    code="base-commit-differs-weights-equal",
+                    axis="base",
+                    level=Verdict.EXACT,
+                    message=f"recorded for {_place(recorded)}, given {index.ref}: other place, same weights",
+                )
+            ]
+        return [Finding(code="base-weights-equal", axis="base", level=Verdict.EXACT, message="the recorded weights")]
+    if same_commit:
+        return [
+            Finding(
+                code="base-commit-equal",
+                axis="base",
+                level=Verdict.EXACT,
+                message=f"the recorded commit of {index.ref.repo}",
+            )
+        ]
+    if not recorded.weights_digest:
+        return [
+            Finding(
+                code="base-weights-unrecorded",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"the record names {_place(recorded)} but no digest of its weights",
+                remedy="lorahub record FOLDER --base BASE   (with the base it was trained on)",
+            )
+        ]
+    if not here:
+        return [
+            Finding(
+                code="base-weights-unknown",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message="the base is a live model, so its weights cannot be held against the recorded digest",
+            )
+        ]
+    if _declared(header, index):
+        return [
+            Finding(
+                code="base-declared-compatible",
+                axis="base",
+                level=Verdict.COMPATIBLE,
+                message=f"{index.ref} is not the recorded base, but the adapter declares it compatible",
+            )
+        ]
+    return [
+        Finding(
+            code="base-weights-differ",
+            axis="base",
+            level=Verdict.DEGRADED,
+            message=f"made for {_place(recorded)} (weights {_short(recorded.weights_digest)}), "
+            f"given {index.ref} (weights {_short(here)})",
+            remedy="use the recorded base, or accept another with --allow base-weights-differ",
+            allowable=True,
+        )
+    ]
+
+
+def _structure(recorded: BaseRecord, index: BaseIndex, touched: Collection[str]) -> list[Finding]:
+    if recorded.targets and recorded.targets != index.targets(touched):
+        return [
+            Finding(
+                code="targets-differ",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"the touched parameters have other names or shapes than recorded ({_short(recorded.targets)})",
+            )
+        ]
+    if recorded.structure and recorded.structure != index.structure:
+        return [
+            Finding(
+                code="structure-differs",
+                axis="base",
+                level=Verdict.EXACT,
+                message="parameters that the adapter does not touch differ from the recorded base",
+            )
+        ]
+    return []
+
+
+def _declared(header: AdapterHeader, index: BaseIndex) -> bool:
+    """Whether the record's ``compat.bases`` lists this base by weights digest, ``repo@commit`` or repository."""
+    bases = header.record.compat.bases if header.record and header.record.compat else ()
+    names = {index.weights, index.ref.repo, f"{index.ref.repo}@{index.ref.commit}"} - {"", "@"}
+    return not names.isdisjoint(bases)
+
+
+def _place(recorded: BaseRecord) -> str:
+    commit = f"@{recorded.revision[:12]}" if recorded.revision else ""
+    return f"{recorded.repo_id or 'an unnamed base'}{commit}"
+
+
+def _short(digest: str | None) -> str:
+    return f"{(digest or '').removeprefix('sha256:')[:12]}..."
+
+
+def library_findings(header: AdapterHeader, installed: Mapping[str, str] | None = None) -> list[Finding]:
+    """The record's ``compat.requires`` against installed versions; libraries that are not installed are not judged."""
+    requires = header.record.compat.requires if header.record and header.record.compat else {}
+    found = []
+    for library, text in sorted(requires.items()):
+        version = _installed(library) if installed is None else installed.get(library)
+        try:
+            fits = version is None or SpecifierSet(text).contains(version, prereleases=True)
+        except InvalidSpecifier:
+            fits, version = False, f"{version} (and {text!r} is no version range)"
+        if not fits:
+            found.append(
+                Finding(
+                    code="library-out-of-range",
+                    axis="libraries",
+                    level=Verdict.DEGRADED,
+                    message=f"the adapter asks for {library}{text}, installed is {version}",
+                    remedy=f"pip install '{_requirement(library, text)}'",
+                    allowable=True,
+                )
+            )
+    return found
+
+
+def _installed(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirement(library: str, text: str) -> str:
+    try:
+        return str(Requirement(f"{library}{text}"))
+    except InvalidRequirement:
+        return library
+
+
+def findings(header: AdapterHeader, index: BaseIndex, framework: Framework, plan: Plan) -> tuple[Finding, ...]:
+    """Everything there is to say about merging ``header`` into the base behind ``index`` by ``plan``."""
+    touched = {step.source for step in plan.steps if step.source}
+    declared = [] if index.declared else [_undeclared(index, framework)]
+    own = [*header.findings, *base_findings(header, index, touched), *library_findings(header), *declared]
+    return tuple(dict.fromkeys([*own, *plan.findings]))
+
+
+def _undeclared(index: BaseIndex, framework: Framework) -> Finding:
+    return Finding(
+        code="base-undeclared",
+        axis="libraries",
+        level=Verdict.UNVERIFIED,
+        message=f"no plugin knows this architecture; {framework.name} takes {index.ref} by names and shapes alone",
+        remedy="lorahub plugins",
+    )
+
+
+def refuse(found: Collection[Finding], *, allowed: Collection[str] = (), subject: str) -> None:
+    """Raise what the findings demand: nothing up to unverified, a typed error with all of them beyond.
+
+    Args:
+        found: all findings.
+        allowed: codes given by ``--allow``.
+        subject: what was asked, for the message ("acme/ink into acme/base").
+
+    Raises:
+        IntegrityError: an incompatible finding on the integrity axis.
+        BaseMismatch: an incompatible finding on the placement or base axis.
+        Incompatible: any other incompatible finding.
+        Degraded: only degraded ones; the hint says how to allow each.
+    """
+    verdict = worst(found, allowed=allowed)
+    if verdict < Verdict.DEGRADED:
+        return
+    stopping = tuple(each for each in found if worst([each], allowed=allowed) >= Verdict.DEGRADED)
+    if verdict is Verdict.DEGRADED:
+        codes = sorted({each.code for each in stopping})
+        raise Degraded(
+            f"{subject}: refused, because it would not give what the adapter's author meant",
+            f"to go on all the same: {' '.join(f'--allow {code}' for code in codes)}",
+            stopping,
+        )
+    axes = {each.axis for each in stopping if each.level is Verdict.INCOMPATIBLE}
+    kind: type[LorahubError] = next(
+        (error for axis, error in _ERRORS.items() if axis in axes),
+        Incompatible,
+    )
+    raise kind(f"{subject}: cannot be done", "", stopping)
+
+
+_ERRORS: dict[Axis, type[LorahubError]] = {
+    "integrity": IntegrityError,
+    "placement": BaseMismatch,
+    "base": BaseMismatch,
+}

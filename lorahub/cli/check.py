@@ -1,0 +1,41 @@
+"""``lorahub check``."""
+
+from __future__ import annotations
+
+import click
+
+from lorahub import api
+from lorahub.cli.options import allow_option, base_option, hub_option, output_options
+from lorahub.cli.output import Output, aligned
+from lorahub.findings import Verdict
+
+__all__ = ["check"]
+
+EXIT = {Verdict.DEGRADED: 3, Verdict.INCOMPATIBLE: 4}
+
+
+@click.command()
+@click.argument("ref")
+@base_option
+@click.option("--for", "runtime", metavar="RUNTIME", help="Judge for a serving runtime instead of a base, as vllm.")
+@allow_option
+@hub_option
+@output_options
+def check(ref: str, base: str | None, runtime: str | None, allow: tuple[str, ...], hub: str | None, out: Output) -> int:
+    """Say whether an adapter goes with a base: exact, compatible, unverified, degraded or incompatible.
+
+    Without --base the recorded base is used. Exit codes: 0 accepted, 3 degraded, 4 incompatible, 5 integrity,
+    6 unavailable.
+    """
+    with out.progress("checking") as progress:
+        report = api.check(ref, base, runtime=runtime, allow=allow, hub=hub, progress=progress)
+    axes = [(axis, str(verdict)) for axis, verdict in report.axes.items()]
+    out.answer(
+        report.document(),
+        text=f"{report.verdict}: {report.adapter} with {report.against}\n{aligned(axes)}",
+        bare=str(report.verdict),
+    )
+    out.findings(report.findings)
+    if report.verdict is Verdict.INCOMPATIBLE and report.axes["integrity"] is Verdict.INCOMPATIBLE:
+        return 5
+    return EXIT.get(report.verdict, 0)
