@@ -323,7 +323,6 @@ class Job:
         self.refuse()
         return stream_merge(
             self.base.files,
-            self.base.index,
             self.plan,
             self.adapters(load_registry()),
             Path(out),

@@ -6,60 +6,40 @@ and the streaming engine execute it, so their results agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
-from lorahub.bases.index import BaseRef
-from lorahub.bases.layout import Piece, Target
-from lorahub.deltas.kind import JSON
-from lorahub.findings import Finding
+from lorahub.bases.framework import Framework
+from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.deltas.kind import JSON, Kind
+from lorahub.engine.assemble import Given, assemble
+from lorahub.engine.explain import explain
+from lorahub.engine.place import place
+from lorahub.engine.steps import Form, Step, Term
+from lorahub.engine.windows import ARITHMETIC
+from lorahub.errors import BaseMismatch, Degraded, UsageError
+from lorahub.files.dtypes import nbytes
+from lorahub.findings import Finding, Verdict, worst
+from lorahub.formats.format import Reading
 
-__all__ = ["Form", "Plan", "Step", "Term"]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Shape and safetensors dtype code of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
-    """One adapter's contribution to one stored parameter."""
-
-    adapter: str
-    weight: float
-    target: Target
-    piece: Piece
-    kind: str
-    additive: bool
-    replaces: bool
-    local: bool
-    rank: int | None
-    reads: tuple[str, ...]
-    nbytes: int
+__all__ = ["Form", "Header", "Plan", "Step", "Term", "plan"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One stored parameter that changes.
+class Header(Protocol):
+    """What is needed of an adapter: what its files say, without its weights."""
 
-    Attributes:
-        out: its name in the result (canonical).
-        source: the parameter it is made from, or None where it is created.
-        before: what it is now, or None where it is created.
-        after: what it becomes.
-        terms: what is added, in the order the adapters were given.
-    """
+    @property
+    def reading(self) -> Reading:
+        """What its format made of them, under the base's names."""
 
-    out: str
-    source: str | None
-    before: Form | None
-    after: Form
-    terms: tuple[Term, ...]
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything there is to say before a base is looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +49,183 @@ class Plan:
     Attributes:
         base: which base.
         framework: the framework that named its parameters.
+        adapters: (name, weight) in the order they were given, those at weight 0 included.
         steps: parameters that change, in canonical order.
         untouched: parameters that are copied as bytes.
+        untouched_bytes: how many.
         removed: parameters the result no longer has.
+        dropped: names in the base's files that are left out: of removed parameters, and outdated second copies.
+        renamed: name in the base's files -> name in the result's, for what is copied.
+        reads: parameter that a change looks at besides its own -> its name in the base's files.
         config_edits: what changes in ``config.json``.
+        config_before: the values it has there now; absent ones are left out.
         findings: everything there is to say, allowed or not.
         allowed: the finding codes that were allowed.
     """
 
     base: BaseRef
     framework: str
+    adapters: tuple[tuple[str, float], ...] = ()
     steps: tuple[Step, ...]
     untouched: tuple[str, ...]
+    untouched_bytes: int = 0
     removed: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config_edits: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
+    config_before: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     findings: tuple[Finding, ...] = ()
     allowed: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst finding that was not allowed."""
+        return worst(self.findings, allowed=self.allowed)
+
+    def check(self) -> None:
+        """Return where the plan may be executed; raise what its findings demand where not.
+
+        Raises:
+            BaseMismatch: it cannot be done.
+            Degraded: part of the adapters would be lost; the hint says how to accept that.
+        """
+        if self.verdict < Verdict.DEGRADED:
+            return
+        stopping = tuple(each for each in self.findings if worst([each], allowed=self.allowed) >= Verdict.DEGRADED)
+        names = " and ".join(f"'{name}'" for name, _ in self.adapters)
+        message = f"{names} into {self.base}: {'; '.join(each.message for each in stopping)}"
+        if self.verdict is Verdict.INCOMPATIBLE:
+            raise BaseMismatch(message, next((each.remedy for each in stopping if each.remedy), ""), stopping)
+        codes = dict.fromkeys(each.code for each in stopping)
+        raise Degraded(message, f"to go on all the same: {' '.join(f'--allow {code}' for code in codes)}", stopping)
+
+    def peak_bytes(self, *, streamed: bool = True, threads: int = 1) -> int:
+        """About how much memory executing the plan takes beyond what is held already, from headers.
+
+        Args:
+            streamed: from disk to disk; else in a live model, where undo keeps a copy of what changes.
+            threads: how many fold at a time.
+        """
+        adapters = sum(term.nbytes for step in self.steps for term in step.terms)
+        largest = max((sum(term.nbytes for term in step.terms) for step in self.steps), default=0)
+        working = [step.scratch_bytes + (step.unit_bytes if streamed else 0) for step in self.steps]
+        held = 0 if streamed else sum(step.before.nbytes for step in self.steps if step.before)
+        # factors are cast to the dtype of the sums, which is at most four times as wide, one parameter a thread
+        return adapters + held + sum(sorted(working)[-threads:]) + 4 * largest * threads
+
+    def document(self) -> dict[str, JSON]:
+        """The plan as JSON-ready values: everything the result depends on, then what there is to say about it."""
+        return {
+            **self._recipe(),
+            "base": str(self.base),
+            "digest": self.digest(),
+            "untouched": len(self.untouched),
+            "verdict": str(self.verdict),
+            "allowed": list(self.allowed),
+            "findings": [finding.code for finding in self.findings],
+        }
+
+    def digest(self) -> str:
+        """``sha256:`` over all that the result depends on besides the weights themselves: what resuming compares."""
+        text = json.dumps(self._recipe(), sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    def explain(self) -> str:
+        """The plan as an aligned table for people."""
+        return explain(self)
+
+    def _recipe(self) -> dict[str, JSON]:
+        return {
+            "arithmetic": ARITHMETIC,
+            "framework": self.framework,
+            "adapters": [[name, weight] for name, weight in self.adapters],
+            "steps": [step.document() for step in self.steps],
+            "removed": list(self.removed),
+            "dropped": list(self.dropped),
+            "renamed": dict(self.renamed),
+            "config_edits": dict(self.config_edits),
+        }
+
+
+def plan(
+    index: BaseIndex,
+    framework: Framework,
+    adapters: Mapping[str, tuple[Header, float]],
+    kinds: Mapping[str, Kind],
+    *,
+    allow: Collection[str] = (),
+) -> Plan:
+    """Work out what merging ``adapters`` into a base means; pure, and refuses nothing that findings can say.
+
+    Args:
+        index: the base.
+        framework: the one that made the index.
+        adapters: name -> (header, weight), in the order in which changes are added.
+        kinds: by name.
+        allow: finding codes to accept.
+
+    Raises:
+        UsageError: no adapter, or a weight that is no finite number.
+    """
+    if not adapters:
+        raise UsageError("no adapter was given, so there is nothing to merge")
+    given: list[Given] = []
+    findings: list[Finding] = []
+    for name, (header, weight) in adapters.items():
+        findings += header.findings
+        if _number(name, weight) == 0:
+            findings.append(_about("weight-zero", f"'{name}' has weight 0 and changes nothing"))
+            continue
+        placement = place(
+            header.reading.groups, kinds, index, framework, shared=header.reading.shared, hints=header.reading.hints
+        )
+        findings += placement.findings
+        given.append(Given(name=name, weight=float(weight), placement=placement))
+        findings += _bent(given[-1])
+    whole = assemble(given, index, framework)
+    if not whole.steps and not any(each.level is Verdict.INCOMPATIBLE for each in findings):
+        findings.append(
+            _about("nothing-lands", "no adapter changes anything: the result is the base", Verdict.UNVERIFIED)
+        )
+    outs = {step.out for step in whole.steps} | set(whole.removed)
+    untouched = [name for name in index.parameters if name not in outs]
+    return Plan(
+        base=index.ref,
+        framework=framework.name,
+        adapters=tuple((name, float(weight)) for name, (_, weight) in adapters.items()),
+        steps=whole.steps,
+        untouched=tuple(untouched),
+        untouched_bytes=sum(nbytes(index.parameters[name].dtype, index.parameters[name].shape) for name in untouched),
+        removed=whole.removed,
+        dropped=whole.dropped,
+        renamed=whole.renamed,
+        reads=whole.reads,
+        config_edits=whole.config,
+        config_before={key: index.config[key] for key in whole.config if key in index.config},
+        findings=tuple(dict.fromkeys([*findings, *whole.findings])),
+        allowed=tuple(allow),
+    )
+
+
+def _number(name: str, weight: object) -> float:
+    if isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight):
+        return float(weight)
+    raise UsageError(f"the weight of '{name}' is {weight!r}, which is no finite number", "give one like 0.8")
+
+
+def _bent(given: Given) -> list[Finding]:
+    """A line on kinds that look at the weight, where only a part of their change is asked for."""
+    touches = {placed.kind: placed.touch for placed in given.placement.placed}
+    kinds = sorted(kind for kind, touch in touches.items() if not (touch.additive or touch.replaces))
+    if given.weight == 1 or not kinds:
+        return []
+    message = (
+        f"weight {given.weight:g} multiplies the whole change that '{given.name}' makes by {', '.join(kinds)}; tools "
+        "that scale its factors instead get other numbers"
+    )
+    return [_about("weight-is-linear", message)]
+
+
+def _about(code: str, message: str, level: Verdict = Verdict.EXACT) -> Finding:
+    return Finding(code=code, axis="placement", level=level, message=message)

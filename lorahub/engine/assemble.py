@@ -1,0 +1,326 @@
+"""Several adapters' placements brought together into steps, and what stands between them.
+
+Here it shows that two adapters replace one parameter, or that a change to one of two tied names parts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import final
+
+from lorahub.bases.framework import Edits, Framework
+from lorahub.bases.index import BaseIndex, natural
+from lorahub.bases.layout import Piece, Region
+from lorahub.deltas.delta import Index
+from lorahub.deltas.kind import JSON
+from lorahub.engine.place import FLOATS, Created, Placed, Placement
+from lorahub.engine.steps import Form, Step, Term
+from lorahub.findings import Finding, Verdict
+
+__all__ = ["Assembled", "Given", "assemble"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """An adapter with its weight, and where it lands."""
+
+    name: str
+    weight: float
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """What the adapters do together.
+
+    Attributes:
+        steps: in canonical order of their results.
+        removed: parameters the result no longer has.
+        dropped: names in the base's files that are left out.
+        renamed: name in the base's files -> name in the result's, for what is copied.
+        reads: parameter that a change looks at -> its name in the base's files.
+        config: key -> new value in ``config.json``.
+        findings: what stands between adapters, or between an adapter and the base's ties.
+    """
+
+    steps: tuple[Step, ...]
+    removed: tuple[str, ...]
+    dropped: tuple[str, ...]
+    renamed: Mapping[str, str]
+    reads: Mapping[str, str]
+    config: Mapping[str, JSON]
+    findings: tuple[Finding, ...]
+
+
+def assemble(given: Sequence[Given], index: BaseIndex, framework: Framework) -> Assembled:
+    """Bring placements together; pure.
+
+    Args:
+        given: adapters in the order in which their changes are added.
+        index: the base.
+        framework: the one that made it; asked how tied parameters part.
+    """
+    return _Assembly(index, framework).run(given)
+
+
+@final
+@dataclass(slots=True)
+class _Assembly:
+    """Attributes: ``terms``: (source, out) -> what is added there; ``created``: name -> who brings it."""
+
+    index: BaseIndex
+    framework: Framework
+    terms: dict[tuple[str, str], list[Term]] = field(default_factory=dict)
+    created: dict[str, list[tuple[Given, Created]]] = field(default_factory=dict)
+    config: dict[str, JSON] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    stale: set[str] = field(default_factory=set)
+    whole: list[str] = field(default_factory=list)
+    found: list[Finding] = field(default_factory=list)
+
+    def run(self, given: Sequence[Given]) -> Assembled:
+        for each in given:
+            self._take(each)
+        self._conflicts()
+        self._untie()
+        if self.whole:
+            self.found.append(
+                _note(
+                    "taken-whole",
+                    Verdict.UNVERIFIED,
+                    "the base has nothing that these could be blended with, so they are taken whole whatever the weight",
+                    self.whole,
+                )
+            )
+        steps = [*self._changed(), *self._brought()]
+        return Assembled(
+            steps=tuple(sorted(steps, key=lambda step: natural(step.out))),
+            removed=tuple(sorted(self.removed, key=natural)),
+            dropped=tuple(sorted({self._stored(name) for name in self.removed | self.stale})),
+            renamed=MappingProxyType(
+                {self._stored(name): new for name, new in self.renamed.items() if self._has(name)}
+            ),
+            reads=MappingProxyType(self.reads),
+            config=MappingProxyType(self.config),
+            findings=tuple(self.found),
+        )
+
+    def _has(self, name: str) -> bool:
+        return name in self.index.parameters or name in self.index.extras
+
+    def _stored(self, name: str) -> str:
+        info = self.index.parameters.get(name) or self.index.extras.get(name)
+        return info.stored_as if info else name
+
+    def _take(self, given: Given) -> None:
+        for placed in given.placement.placed:
+            self.reads |= {piece.parameter: self._stored(piece.parameter) for piece in placed.siblings.values()}
+            for number, piece in enumerate(placed.pieces):
+                source, name = piece.parameter, placed.target.name
+                out = name if name != source and self.index.stored(name) == source else source
+                term = self._term(given, placed, piece, placed.nbytes if number == 0 else 0)
+                self.terms.setdefault((source, out), []).append(term)
+        for new in given.placement.created:
+            self.created.setdefault(new.target.name, []).append((given, new))
+            if given.weight != 1:
+                self.whole.append(new.target.name)
+        self._edit(given.placement.edits)
+
+    def _term(self, given: Given, placed: Placed, piece: Piece, nbytes: int) -> Term:
+        touch, weight = placed.touch, given.weight
+        if weight != 1 and self.index.parameters[piece.parameter].dtype not in FLOATS:
+            self.whole.append(placed.target.name)
+            weight = 1.0
+        return Term(
+            adapter=given.name,
+            weight=weight,
+            target=placed.target,
+            piece=piece,
+            kind=placed.kind,
+            additive=touch.additive,
+            replaces=touch.replaces,
+            local=touch.local,
+            rank=touch.rank,
+            reads=touch.reads,
+            siblings=placed.siblings,
+            nbytes=nbytes,
+        )
+
+    def _edit(self, edits: Edits) -> None:
+        for key, value in edits.config.items():
+            if self.config.setdefault(key, value) != value:
+                self.found.append(
+                    _note(
+                        "config-conflict",
+                        Verdict.INCOMPATIBLE,
+                        f"two adapters need another {key} in config.json: {self.config[key]} and {value}",
+                        (key,),
+                        "merge them one by one, into two results",
+                    )
+                )
+        self.renamed |= edits.renamed
+        self.removed |= set(edits.removed)
+
+    def _conflicts(self) -> None:
+        for (source, out), terms in self.terms.items():
+            values = [term for term in terms if term.replaces]
+            for number, first in enumerate(values):
+                for second in values[number + 1 :]:
+                    if _overlap(first.piece, second.piece, self.index.parameters[source].shape):
+                        self._twice(out, first.adapter, second.adapter)
+            for given, new in self.created.get(out, ()):
+                others = sorted({term.adapter for term in terms})
+                self.found.append(
+                    _note(
+                        "two-shapes",
+                        Verdict.INCOMPATIBLE,
+                        f"'{given.name}' brings {out} as {list(new.shape)}, and {' and '.join(map(repr, others))} "
+                        f"changes it as {list(self.index.parameters[source].shape)}",
+                        (out,),
+                        "merge them one by one, into two results",
+                    )
+                )
+            if self.removed & {source, out}:
+                self.found.append(
+                    _note(
+                        "target-removed",
+                        Verdict.DEGRADED,
+                        "the new head takes the place of parameters that an adapter changes; these changes would be lost",
+                        (out,),
+                        "to go on without them: --allow target-removed",
+                    )
+                )
+        for name, brought in self.created.items():
+            if len(brought) > 1:
+                self._twice(name, brought[0][0].name, brought[1][0].name)
+
+    def _twice(self, name: str, first: str, second: str) -> None:
+        self.found.append(
+            _note(
+                "two-replacements",
+                Verdict.INCOMPATIBLE,
+                f"'{first}' and '{second}' both replace {name}, and a parameter has one value",
+                (name,),
+                "leave one adapter out, or merge them one by one, into two results",
+            )
+        )
+
+    def _untie(self) -> None:
+        """Part the tied parameters that adapters change under fewer than all of their names, or say why that cannot be."""
+        groups = {group[0]: group for group in self.index.tied}
+        changed = {
+            source: {out for of, out in self.terms if of == source} for source, _ in self.terms if source in groups
+        }
+        changed |= {name: {name} for name in self.created if name in groups}
+        if not changed:
+            return
+        names = sorted(out for outs in changed.values() for out in outs)
+        edits = self.framework.untie(self.index, names)
+        resized = sorted(name for name in self.created if name in groups)
+        if edits is None or resized:
+            why = f"{resized[0]} changes its shape" if resized else f"{self.framework.name} has no way to say so"
+            self.found.append(
+                _note(
+                    "tied-parameter",
+                    Verdict.INCOMPATIBLE,
+                    f"{names[0]} shares its storage with {', '.join(self.index.tied_with(names[0]))}; changing one alone "
+                    f"would part them, and that cannot be written down: {why}",
+                    names,
+                )
+            )
+            return
+        self._edit(edits)
+        for alias, source in edits.copied.items():
+            self.terms.setdefault((source, alias), [])
+        self.stale |= {alias for group in groups.values() for alias in group[1:] if alias in self.index.extras}
+        parted = [name for name in names if changed.get(self.index.stored(name), set()) != set(self._group(name))]
+        if parted:
+            others = ", ".join(self.index.tied_with(parted[0]))
+            self.found.append(
+                _note(
+                    "tied-parameter",
+                    Verdict.DEGRADED,
+                    f"{parted[0]} shares its storage with {others}, and the adapter changes it alone, as it was trained; "
+                    "the result stores them apart, is larger, and loads only where untied models do",
+                    parted,
+                    "to untie them knowingly: --allow tied-parameter",
+                )
+            )
+
+    def _group(self, name: str) -> tuple[str, ...]:
+        return (name, *self.index.tied_with(name))
+
+    def _changed(self) -> Iterator[Step]:
+        for (source, out), terms in self.terms.items():
+            if self.removed & {source, out} or out in self.created:
+                continue
+            info = self.index.parameters[source]
+            form = Form(info.shape, info.dtype)
+            yield Step(
+                out=out,
+                source=source,
+                before=form,
+                after=form,
+                terms=tuple(terms),
+                stored_as=info.stored_as,
+                saved_as=self.renamed.get(out, info.stored_as if out == source else out),
+            )
+
+    def _brought(self) -> Iterator[Step]:
+        for name, ((given, new), *_) in self.created.items():
+            info = self.index.parameters.get(name)
+            touch = new.touch
+            yield Step(
+                out=name,
+                source=name if info else None,
+                before=Form(info.shape, info.dtype) if info else None,
+                after=Form(new.shape, new.dtype),
+                terms=(
+                    Term(
+                        adapter=given.name,
+                        weight=1.0,
+                        target=new.target,
+                        piece=Piece(parameter=name),
+                        kind=new.kind,
+                        additive=touch.additive,
+                        replaces=True,
+                        local=True,
+                        rank=touch.rank,
+                        nbytes=new.nbytes,
+                    ),
+                ),
+                stored_as=info.stored_as if info else "",
+                saved_as=self.renamed.get(name, info.stored_as if info else name),
+            )
+
+
+def _overlap(first: Piece, second: Piece, stored: tuple[int, ...]) -> bool:
+    """Whether two regions of a stored parameter share an element."""
+    a, b = first.of_parameter, second.of_parameter
+    if None not in (a.expert, b.expert) and a.expert != b.expert:
+        return False
+    return all(_cells(a, axis, stored) & _cells(b, axis, stored) for axis in range(min(2, len(stored))))
+
+
+def _cells(region: Region, axis: int, stored: tuple[int, ...]) -> set[int]:
+    """The positions on a stored axis that a region takes, experts aside."""
+    sizes = stored if region.expert is None else stored[1:]
+    along: Index = (region.cols, region.rows)[(axis == 0) != region.transposed]
+    size = sizes[axis] if axis < len(sizes) else 1
+    return set(range(*along.indices(size))) if isinstance(along, slice) else set(along)
+
+
+def _note(code: str, level: Verdict, message: str, where: Sequence[str], remedy: str = "") -> Finding:
+    return Finding(
+        code=code,
+        axis="placement",
+        level=level,
+        message=message,
+        where=tuple(where),
+        remedy=remedy,
+        allowable=level is Verdict.DEGRADED,
+    )

@@ -1,0 +1,112 @@
+"""One step of a plan, executed unit by unit: the same bits from every engine, in every order, on every thread.
+
+Cuts a stored parameter into planes (one, or one for each expert) and units (what is read, folded and written at a
+time), as follows from step and deltas alone.  The arithmetic is in ``planes``; knows no files and no models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from lorahub.engine.crew import Workspace
+from lorahub.engine.steps import Step
+from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
+from lorahub.engine.planes import Plane, Rows, Whole
+from lorahub.engine.windows import gather
+from lorahub.errors import NotFinite
+from lorahub.files.dtypes import to_torch, torch_shape
+from lorahub.lazy import torch
+
+__all__ = ["Change", "Fold", "Ingredient", "Unit", "with_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Some rows of a stored parameter (its axis 0), folded at a time: ``windows`` of a plane, or one expert."""
+
+    rows: slice
+    plane: Plane
+    windows: tuple[slice, ...]
+    expert: bool = False
+
+
+def with_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of ``tensor`` that has an axis 0, also where it is a single number."""
+    return tensor if tensor.dim() else tensor.unsqueeze(0)
+
+
+@final
+class Fold:
+    """One step, made ready: ``units`` cover the stored parameter's rows once, in order.
+
+    Building a fold computes with factors, so it is done in the thread that runs it.
+    """
+
+    def __init__(self, step: Step, items: Sequence[Ingredient], device: torch.device | None = None) -> None:
+        self._step, self._items = step, items
+        self._sums = Sums(to_torch(step.after.dtype), device or torch.device("cpu"))
+        self.units = tuple(self._cut(torch_shape(step.after.dtype, step.after.shape) or (1,)))
+
+    def run(self, unit: Unit, before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
+        """Fold the rows of one of ``units``.
+
+        Args:
+            unit: which.
+            before: these rows of the untouched parameter, as stored; None where a parameter is created.
+            out: where the result goes, as it will be stored; may be the memory of ``before``.
+            space: scratch memory.
+
+        Raises:
+            NotFinite: the result would hold NaN or infinity; names parameter and adapter.  ``out`` is then undefined.
+            NotLocal: a delta would have to be cut in a way it cannot be.
+        """
+        if unit.expert:
+            before, out = None if before is None else before[0], out[0]
+        try:
+            return unit.plane.run(unit.windows, before, out, space)
+        except NotFiniteHere as fault:
+            raise self._not_finite(fault) from None
+
+    def _cut(self, shape: tuple[int, ...]) -> Iterable[Unit]:
+        if any(item.piece.of_parameter.expert is not None for item in self._items):
+            yield from self._by_expert(shape)
+            return
+        rows = Rows.of(shape, self._items, self._sums)
+        if rows is None:
+            yield Unit(slice(0, shape[0]), plane := Whole(shape, self._items, self._sums), plane.windows)
+            return
+        for windows in gather(rows.windows, self._sums.storage.itemsize * math.prod(shape[1:]), unit=self._sums.unit):
+            yield Unit(slice(windows[0].start, windows[-1].stop), rows, windows)
+
+    def _by_expert(self, shape: tuple[int, ...]) -> Iterable[Unit]:
+        of: dict[int | None, list[Ingredient]] = {}
+        for item in self._items:
+            of.setdefault(item.piece.of_parameter.expert, []).append(_within_expert(item))
+        if None in of:  # something that touches all experts at once
+            yield Unit(slice(0, shape[0]), plane := Whole(shape, self._items, self._sums), plane.windows)
+            return
+        for expert in range(shape[0]):
+            items = of.get(expert, ())
+            one: Plane = Rows.of(shape[1:], items, self._sums) or Whole(shape[1:], items, self._sums)
+            yield Unit(slice(expert, expert + 1), one, one.windows, expert=True)
+
+    def _not_finite(self, fault: NotFiniteHere) -> NotFinite:
+        name = self._step.out
+        broken = [item.adapter for item in self._items if not all(map(all_finite, item.delta.tensors().values()))]
+        if broken:
+            return NotFinite(f"the tensors that adapter '{broken[0]}' brings for {name} hold NaN or infinity")
+        if fault.before:
+            return NotFinite(f"{name} of the base holds NaN or infinity before anything is merged")
+        who = " and ".join(dict.fromkeys(f"'{item.adapter}' at {item.weight:g}" for item in self._items))
+        most = torch.finfo(self._sums.storage).max
+        return NotFinite(
+            f"merging {who} takes {name} beyond {most:g}, the largest number that {self._step.after.dtype} can hold",
+            "merge with a smaller weight, or into a base stored as BF16 or F32",
+        )
+
+
+def _within_expert(item: Ingredient) -> Ingredient:
+    return replace(item, piece=replace(item.piece, of_parameter=replace(item.piece.of_parameter, expert=None)))

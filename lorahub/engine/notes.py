@@ -1,0 +1,125 @@
+"""What a placement has to say, gathered place by place and told once for each reason.
+
+A finding names the first place in full and lists the others, since what is wrong with one of many layers is mostly
+wrong with all.  Decides levels, not policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Target
+from lorahub.findings import Finding, Verdict
+from lorahub.names import did_you_mean
+
+__all__ = ["Notes"]
+
+
+@final
+@dataclass(slots=True)
+class Notes:
+    """Gathers what does not land in one base, and why.
+
+    Attributes:
+        index: the base.
+        absent: targets whose module the base lacks, or that the framework has no place for.
+        alone: targets whose module the base has, without that parameter.
+        misfits: reason -> (target name, what disagrees).
+        refused: (code, reason) -> target names; what is stored or laid out in a way that nothing can be added to.
+        missing: what a new head needs and nobody brings.
+    """
+
+    index: BaseIndex
+    absent: list[Target] = field(default_factory=list)
+    alone: list[Target] = field(default_factory=list)
+    misfits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    refused: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def misfit(self, target: Target, details: str, why: str) -> None:
+        """Note that shapes disagree: ``details`` names both, ``why`` explains where more is known."""
+        self.misfits.setdefault(why, []).append((target.name, details))
+
+    def refuse(self, code: str, reason: str, target: Target) -> None:
+        """Note that nothing can be added to a target, which ``reason`` says as the end of "... cannot change, because"."""
+        self.refused.setdefault((code, reason), []).append(target.name)
+
+    def findings(self, touched: int, landed: int) -> tuple[Finding, ...]:
+        """Everything gathered, of an adapter that makes ``touched`` changes of which ``landed`` found a place."""
+        found = [*self._absent(touched, landed), *self._alone(), *self._misfits(), *self._refused(), *self._missing()]
+        if not touched:
+            found.append(_stop("nothing-lands", "the adapter changes no weight, so there is nothing to merge", ()))
+        return tuple(found)
+
+    def _absent(self, touched: int, landed: int) -> list[Finding]:
+        if not self.absent:
+            return []
+        names = tuple(target.name for target in self.absent)
+        known = [f"{module}.{name}" if module else name for module, own in self.index.modules().items() for name in own]
+        message = f"{len(names)} of {touched} targets are not in {self.index.ref}, first {names[0]}."
+        message += did_you_mean(names[0], known)
+        if landed:
+            return [
+                Finding(
+                    code="target-missing",
+                    axis="placement",
+                    level=Verdict.DEGRADED,
+                    message=message,
+                    where=names,
+                    remedy=f"to go on with the other {touched - len(names)}: --allow target-missing",
+                    allowable=True,
+                )
+            ]
+        remedy = "is it the right base? compare the names: lorahub inspect ADAPTER"
+        return [_stop("target-missing", f"nothing of the adapter finds a place: {message}", names, remedy)]
+
+    def _alone(self) -> list[Finding]:
+        if not self.alone:
+            return []
+        first = self.alone[0]
+        return [
+            _stop(
+                "parameter-missing",
+                f"{first.module} has no {first.parameter} in {self.index.ref}, so the adapter's change to it, which it "
+                "was trained with, has nothing to be added to",
+                tuple(target.name for target in self.alone),
+                "use the base it was trained on: the same architecture with that parameter",
+            )
+        ]
+
+    def _misfits(self) -> list[Finding]:
+        return [
+            _stop("shape-mismatch", f"{places[0][1]}{why and f'; {why}'}", tuple(name for name, _ in places))
+            for why, places in self.misfits.items()
+        ]
+
+    def _refused(self) -> list[Finding]:
+        return [
+            _stop(code, f"{names[0]} cannot be changed, because {reason}", tuple(names))
+            for (code, reason), names in self.refused.items()
+        ]
+
+    def _missing(self) -> list[Finding]:
+        if not self.missing:
+            return []
+        return [
+            Finding(
+                code="head-incomplete",
+                axis="placement",
+                level=Verdict.DEGRADED,
+                message="the head that the adapter brings needs parameters that neither it nor the base has; they would "
+                "be random numbers",
+                where=self.missing,
+                remedy="to write the checkpoint without them: --allow head-incomplete",
+                allowable=True,
+            )
+        ]
+
+
+def _stop(code: str, message: str, where: Sequence[str], remedy: str = "") -> Finding:
+    return Finding(
+        code=code, axis="placement", level=Verdict.INCOMPATIBLE, message=message, where=tuple(where), remedy=remedy
+    )

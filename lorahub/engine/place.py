@@ -1,0 +1,295 @@
+"""Where an adapter lands in a base, from headers alone: the stored parameters it changes, and everything in the way.
+
+The shapes of base and adapter are checked in one binding for each module.  Knows no key spelling and no other
+adapter; what a base would need for a new head, its framework says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import final
+
+from lorahub.bases.framework import Edits, Framework
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Layout, Piece, Target
+from lorahub.deltas.delta import ALL, Index
+from lorahub.deltas.kind import JSON, Group, Kind, TensorRef, Touch
+from lorahub.engine.notes import Notes
+from lorahub.files.dtypes import nbytes
+from lorahub.findings import Finding
+from lorahub.shapes import Binding, ShapeMisfit, instantiate, unify
+
+__all__ = ["FLOATS", "Created", "Placed", "Placement", "logical_shape", "place"]
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""Dtypes in which a weight is a number of its own, so that a change can be added to it."""
+
+_SCALES = ("_scale", "_scale_inv", "_scales")  # behind a parameter's name: its elements are only codes
+
+_NONE: Mapping[str, JSON] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """One parameter that an adapter changes, found in the base.
+
+    Attributes:
+        target: what is changed, under the base's names.
+        kind: registered kind name.
+        touch: what its kind says of the change.
+        pieces: where it lands.
+        siblings: name -> where a sibling parameter lies that the change reads.
+        nbytes: bytes of the adapter's tensors for it.
+    """
+
+    target: Target
+    kind: str
+    touch: Touch
+    pieces: tuple[Piece, ...]
+    siblings: Mapping[str, Piece] = field(default_factory=lambda: MappingProxyType({}))
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """A parameter that an adapter brings whole: one that the base lacks, or has in another shape.
+
+    Attributes:
+        target: what it is, under the base's names.
+        kind: registered kind name.
+        touch: what its kind says of it.
+        shape: its shape.
+        dtype: safetensors code, as the adapter stores it.
+    """
+
+    target: Target
+    kind: str
+    touch: Touch
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What became of every change that an adapter makes.
+
+    Attributes:
+        placed: changes to parameters the base has.
+        created: parameters that the result has in addition, or in another shape.
+        edits: what ``created`` changes elsewhere, as the framework says.
+        findings: what does not land, and why.
+    """
+
+    placed: tuple[Placed, ...]
+    created: tuple[Created, ...] = ()
+    edits: Edits = field(default_factory=Edits)
+    findings: tuple[Finding, ...] = ()
+
+
+def place(
+    groups: Sequence[Group],
+    kinds: Mapping[str, Kind],
+    index: BaseIndex,
+    framework: Framework,
+    *,
+    shared: Mapping[tuple[str, str], TensorRef] = MappingProxyType({}),
+    hints: Mapping[str, JSON] = _NONE,
+) -> Placement:
+    """Find the place of every change that ``groups`` make.
+
+    Args:
+        groups: what a format read, modules under the base's names where they were found there.
+        kinds: by name.
+        index: the base.
+        framework: the one that made the index.
+        shared: (kind, slot) -> tensor, for slots that an adapter has once.
+        hints: what the adapter says of its task, for the framework.
+    """
+    placer = _Placer(kinds, index, framework, shared)
+    touched = list(placer.touched(groups))
+    wanted = {target for _, _, target in touched}
+    wanted |= {Target(target.component, target.module, name) for _, touch, target in touched for name in touch.reads}
+    layouts = framework.layouts(index, wanted)
+    placed = [found for one in touched if (found := placer.put(*one, layouts))]
+    created, edits = placer.create(hints)
+    return Placement(
+        placed=tuple(placed),
+        created=created,
+        edits=edits,
+        findings=placer.notes.findings(len(touched), len(placed) + len(created)),
+    )
+
+
+def logical_shape(layout: Layout, index: BaseIndex) -> tuple[int, ...]:
+    """The shape of a target, [out, in, *k], from the stored parameters its pieces lie in."""
+    sizes: list[int] = []
+    for piece in layout.pieces:
+        shape = piece.of_parameter.shape(index.parameters[piece.parameter].shape)
+        axes = (piece.of_delta.rows, piece.of_delta.cols)
+        extent = [_reach(at, size) for at, size in zip(axes, shape, strict=False)] + list(shape[2:])
+        sizes = [max(pair) for pair in zip(extent, sizes or extent, strict=True)]
+    return tuple(sizes)
+
+
+def _reach(index: Index, size: int) -> int:
+    """One past the last position that ``size`` positions of ``index`` take."""
+    if index == ALL:
+        return size
+    return (index.start or 0) + (size - 1) * (index.step or 1) + 1 if isinstance(index, slice) else max(index) + 1
+
+
+@final
+class _Placer:
+    """One adapter's changes on the way to their places."""
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        index: BaseIndex,
+        framework: Framework,
+        shared: Mapping[tuple[str, str], TensorRef],
+    ) -> None:
+        self.notes = Notes(index)
+        self._kinds, self._index, self._framework, self._shared = kinds, index, framework, shared
+        self._modules = frozenset(index.modules())
+        self._bindings: dict[int, Binding] = {}
+        self._counted: set[str] = set()
+        self._candidates: list[tuple[Created, str]] = []  # with what disagrees where the base has another shape
+
+    def touched(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Touch, Target]]:
+        """Every change, with its target."""
+        for group in groups:
+            for touch in self._kinds[group.kind].touches(group):
+                yield group, touch, Target(group.component, group.module, touch.parameter)
+
+    def put(self, group: Group, touch: Touch, target: Target, layouts: Mapping[Target, Layout]) -> Placed | None:
+        """The place of one change, or None, and then a note says why."""
+        layout = layouts.get(target)
+        if layout is None:
+            if touch.replaces:
+                self._candidates.append((self._new(group, touch, target), ""))
+            elif not touch.if_present:
+                known = target.name.rpartition(".")[0] in self._modules
+                (self.notes.alone if known else self.notes.absent).append(target)
+            return None
+        shape = logical_shape(layout, self._index)
+        if touch.replaces and len(layout.pieces) == 1 and layout.pieces[0].of_parameter.transposed:
+            shape = shape[1::-1]  # values lie in files as the base stores them
+        if details := self._misfit(group, touch, target, shape):
+            only = layout.pieces[0]
+            plain = len(layout.pieces) == 1 and only.of_parameter.whole and only.parameter == target.name
+            if touch.replaces and plain:
+                self._candidates.append((self._new(group, touch, target), details))
+            else:
+                self.notes.misfit(target, details, self._why(group, touch, target, shape))
+            return None
+        if not self._takes(group, touch, target, layout):
+            return None
+        siblings = {name: layouts.get(Target(target.component, target.module, name)) for name in touch.reads}
+        if any(found is None or len(found.pieces) != 1 for found in siblings.values()):
+            reads = ", ".join(touch.reads)
+            self.notes.refuse(
+                "layout-unsupported", f"it reads {reads}, not to be found in one place of this base", target
+            )
+            return None
+        return Placed(
+            target=target,
+            kind=group.kind,
+            touch=touch,
+            pieces=layout.pieces,
+            siblings={name: found.pieces[0] for name, found in siblings.items() if found},
+            nbytes=self._nbytes(group, touch),
+        )
+
+    def create(self, hints: Mapping[str, JSON]) -> tuple[tuple[Created, ...], Edits]:
+        """The parameters to create and what that changes elsewhere; nothing where the framework has no place for them."""
+        if not self._candidates:
+            return (), Edits()
+        wanted = {new.target.name: (new.shape, new.dtype) for new, _ in self._candidates}
+        edits = self._framework.edits(self._index, wanted, hints)
+        if edits is None:
+            for new, details in self._candidates:
+                if details:
+                    self.notes.misfit(new.target, details, "")
+                else:
+                    self.notes.absent.append(new.target)
+            return (), Edits()
+        self.notes.missing = tuple(name for name in edits.missing if name not in wanted)
+        return tuple(new for new, _ in self._candidates), edits
+
+    def _slots(self, group: Group, touch: Touch) -> Iterator[tuple[str, TensorRef]]:
+        for name in touch.slots:
+            if ref := group.slots.get(name) or self._shared.get((group.kind, name)):
+                yield self._kinds[group.kind].slot(name).dims, ref
+
+    def _new(self, group: Group, touch: Touch, target: Target) -> Created:
+        binding: Binding = {}
+        slots = list(self._slots(group, touch))
+        for dims, ref in slots:
+            binding = unify(dims, ref.shape, binding, name=ref.key)
+        shape = instantiate(touch.dims, binding)
+        return Created(target=target, kind=group.kind, touch=touch, shape=shape, dtype=slots[0][1].dtype)
+
+    def _misfit(self, group: Group, touch: Touch, target: Target, shape: tuple[int, ...]) -> str:
+        """What disagrees, both shapes named, or "" where all fits."""
+        try:
+            self._bindings[id(group)] = self._bind(group, touch, target, shape)
+        except ShapeMisfit as misfit:
+            keys = ", ".join(f"{ref.key} {list(ref.shape)}" for _, ref in self._slots(group, touch))
+            return f"{target.name} is {list(shape)} in {self._index.ref} and the adapter brings {keys}: {misfit}"
+        return ""
+
+    def _bind(self, group: Group, touch: Touch, target: Target, shape: tuple[int, ...]) -> Binding:
+        binding = unify(touch.dims, shape, self._bindings.get(id(group), {}), name=target.name)
+        for dims, ref in self._slots(group, touch):
+            binding = unify(dims, ref.shape, binding, name=ref.key)
+        return binding
+
+    def _why(self, group: Group, touch: Touch, target: Target, shape: tuple[int, ...]) -> str:
+        """What more is known about a misfit, as a sentence, or ""."""
+        if len(shape) == 2 and not self._index.declared:
+            try:
+                self._bind(group, touch, target, shape[::-1])
+            except ShapeMisfit:
+                return ""
+            return (
+                "turned around it would fit, so this base seems to store it [in, out]; that is not guessed: install the "
+                "plugin of its framework, or merge into the live model"
+            )
+        inputs = {ref.shape[1] for _, ref in self._slots(group, touch) if len(ref.shape) == len(shape) > 2}
+        if any(size != shape[1] and shape[1] and size % shape[1] == 0 for size in inputs):
+            return (
+                "the weight is that of a grouped convolution, where every output sees only its own group's inputs; the "
+                "adapter's factors connect all of them, so no weight of this layer equals what was trained"
+            )
+        return ""
+
+    def _takes(self, group: Group, touch: Touch, target: Target, layout: Layout) -> bool:
+        """Whether something can be added to the stored parameters; a note says why not."""
+        for piece in layout.pieces:
+            stored = self._index.parameters[piece.parameter]
+            copied = touch.replaces and all(ref.dtype == stored.dtype for _, ref in self._slots(group, touch))
+            scaled = any(piece.parameter + end in self._index.parameters for end in _SCALES)
+            if not copied and (stored.dtype not in FLOATS or (scaled and stored.dtype.startswith("F8"))):
+                reason = f"it is stored as {stored.dtype}, in quantised form"
+                self.notes.refuse("storage-unsupported", f"{reason}: use the base in 16 bits", target)
+                return False
+            cut = piece.of_delta
+            turned = cut.expert is not None or cut.transposed
+            if not touch.replaces and (turned or not (cut.whole or touch.local)):
+                reason = f"this base keeps it in several places and a {group.kind} change cannot be cut"
+                self.notes.refuse("layout-unsupported", reason, target)
+                return False
+        return True
+
+    def _nbytes(self, group: Group, touch: Touch) -> int:
+        fresh = [ref for _, ref in self._slots(group, touch) if ref.key not in self._counted]
+        self._counted.update(ref.key for ref in fresh)
+        return sum(nbytes(ref.dtype, ref.shape) for ref in fresh)
