@@ -29,7 +29,8 @@ help:
 	@echo "make clean     remove what tools and tests left behind; .venv stays"
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	rm -rf demo-out
+	$(BIN)/python examples/demo.py --out demo-out
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
@@ -56,7 +57,7 @@ clean:
 
 # Core and plugins go in one command: no index has the core, so a plugin could not find it alone.
 $(READY): pyproject.toml requirements-dev.txt constraints.txt $(PLUGINS:%=%/pyproject.toml) | $(BIN)/pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
 	    -e '.[torch]' $(PLUGINS:%=-e ./%)
 	@touch $@
 

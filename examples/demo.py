@@ -34,7 +34,6 @@ from train import accuracy, classifier, features, head_alone, logits, train, wit
 
 import lorahub
 
-BASE = Path(MODEL_DIR)
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 CLOSE = 1e-4
 """How far two float32 models may differ in a class score when their weights differ by one rounding."""
@@ -45,6 +44,10 @@ class Place:
     """The folders of one run."""
 
     root: Path
+
+    @property
+    def base(self) -> Path:
+        return self.root / "bases" / "minilm"
 
     @property
     def hub(self) -> Path:
@@ -109,8 +112,8 @@ def trained(table: Table, place: Place, tokenizer: Any) -> tuple[Live, Live]:
             f"topics: {', '.join(of_topic.labels)}\nparts: {', '.join(of_part.labels)}"
         )
     with table.step("heads alone, on the untouched base"):
-        of_train = features(BASE, tokenizer, [text for text, _ in of_topic.train])
-        of_test = features(BASE, tokenizer, _texts(of_topic))
+        of_train = features(place.base, tokenizer, [text for text, _ in of_topic.train])
+        of_test = features(place.base, tokenizer, _texts(of_topic))
         topic_head, topic_alone = head_alone(of_topic, of_train, of_test)
         part_head, part_alone = head_alone(of_part, of_train, of_test)
         table.found = (
@@ -118,14 +121,14 @@ def trained(table: Table, place: Place, tokenizer: Any) -> tuple[Live, Live]:
             f"parts: {part_alone:.1%} right, the most frequent class is {of_part.majority:.1%}"
         )
     with table.step("train topics: LoRA r=8, query, value"):
-        model = with_lora(BASE, of_topic, topic_head, seed=0, r=8, lora_alpha=16)
+        model = with_lora(place.base, of_topic, topic_head, seed=0, r=8, lora_alpha=16)
         for epoch in train(model, tokenizer, of_topic, epochs=3):
             if epoch > 1:
                 model.save_pretrained(place.adapter(f"topics-1.{epoch - 2}.0"))
         live_topics = Live.of(of_topic, model, tokenizer)
         table.found = _gain(live_topics, topic_alone)
     with table.step("train parts: DoRA r=4, query, value"):
-        model = with_lora(BASE, of_part, part_head, seed=0, r=4, lora_alpha=8, use_dora=True)
+        model = with_lora(place.base, of_part, part_head, seed=0, r=4, lora_alpha=8, use_dora=True)
         for _ in train(model, tokenizer, of_part, epochs=2):
             pass
         model.save_pretrained(place.adapter("parts"))
@@ -144,12 +147,12 @@ def _gain(live: Live, alone: float) -> str:
 def published(table: Table, place: Place) -> None:
     """Recorded against the base, pushed as versions, pulled back by selector."""
     with table.step("check before anything is recorded"):
-        report = place.check(place.adapter("topics-1.0.0"), BASE, "unverified")
+        report = place.check(place.adapter("topics-1.0.0"), place.base, "unverified")
         table.found = f"unverified: {_reason(report, 'base')}"
     with table.step("record all three against the base"):
         for name in ("topics-1.0.0", "topics-1.1.0", "parts"):
             place.lorahub(
-                *("record", place.adapter(name), "--base", BASE, "--base-repo", BASE_NAME),
+                *("record", place.adapter(name), "--base", place.base, "--base-repo", BASE_NAME),
                 *("--name", name.partition("-")[0], "--license", "apache-2.0"),
             )
         digest = json.loads((place.adapter("parts") / "lorahub.json").read_text())["base"]["weights_digest"]
@@ -190,11 +193,11 @@ def checked(table: Table, place: Place) -> None:
     """The right base, the same shapes with other weights, another architecture."""
     other_weights, other_kind = place.root / "bases" / "retrained", place.root / "bases" / "gpt2"
     with table.step("check: the right base"):
-        place.check("demo/topics@1", BASE, "exact")
-        place.check("demo/parts", BASE, "exact")
+        place.check("demo/topics@1", place.base, "exact")
+        place.check("demo/parts", place.base, "exact")
         table.found = "exact, exit 0"
     with table.step("check: same shapes, other weights"):
-        _retrained(other_weights)
+        _retrained(place.base, other_weights)
         report = place.check("demo/topics@1", other_weights, "degraded", code=3)
         place.lorahub("merge", "demo/topics@1", "--base", other_weights, "-o", place.root / "never", code=3)
         expect("a folder after a refused merge", (place.root / "never").exists(), False)
@@ -209,17 +212,17 @@ def checked(table: Table, place: Place) -> None:
         table.found = f"incompatible, exit 4\n{_reason(report, 'placement')}"
 
 
-def _retrained(folder: Path) -> None:
+def _retrained(base: Path, folder: Path) -> None:
     """The base as continued training would leave it: every name and shape the same, the weights a little off."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    state = load_file(BASE / "model.safetensors")
+    state = load_file(base / "model.safetensors")
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=1e-3)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((BASE / name).read_bytes())
+        (folder / name).write_bytes((base / name).read_bytes())
 
 
 def _reason(report: dict[str, Any], axis: str) -> str:
@@ -236,7 +239,7 @@ def merged(table: Table, place: Place, live_topics: Live, live_parts: Live) -> N
     """Planned, streamed to disk, loaded by plain transformers, compared with PEFT; then in memory and undone."""
     with table.step("merge --plan"):
         out = json.loads(
-            place.lorahub("merge", "demo/topics@1", "--base", BASE, "-o", place.root / "topics", "--plan", "--json")
+            place.lorahub("merge", "demo/topics@1", "--base", place.base, "-o", place.root / "topics", "--plan", "--json")
         )
         steps = out["plan"]["steps"]
         expect("parameters planned: query and value in 6 layers, the head's weight and bias", len(steps), 14)
@@ -244,12 +247,12 @@ def merged(table: Table, place: Place, live_topics: Live, live_parts: Live) -> N
         created = [step["out"] for step in steps if step["source"] is None]
         table.found = f"{len(steps)} parameters, {len(created)} of them created: {', '.join(created)}"
     with table.step("merge two heads into one"):
-        place.lorahub("merge", "demo/topics@1", "demo/parts", "--base", BASE, "-o", place.root / "never", code=4)
+        place.lorahub("merge", "demo/topics@1", "demo/parts", "--base", place.base, "-o", place.root / "never", code=4)
         expect("a folder after a refused merge", (place.root / "never").exists(), False)
         table.found = "incompatible, exit 4: both replace the classifier; nothing written"
     for name, ref, live in (("topics", "demo/topics@1", live_topics), ("parts", "demo/parts", live_parts)):
         with table.step(f"merge {ref}, streamed"):
-            report = json.loads(place.lorahub("merge", ref, "--base", BASE, "-o", place.root / name, "--json"))
+            report = json.loads(place.lorahub("merge", ref, "--base", place.base, "-o", place.root / name, "--json"))
             table.found = (
                 f"{report['changed']} parameters changed, by up to {report['largest_change']:.1%}; "
                 f"{report['bytes_written'] / 1e6:.0f} MB written in {report['seconds']:.1f} s"
@@ -261,7 +264,7 @@ def merged(table: Table, place: Place, live_topics: Live, live_parts: Live) -> N
             count = len(live.task.test)
             table.found = f"all {count} predictions equal those of PEFT's live adapter; scores within {difference:.1e}"
     with table.step("merge in memory, undo"):
-        model = classifier(BASE, live_topics.task)
+        model = classifier(place.base, live_topics.task)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         topic = lorahub.load("demo/topics@1", hub=str(place.hub))
         done = lorahub.merge(model, {"topics": topic}, weights=[1.0])
@@ -295,7 +298,8 @@ def run(root: Path) -> None:
     """Every step, in ``root``."""
     place, table = Place(root), Table()
     os.environ["LORAHUB_CACHE"] = str(place.cache)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    shutil.copytree(MODEL_DIR, place.base, ignore=shutil.ignore_patterns("1_Pooling", "*sentence*", "modules.json"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place.base)
     live_topics, live_parts = trained(table, place, tokenizer)
     published(table, place)
     checked(table, place)
@@ -322,7 +326,7 @@ def main() -> int:
         return 1
     finally:
         if options.out or options.keep:
-            print(f"everything lies in {root}")
+            print(f"everything lies in {root}; the README goes on from there")
         else:
             shutil.rmtree(root, ignore_errors=True)
     return 0

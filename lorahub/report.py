@@ -85,7 +85,7 @@ class CheckReport(BaseModel):
         Annotated[
             Finding,
             PlainValidator(_finding, json_schema_input_type=FindingDocument),
-            PlainSerializer(Finding.to_json, return_type=dict[str, Any]),
+            PlainSerializer(Finding.document, return_type=dict[str, Any]),
         ],
         ...,
     ] = Field(default=(), description="The evidence.")

@@ -7,9 +7,23 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import peft
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+import lorahub
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 for an attribute that it deprecates
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(console|python)\n(.*?)```", README, flags=re.DOTALL)
 
@@ -28,8 +42,33 @@ def test_the_readme_has_a_tour() -> None:
     assert any(kind == "python" for kind, _ in BLOCKS)
 
 
+@pytest.fixture
+def demo_out(tmp_path: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the demo leaves, with untrained adapters on a small base in the places of the trained ones."""
+    monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "demo-out"
+    bases = {
+        "minilm": tiny("bert", "BertModel"),
+        "retrained": tiny("bert", "BertModel", seed=1),
+        "gpt2": tiny("gpt2", "GPT2LMHeadModel"),
+    }
+    for name, model in bases.items():
+        model.save_pretrained(root / "bases" / name)
+    for name, more in (("topics-1.0.0", {}), ("parts", {"use_dora": True})):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification.from_pretrained(root / "bases" / "minilm", num_labels=5)
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False, **more
+        )
+        folder = root / "adapters" / name
+        peft.get_peft_model(model, config).save_pretrained(folder)
+        (folder / "README.md").unlink()
+        lorahub.record(folder, root / "bases" / "minilm", license="apache-2.0", name=name.partition("-")[0])
+        lorahub.push(folder, f"demo/{name.partition('-')[0]}", version="1.0.0", hub=str(root / "hub"))
+    return root
+
+
 def test_the_tour_does_what_the_readme_says(demo_out: Path) -> None:
-    """``demo_out``: the folder that the demo leaves, with untrained adapters in the places of the trained ones."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LORAHUB_CACHE": str(demo_out.parent / "cache"),
