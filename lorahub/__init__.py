@@ -19,20 +19,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
-    from lorahub.api import check as check
-    from lorahub.api import inspect as inspect
-    from lorahub.api import load as load
-    from lorahub.api import merge as merge
-    from lorahub.api import open_base as open_base
-    from lorahub.api import plan as plan
-    from lorahub.api import pull as pull
-    from lorahub.api import push as push
-    from lorahub.api import record as record
     from lorahub.errors import LorahubError as LorahubError
     from lorahub.findings import Finding as Finding
     from lorahub.findings import Verdict as Verdict
     from lorahub.hookspecs import hookimpl as hookimpl
+    from lorahub.merging import check as check
+    from lorahub.merging import merge as merge
+    from lorahub.merging import plan as plan
     from lorahub.names import Ref as Ref
+    from lorahub.publishing import push as push
+    from lorahub.publishing import record as record
+    from lorahub.sources import inspect as inspect
+    from lorahub.sources import load as load
+    from lorahub.sources import open_base as open_base
+    from lorahub.sources import pull as pull
 
 _HOME = {
     "Adapter": "adapter",
@@ -40,16 +40,16 @@ _HOME = {
     "LorahubError": "errors",
     "Ref": "names",
     "Verdict": "findings",
-    "check": "api",
+    "check": "merging",
     "hookimpl": "hookspecs",
-    "inspect": "api",
-    "load": "api",
-    "merge": "api",
-    "open_base": "api",
-    "plan": "api",
-    "pull": "api",
-    "push": "api",
-    "record": "api",
+    "inspect": "sources",
+    "load": "sources",
+    "merge": "merging",
+    "open_base": "sources",
+    "plan": "merging",
+    "pull": "sources",
+    "push": "publishing",
+    "record": "publishing",
     "save": "adapter",
 }
 

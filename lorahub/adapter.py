@@ -24,7 +24,7 @@ from lorahub.formats.format import AdapterFiles, Format, Part, Reading
 from lorahub.formats.survey import explain, header_fault, survey
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
-from lorahub.record import FILENAME, AdapterRecord
+from lorahub.records import FILENAME, AdapterRecord
 from lorahub.registry import Registry
 from lorahub.saving import write_folder
 

@@ -18,7 +18,7 @@ from lorahub.bases.index import BaseIndex
 from lorahub.engine.plan import Plan
 from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError, LorahubError
 from lorahub.findings import Axis, Finding, Verdict, worst
-from lorahub.record import BaseRecord
+from lorahub.records import BaseRecord
 
 __all__ = ["base_findings", "findings", "library_findings", "refuse"]
 

@@ -1,6 +1,6 @@
 """The parts of the metadata record, each a table of fields, and the patterns that their values follow.
 
-Data only: ``record.py`` reads, writes and judges.  Every field may be missing unless it says otherwise, and unknown
+Data only: ``records.py`` reads, writes and judges.  Every field may be missing unless it says otherwise, and unknown
 keys are kept.  ``schemas/adapter.schema.json`` is generated from here.
 """
 

@@ -16,7 +16,7 @@ from lorahub.deltas.kind import JSON
 from lorahub.engine.plan import Plan
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.hub.contents import rule_for, survey
-from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord
+from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord
 from lorahub.registry import Registry
 from lorahub.saving import module_record
 

@@ -27,7 +27,7 @@ from lorahub.findings import Verdict
 from lorahub.formats.assembly import account, build_deltas
 from lorahub.formats.format import AdapterFiles, Format, Written
 from lorahub.lazy import torch
-from lorahub.record import FILENAME, SCHEMA_VERSION, AdapterRecord, FileRecord, ModuleRecord
+from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, FileRecord, ModuleRecord
 from lorahub.registry import Registry
 
 __all__ = ["module_record", "write_folder"]

@@ -2,11 +2,14 @@
 
 A pattern is a list of dimensions separated by blanks: ``"out r *1"``.  A name stands for one size, the same
 everywhere in one binding; a number stands for itself; ``*k`` stands for any number of trailing sizes, the same
-everywhere; ``*1`` stands for any number of trailing ones.  Sizes, dimensions and names only: no tensors.
+everywhere; ``*1`` stands for any number of trailing ones, another number, as in ``*54``, for trailing sizes with that
+product, and ``*%6`` for trailing sizes whose product is a multiple of it; ``%4`` stands for one size that is a multiple
+of 4.  Sizes, dimensions and names only: no tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -38,15 +41,22 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
         raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {len(found)} dimensions")
     result: Binding = dict(bound)
     for dim, size in zip(dims, found, strict=False):
-        if dim.isdigit():
+        if dim.startswith("%"):
+            if size % int(dim[1:]):
+                raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {size} is no multiple of {dim[1:]}")
+        elif dim.isdigit():
             if int(dim) != size:
                 raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} was expected, {size} found")
         elif (expected := result.setdefault(dim, size)) != size:
-            raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} is {expected} elsewhere, {size} here")
+            raise ShapeMisfit(
+                f"{name} {list(found)} does not fit [{pattern}]: {dim} is {expected} elsewhere, {size} here"
+            )
     tail = found[len(dims) :]
     if rest == "*1":
         if any(size != 1 for size in tail):
             raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: trailing sizes must be 1")
+    elif rest is not None and rest[1:].removeprefix("%").isdigit():
+        _expect_product(rest, tail, f"{name} {list(found)} does not fit [{pattern}]")
     elif rest is not None:
         expected_tail = result.setdefault(rest[1:], tail)
         if expected_tail != tail:
@@ -56,13 +66,23 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
     return result
 
 
+def _expect_product(rest: str, tail: tuple[int, ...], says: str) -> None:
+    product, wanted = math.prod(tail), int(rest[1:].removeprefix("%"))
+    if rest.startswith("*%") and product % wanted:
+        raise ShapeMisfit(f"{says}: a multiple of {wanted} was expected, {product} found")
+    if not rest.startswith("*%") and product != wanted:
+        raise ShapeMisfit(f"{says}: sizes with product {wanted} were expected, with {product} found")
+
+
 def instantiate(pattern: str, bound: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that ``pattern`` means under ``bound``; ``*1`` gives as many ones as ``k`` has sizes."""
+    """The shape that ``pattern`` means under ``bound``; ``*1`` gives as many ones as ``k`` has sizes, ``*54`` one."""
     sizes: list[int] = []
     for dim in pattern.split():
         if dim == "*1":
             k = bound.get("k", ())
             sizes += [1] * (len(k) if isinstance(k, tuple) else 0)
+        elif dim[1:].isdigit() and dim.startswith("*"):
+            sizes.append(int(dim[1:]))
         elif dim.startswith("*"):
             tail = bound[dim[1:]]
             sizes += list(tail) if isinstance(tail, tuple) else [tail]

@@ -218,7 +218,7 @@ def layouts_land_alike(kind: Kind) -> None:
 def declarations_are_what_build_does(kind: Kind) -> None:
     """What ``touches`` says from headers is what ``build`` makes of the tensors, and ``dissolve`` undoes ``build``."""
     dissolved = 0
-    for case, group, tensors in _groups(kind):
+    for case, parameter, group, tensors in _groups(kind):
         dissolved += 1
         declared = {slot.name: slot for slot in kind.slots}
         _hold(tensors.keys() <= declared.keys(), f"{case.name}: dissolve gives slots that the kind does not declare")
@@ -227,31 +227,34 @@ def declarations_are_what_build_does(kind: Kind) -> None:
         built = kind.build(group, tensors)
         touches = {touch.parameter: touch for touch in kind.touches(group)}
         _hold(touches.keys() == built.keys(), f"{case.name}: touches {sorted(touches)}, builds {sorted(built)}")
-        rebuilt = built["weight"]
+        rebuilt = built[parameter]
         _same(rebuilt, case, "build after dissolve")
-        for parameter, delta in built.items():
-            touch = touches[parameter]
+        for name, delta in built.items():
+            touch = touches[name]
             _hold(touch.additive == delta.additive, f"{case.name}: touch and delta disagree on additive")
             _hold(touch.replaces == (delta.replacement() is not None), f"{case.name}: they disagree on replaces")
             _hold(touch.reads == delta.reads, f"{case.name}: they disagree on reads")
-        touch = touches["weight"]
+        touch = touches[parameter]
         shape = tuple(case.weight.shape)
         bound: Binding = {}
         for slot in touch.slots:
             bound = unify(declared[slot].dims, group.slots[slot].shape, bound, name=slot)
-        unify(touch.dims, shape, bound, name="weight")
+        unify(touch.dims, shape, bound, name=parameter)
         try:
-            unify(touch.dims, tuple(size + 1 for size in shape), bound, name="weight")
+            unify(touch.dims, tuple(size + 1 for size in shape), bound, name=parameter)
         except ShapeMisfit:
             pass
         else:
-            _hold(False, f"{case.name}: the declared dims [{touch.dims}] let a weight of any size pass")
+            larger = torch.zeros([size + 1 for size in shape], dtype=torch.float64)
+            _hold(
+                _takes(rebuilt, larger), f"{case.name}: the declared dims [{touch.dims}] let a weight of any size pass"
+            )
         if touch.local:
             try:
                 rebuilt.region(slice(1, 3), ALL)
             except NotLocal:
                 _hold(False, f"{case.name}: declared local, and refuses a window of rows")
-    _hold(dissolved > 0, f"{kind.name}: dissolve recognises no example on the parameter 'weight'")
+    _hold(dissolved > 0, f"{kind.name}: dissolve recognises no example on a weight or a bias")
 
 
 def spellings_lose_nothing(kind: Kind) -> None:
@@ -270,7 +273,7 @@ def spellings_lose_nothing(kind: Kind) -> None:
         for name, field in spelling.fields.items():
             meanings = field.inert + field.used + bool(field.refuse)
             _hold(meanings == 1, f"{says}: field {name} is not just one of inert, used and refused")
-        for case, group, tensors in _groups(kind):
+        for case, parameter, group, tensors in _groups(kind):
             try:
                 config = spelling.config({group.module: group})
             except CannotCarry:
@@ -281,7 +284,7 @@ def spellings_lose_nothing(kind: Kind) -> None:
             for name in options.keys() & group.options.keys():
                 _hold(options[name] == group.options[name], f"{case.name}: {spelling.format} reads another {name} back")
             read = Group(module=group.module, kind=kind.name, slots=group.slots, options={**group.options, **options})
-            _same(kind.build(read, tensors)["weight"], case, f"what {spelling.format} reads back")
+            _same(kind.build(read, tensors)[parameter], case, f"what {spelling.format} reads back")
 
 
 LAWS: Mapping[str, Callable[[Kind], None]] = MappingProxyType(
@@ -333,14 +336,28 @@ def _same(delta: Delta, case: Case, says: str) -> None:
     )
 
 
-def _groups(kind: Kind) -> Iterator[tuple[Case, Group, dict[str, torch.Tensor]]]:
-    """Every example that dissolves on its own, as the group a file would hold."""
+def _takes(delta: Delta, weight: torch.Tensor) -> bool:
+    """Whether the delta changes this weight; a spectrum, say, fits every size, and then no pattern can tell."""
+    try:
+        delta.delta(weight)
+    except BaseMismatch:
+        return False
+    return True
+
+
+def _groups(kind: Kind) -> Iterator[tuple[Case, str, Group, dict[str, torch.Tensor]]]:
+    """Every example that dissolves, with its parameter, as the group a file would hold.
+
+    Kinds differ in what they change: the weight, the bias, or always both alike.
+    """
     for case in cases(kind):
-        dissolved = kind.dissolve({"weight": case.delta})
-        if dissolved is None:
-            continue
-        tensors, options = dissolved
-        yield case, _group(kind, tensors, options), tensors
+        both = [("weight", "bias")] if case.weight.dim() > 1 else []
+        for parameters in (("weight",), ("bias",), *both):
+            dissolved = kind.dissolve(dict.fromkeys(parameters, case.delta))
+            if dissolved is not None:
+                tensors, options = dissolved
+                yield case, parameters[0], _group(kind, tensors, options), tensors
+                break
 
 
 def _group(kind: Kind, tensors: Mapping[str, torch.Tensor], options: Mapping[str, JSON]) -> Group:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorahub.record import AdapterRecord
+from lorahub.records import AdapterRecord
 from lorahub.report import CheckReport
 
 FOLDER = Path(__file__).parent

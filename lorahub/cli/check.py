@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import api
+from lorahub import merging
 from lorahub.cli.options import allow_option, base_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 from lorahub.findings import Verdict
@@ -28,7 +28,7 @@ def check(ref: str, base: str | None, runtime: str | None, allow: tuple[str, ...
     6 unavailable.
     """
     with out.progress("checking") as progress:
-        report = api.check(ref, base, runtime=runtime, allow=allow, hub=hub, progress=progress)
+        report = merging.check(ref, base, runtime=runtime, allow=allow, hub=hub, progress=progress)
     axes = [(axis, str(verdict)) for axis, verdict in report.axes.items()]
     out.answer(
         report.document(),

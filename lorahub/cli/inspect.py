@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import api
+from lorahub import sources
 from lorahub.cli.options import hub_option, output_options
 from lorahub.cli.output import Output, aligned, size
 from lorahub.inspection import Inspection
@@ -22,7 +22,7 @@ def inspect(ref: str, hub: str | None, out: Output) -> None:
     REF is a folder, a safetensors file, or NS/NAME[@VERSION]. Only headers are read.
     """
     with out.progress("pulling") as progress:
-        found = api.inspect(ref, hub=hub, progress=progress)
+        found = sources.inspect(ref, hub=hub, progress=progress)
     out.answer(found.document(), text=_text(found), bare=found.format)
     out.findings(found.findings)
 

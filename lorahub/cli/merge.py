@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import api
+from lorahub import merging
 from lorahub.cli.options import allow_option, base_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned, size
 from lorahub.errors import UsageError
@@ -46,7 +46,7 @@ def merge(
     if not plan_only and not target:
         raise UsageError("merge needs -o FOLDER, or --plan to only look", f"lorahub merge {' '.join(refs)} --plan")
     with out.progress("reading") as progress:
-        job = api.prepare(base, refs, allow=allow, hub=hub, progress=progress)
+        job = merging.prepare(base, refs, allow=allow, hub=hub, progress=progress)
     if plan_only:
         out.answer(job.document(), text=f"{job.plan.explain()}\nverdict    {job.verdict}", bare=job.plan.digest())
         out.findings(job.findings)

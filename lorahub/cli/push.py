@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import api
+from lorahub import publishing
 from lorahub.cli.options import hub_option, output_options
 from lorahub.cli.output import Output, aligned, size
 
@@ -26,7 +26,9 @@ def push(ref: str, folder: str, version: str | None, message: str, dry_run: bool
     listed. The version is written into the folder's lorahub.json.
     """
     with out.progress(f"pushing {ref}") as progress:
-        pushed = api.push(folder, ref, version=version, message=message, dry_run=dry_run, hub=hub, progress=progress)
+        pushed = publishing.push(
+            folder, ref, version=version, message=message, dry_run=dry_run, hub=hub, progress=progress
+        )
     for name in pushed.skipped:
         out.say(f"skipped: {name}")
     rows = [(path, size(pin.size), (pin.sha256 or "")[:12]) for path, pin in sorted(pushed.pin.files.items())]

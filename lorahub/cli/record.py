@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import api
+from lorahub import publishing
 from lorahub.cli.options import base_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 
@@ -49,7 +49,7 @@ def record(
         "trigger_words": list(trigger_words) or None,
     }
     with out.progress("hashing") as progress:
-        written = api.record(
+        written = publishing.record(
             folder,
             base,
             base_repo=base_repo,

@@ -9,12 +9,16 @@ import math
 from typing import TYPE_CHECKING
 
 from lorahub.errors import BaseMismatch
+from lorahub.shapes import Binding, unify
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorahub.deltas.delta import Delta, Index
+    from lorahub.deltas.kind import Group
     from lorahub.lazy import torch
 
-__all__ = ["covers", "expect_matrix", "expect_shape"]
+__all__ = ["bind_slots", "covers", "expect_matrix", "expect_shape"]
 
 
 def expect_shape(delta: Delta, weight: torch.Tensor) -> None:
@@ -44,3 +48,15 @@ def covers(index: Index, size: int) -> bool:
     """Whether ``index`` takes every one of ``size`` positions once, in any order."""
     positions = range(*index.indices(size)) if isinstance(index, slice) else index
     return len(positions) == size and set(positions) == set(range(size))
+
+
+def bind_slots(group: Group, patterns: Mapping[str, str]) -> Binding:
+    """The sizes that a group's slots have in common, where their patterns depend on the form the group has.
+
+    Raises:
+        ShapeMisfit: they do not fit together.
+    """
+    bound: Binding = {}
+    for slot, pattern in patterns.items():
+        bound = unify(pattern, group.slots[slot].shape, bound, name=group.slots[slot].key)
+    return bound

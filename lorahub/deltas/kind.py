@@ -21,12 +21,16 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A named tensor of a kind: ``down`` with dims ``"r in *k"``.  ``shared`` slots exist once per adapter."""
+    """A named tensor of a kind: ``down`` with dims ``"r in *k"``.
+
+    ``shared`` slots exist once per adapter; ``prunable`` ones may have no elements left.
+    """
 
     name: str
     dims: str
     optional: bool = False
     shared: bool = False
+    prunable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,27 +8,19 @@ rank it must agree.  Knows configs and headers, no tensors; fields common to all
 from __future__ import annotations
 
 import math
-import re
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
 
 from lorahub.deltas.kind import JSON, Field, Group, Leaf, TensorRef
-from lorahub.deltas.patterns import first_match
+from lorahub.deltas.peft_config import alpha_for, chosen, flag, patterned
 from lorahub.errors import CannotCarry, IntegrityError
 
 __all__ = ["FIELDS", "LEAVES", "config", "dora_options", "lora_options"]
-
-Number = TypeVar("Number", int, float)
 
 _RULES: Mapping[bool, tuple[str, Callable[[int], float]]] = MappingProxyType(
     {False: ("alpha/r", float), True: ("alpha/sqrt(r)", math.sqrt)}
 )
 """``use_rslora`` -> how the scale follows from alpha: name and divisor."""
-
-_PLAIN = re.compile(r"[\w.\-]+")
 
 _MOVED = (
     "it was started from changed base weights (pissa, olora, corda, lora_ga, loftq); make it plain LoRA first, in PEFT "
@@ -110,11 +102,11 @@ def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, Te
             other way round).
         UnsupportedKind: a pattern that cannot be matched safely.
     """
-    if _flag(config, "use_dora"):
+    if flag(config, "use_dora"):
         raise IntegrityError(f"{module}: use_dora is true, and the file has no lora_magnitude_vector for it")
-    if _flag(config, "lora_bias") != ("bias" in slots):
+    if flag(config, "lora_bias") != ("bias" in slots):
         has = "has a lora_B.bias" if "bias" in slots else "has no lora_B.bias"
-        raise IntegrityError(f"{module}: lora_bias is {str(_flag(config, 'lora_bias')).lower()}, and the file {has}")
+        raise IntegrityError(f"{module}: lora_bias is {str(flag(config, 'lora_bias')).lower()}, and the file {has}")
     return _scale(config, module, slots)
 
 
@@ -125,9 +117,9 @@ def dora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, Te
         IntegrityError: the config states another rank, or denies that this is DoRA.
         UnsupportedKind: a pattern that cannot be matched safely.
     """
-    if not _flag(config, "use_dora"):
+    if not flag(config, "use_dora"):
         raise IntegrityError(f"{module}: use_dora is false, and the file has {slots['magnitude'].key}")
-    if _flag(config, "lora_bias"):
+    if flag(config, "lora_bias"):
         raise IntegrityError(f"{module}: lora_bias and use_dora are both true, which PEFT does not allow")
     return _scale(config, module, slots)
 
@@ -137,13 +129,13 @@ def _scale(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRe
     rank = down.shape[0] if down.shape else 0
     if rank < 1:
         raise IntegrityError(f"{down.key} {list(down.shape)} has no rank")
-    stated, where = _chosen(config, "rank_pattern", "r", module)
+    stated, where = chosen(config, "rank_pattern", "r", module)
     if stated is not None and stated != rank and not _refused(config):
         raise IntegrityError(f"{module}: {where} says rank {stated}, and {down.key} has rank {rank}")
-    alpha, _ = _chosen(config, "alpha_pattern", "lora_alpha", module)
+    alpha, _ = chosen(config, "alpha_pattern", "lora_alpha", module)
     if alpha is None:
         alpha = 8  # what PEFT assumes
-    rule, divisor = _RULES[_flag(config, "use_rslora")]
+    rule, divisor = _RULES[flag(config, "use_rslora")]
     return {"scale": alpha / divisor(rank), "scale_rule": rule, "alpha": alpha, "rank": rank}
 
 
@@ -152,27 +144,6 @@ def _refused(config: Mapping[str, JSON]) -> bool:
     return any(
         field.refuse and config.get(name) and config[name] not in field.harmless for name, field in FIELDS.items()
     )
-
-
-def _chosen(config: Mapping[str, JSON], patterns: str, base: str, module: str) -> tuple[int | float | None, str]:
-    """The number that holds for ``module``, and which field it came from; None where the config says nothing."""
-    table = config.get(patterns) or {}
-    if not isinstance(table, Mapping):
-        raise IntegrityError(f"{patterns} should map module names to numbers, not be {table!r}")
-    key = first_match(table, module, field=patterns)
-    value, where = (config.get(base), base) if key is None else (table[key], f"{patterns}[{key!r}]")
-    if value is None and key is None:
-        return None, where
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise IntegrityError(f"{where} should be a number, not {value!r}")
-    return value, where
-
-
-def _flag(config: Mapping[str, JSON], name: str) -> bool:
-    value = config.get(name) or False
-    if not isinstance(value, bool):
-        raise IntegrityError(f"{name} should be true or false, not {value!r}")
-    return value
 
 
 def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
@@ -200,8 +171,8 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
         )
     ranks = {name: group.slots["down"].shape[0] for name, group in groups.items()}
     rslora, alphas = _alphas(groups, ranks)
-    r, rank_pattern = _patterned(ranks)
-    alpha, alpha_pattern = _patterned(alphas)
+    r, rank_pattern = patterned(ranks)
+    alpha, alpha_pattern = patterned(alphas)
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -242,7 +213,7 @@ def _alphas(groups: Mapping[str, Group], ranks: Mapping[str, int]) -> tuple[bool
         for rslora in rules:
             found: dict[str, int | float] = {}
             for name, scale in scales.items():
-                alpha = _alpha(scale, groups[name].options.get("alpha"), _RULES[rslora][1](ranks[name]), whole)
+                alpha = alpha_for(scale, groups[name].options.get("alpha"), _RULES[rslora][1](ranks[name]), whole=whole)
                 if alpha is None:
                     break
                 found[name] = alpha
@@ -252,30 +223,3 @@ def _alphas(groups: Mapping[str, Group], ranks: Mapping[str, int]) -> tuple[bool
         "PEFT derives each scale from an alpha by one rule for the whole adapter, and none gives these scales exactly: "
         + ", ".join(f"{name} {scale!r}" for name, scale in sorted(scales.items()))
     )
-
-
-def _alpha(scale: JSON, stated: JSON, divisor: float, whole: bool) -> int | float | None:
-    """An alpha with ``alpha / divisor == scale`` in double precision, or None."""
-    if not isinstance(scale, int | float) or not math.isfinite(scale * divisor):
-        return None
-    near = scale * divisor
-    candidates: list[int | float] = [round(near)]
-    if isinstance(stated, int | float):
-        candidates.insert(0, stated)
-    if not whole:
-        candidates += [near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
-    return next((alpha for alpha in candidates if alpha / divisor == scale), None)
-
-
-def _patterned(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
-    """The commonest value, and the others by pattern: plain names where PEFT finds the right one by them."""
-    base = Counter(values.values()).most_common(1)[0][0]
-    plain = {name: value for name, value in values.items() if value != base}
-
-    def found(name: str) -> Number:
-        key = first_match(plain, name, field="pattern")
-        return base if key is None else plain[key]
-
-    if all(map(_PLAIN.fullmatch, plain)) and all(found(name) == value for name, value in values.items()):
-        return base, plain
-    return base, {f"^{re.escape(name)}": value for name, value in plain.items()}

@@ -104,15 +104,19 @@ class _Product:
     squares: float
 
     @classmethod
-    def of(cls, ups: Sequence[torch.Tensor], downs: Sequence[torch.Tensor]) -> Self:
-        up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
+    def of(
+        cls, factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]], device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        """One product out of several (up, down, weight)."""
+        up = torch.cat([up.to(device, dtype) * weight for up, _, weight in factors], 1)
+        down = torch.cat([down.to(device, dtype) for _, down, _ in factors])
         wide, long = up.double(), down.double()
         size = float((wide.T @ wide * (long @ long.T)).sum())
         return cls(up, down, max(size, 0.0))  # rounding can take a vanishing product below zero
 
     def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
         assert before is not None
-        total = space.take("total", before.shape, sums.dtype, out.device).copy_(before)
+        total = space.take("total", before.shape, self.up.dtype, out.device).copy_(before)
         size = squares(total)
         self.add(rows, total)
         sums.finish(total, out, size, self.squares)
@@ -147,20 +151,16 @@ class _Sum:
 
 def _recipe(start: int, stop: int, parts: Sequence[_Part], sums: Sums) -> _Recipe:
     """What parts that each cover rows ``start`` to ``stop`` come to."""
-    values, ups, downs, deltas = [], [], [], []
-    for part in parts:
-        rows = slice(start - part.start, stop - part.start)
-        if part.value is not None:
-            values.append(part.value[rows])
-        elif part.up is not None and part.down is not None:
-            ups.append(sums.cast(part.up[rows]) * part.weight)
-            downs.append(sums.cast(part.down))
-        elif part.delta is not None:
-            deltas.append((part.weight, part.delta.region(rows, ALL)))
-    value, product = values[0] if values else None, _Product.of(ups, downs) if ups else None
-    if deltas or (value is not None and product is not None):
-        return _Sum(value, product, tuple(deltas))
-    return product or (_Keep() if value is None else _Put(value))
+    rows = {id(part): slice(start - part.start, stop - part.start) for part in parts}
+    values = [part.value[rows[id(part)]] for part in parts if part.value is not None]
+    deltas = tuple((part.weight, part.delta.region(rows[id(part)], ALL)) for part in parts if part.delta is not None)
+    factors = [(part.up[rows[id(part)]], part.down, part.weight) for part in parts if part.up is not None]
+    value = values[0] if values else None
+    if not factors and not deltas:
+        return _Keep() if value is None else _Put(value)
+    lean = value is None and not deltas
+    product = _Product.of(factors, sums.device, sums.lean if lean else sums.dtype) if factors else None
+    return product if lean and product else _Sum(value, product, deltas)
 
 
 @final

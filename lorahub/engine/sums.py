@@ -1,6 +1,8 @@
 """How changes to weights are summed: in which dtype, in windows of which size, and whether the result is a number.
 
-Sums are float32 for 16-bit and 8-bit storage and float64 for wider storage, and are rounded once.
+Sums are float32 for 16-bit and 8-bit storage and float64 for wider storage, and are rounded once.  Where a change to
+float16 weights takes more than one product (DoRA, say), its several roundings in float32 would reach the eleven bits of
+the result about once in ten thousand elements, so these sums are float64 as well.
 """
 
 from __future__ import annotations
@@ -64,16 +66,25 @@ class Change:
 
 @final
 class Sums:
-    """How sums are made for one stored parameter: in which dtype, where, in windows of which size."""
+    """How sums are made for one stored parameter.
+
+    Attributes:
+        storage: what results are rounded to.
+        device: where sums are made.
+        lean: dtype of the weights plus one product of factors.
+        dtype: dtype of every other sum.
+        window, unit: bytes of a window in ``dtype``, and of a unit as stored.
+    """
 
     def __init__(self, storage: torch.dtype, device: torch.device) -> None:
         self.storage, self.device = storage, device
-        self.dtype = torch.float32 if storage.itemsize < 4 else torch.float64
+        self.lean = torch.float32 if storage.itemsize < 4 else torch.float64
+        self.dtype = torch.float64 if storage == torch.float16 else self.lean
         self.window, self.unit = (WINDOW, UNIT) if device.type == "cpu" else (_ON_DEVICE, _ON_DEVICE)
         self._safe = torch.finfo(storage).max / 2 if storage.is_floating_point else math.inf
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` where and in which dtype sums are made."""
+        """``tensor`` where and as sums are made."""
         return tensor.to(self.device, self.dtype)
 
     def finish(self, total: torch.Tensor, out: torch.Tensor, before: float, added: float) -> None:
@@ -103,5 +114,6 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def squares(tensor: torch.Tensor) -> float:
+    """The sum of the squares of all elements."""
     norm = float(torch.linalg.vector_norm(tensor))
     return norm * norm

@@ -40,7 +40,7 @@ from lorahub.findings import Claim, Verdict
 from lorahub.formats.format import AdapterFiles, Part, Reading, Written
 from lorahub.formats.peft import PeftFormat
 from lorahub.plugins import Registry
-from lorahub.record import AdapterRecord, BaseRecord
+from lorahub.records import AdapterRecord, BaseRecord
 
 PREFIX = "base_model.model."
 CONFIG: dict[str, JSON] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "acme/base"}

@@ -17,7 +17,7 @@ from packaging.version import Version as PackagingVersion
 
 from lorahub.errors import AccessDenied, NotFound, RecordError
 from lorahub.names import path_problem
-from lorahub.record import LIMIT, AdapterRecord, BaseRecord, FileRecord, ModuleRecord, is_path
+from lorahub.records import LIMIT, AdapterRecord, BaseRecord, FileRecord, ModuleRecord, is_path
 from lorahub.record_fields import PATTERNS
 
 COMMIT = "d97c1715fd52a7a7dc38c61a2a6b07e1c9481697"

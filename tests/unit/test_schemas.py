@@ -13,7 +13,7 @@ import pytest
 
 from lorahub.errors import RecordError
 from lorahub.findings import Finding, Verdict
-from lorahub.record import AdapterRecord
+from lorahub.records import AdapterRecord
 from lorahub.report import CheckReport
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"

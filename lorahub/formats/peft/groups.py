@@ -71,10 +71,10 @@ def group_factors(found: Names, ways: Ways, header: Header, config: Mapping[str,
         if module in groups:
             trouble.add("key-twice", keys.values(), f"{spelled} and another name both mean the base's {module}")
             continue
-        if broken := [key for key in keys.values() if 0 in header.tensors[key].shape]:
+        fit = _choose(ways, keys, found.shared)
+        if broken := [key for suffix, key in keys.items() if _emptied(header, key, suffix, fit)]:
             trouble.add("tensor-empty", keys.values(), f"{broken[0]} is {list(header.tensors[broken[0]].shape)}")
             continue
-        fit = _choose(ways, keys, found.shared)
         if isinstance(fit, str):
             trouble.add("slot-missing", keys.values(), f"{spelled} {fit}")
             continue
@@ -100,6 +100,12 @@ def group_factors(found: Names, ways: Ways, header: Header, config: Mapping[str,
     shared = _shared(found, ways, header, {group.kind for group in groups.values()})
     trouble.add_unused(found, shared)
     return Grouped(tuple(groups.values()), shared, (*trouble.findings(), *_unlisted(found, config)))
+
+
+def _emptied(header: Header, key: str, suffix: str, fit: _Fit | str) -> bool:
+    """Whether a tensor has no elements, and no kind that could have pruned them away."""
+    prunable = isinstance(fit, _Fit) and fit.kind.slot(fit.leaves[suffix].slot).prunable
+    return 0 in header.tensors[key].shape and not prunable
 
 
 def _choose(ways: Ways, present: Collection[str], shared: Collection[str]) -> _Fit | str:

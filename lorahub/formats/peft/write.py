@@ -66,8 +66,13 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
         else:
             modules.setdefault(target.module, {})[target.parameter] = delta
     roles = hints.get("roles")
+    spelled = {kind.name for kind in kinds for spelling in kind.spellings if spelling.format == "peft"}
     for module, parameters in modules.items():
-        whole = {name: delta for name, delta in parameters.items() if delta.replacement() is not None}
+        whole = {
+            name: delta
+            for name, delta in parameters.items()
+            if delta.replacement() is not None and delta.kind not in spelled
+        }
         rest = {name: delta for name, delta in parameters.items() if name not in whole}
         if rest:
             named = roles if isinstance(roles, dict) else {}

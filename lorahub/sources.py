@@ -1,0 +1,260 @@
+"""Where adapters and bases come from: what people write, turned into headers, tensors and indices.
+
+A source is a folder, a file, ``ns/name@1.2`` on a hub, or an object that is open already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lorahub import inspection
+from lorahub.adapter import Adapter, AdapterHeader, open_header
+from lorahub.adapter import load as load_tensors
+from lorahub.bases.framework import BaseFiles, Framework
+from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.bases.open import index_base, index_live, survey_base
+from lorahub.bases.weights import weights_digest
+from lorahub.errors import NotFound, UsageError
+from lorahub.hub import open_hub
+from lorahub.names import Ref
+from lorahub.plugins import load_registry
+from lorahub.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorahub.hub.hub import Pin
+
+__all__ = [
+    "Base",
+    "Given",
+    "Progress",
+    "Pulled",
+    "Source",
+    "as_ref",
+    "header_of",
+    "inspect",
+    "load",
+    "open_base",
+    "pull",
+    "quiet",
+    "recorded_base",
+]
+
+Source: TypeAlias = "str | os.PathLike[str] | Ref"
+"""An adapter as people write it: a folder, a file, or ``ns/name[@SELECTOR][/path][:WEIGHT]``."""
+
+Given: TypeAlias = "Source | Adapter | AdapterHeader"
+"""An adapter as people write it, or one that is open."""
+
+
+Progress: TypeAlias = "Callable[[int, int], None]"
+"""Called with (done, in all): bytes where files move, parameters where a live model changes."""
+
+
+def quiet(_done: int, _total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """An adapter that was fetched: its verified folder, and exactly which commit and files it is."""
+
+    folder: Path
+    pin: Pin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where an adapter lies: its folder, the weights file that the reference named (or ""), and what people call it."""
+
+    folder: Path
+    weight_name: str
+    label: str
+
+
+def as_ref(source: Source, *, bare: bool = False) -> Ref:
+    """The reference; a path that exists is taken as a path, also where it could be a name on a hub.
+
+    Args:
+        source: what was given.
+        bare: also take names without a namespace, as old bases have ("gpt2").
+    """
+    if isinstance(source, Ref):
+        return source
+    text = os.fspath(source)
+    head, equals, tail = text.partition("=")
+    name, place = (f"{head}=", tail) if equals and head.isidentifier() else ("", text)
+    if place and not Path(place).is_absolute():
+        local = Ref.parse(f"{name}./{place}")
+        if local.path is not None and Path(local.path).exists():
+            return local
+    return Ref.parse(text, bare=bare)
+
+
+def _fetch(ref: Ref, hub: str | None, local_files_only: bool, progress: Progress) -> Pulled:
+    opened = open_hub(hub, local_files_only=local_files_only)
+    pin = opened.resolve(ref)
+    return Pulled(folder=opened.pull(pin, progress=lambda _file, done, total: progress(done, total)), pin=pin)
+
+
+def _locate(source: Source, hub: str | None, local_files_only: bool, progress: Progress) -> _Place:
+    ref = as_ref(source)
+    if ref.path is None:
+        pulled = _fetch(ref, hub, local_files_only, progress)
+        return _Place(folder=pulled.folder, weight_name=pulled.pin.file, label=str(pulled.pin))
+    path = Path(ref.path).expanduser()
+    if path.is_dir():
+        return _Place(folder=path, weight_name="", label=ref.path)
+    if path.is_file():
+        return _Place(folder=path.parent, weight_name=path.name, label=ref.path)
+    raise NotFound(
+        f"there is no adapter at {path}", "give a folder, a .safetensors file, or ns/name[@VERSION] on a hub"
+    )
+
+
+def pull(ref: Source, *, hub: str | None = None, local_files_only: bool = False, progress: Progress = quiet) -> Pulled:
+    """Fetch an adapter from a hub, verify every file, and say where it lies.
+
+    Args:
+        ref: ``ns/name[@SELECTOR][/folder-or-file]``.
+        hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        local_files_only: use the cache alone.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        Unavailable: it does not exist, is not accessible, or the network is needed and not there.
+        IntegrityError: a file is not what the hub says it is.
+    """
+    parsed = as_ref(ref)
+    if parsed.path is not None:
+        raise UsageError(f"{ref} is a local path; only hub references are pulled", "lorahub pull NS/NAME[@VERSION]")
+    return _fetch(parsed, hub, local_files_only, progress)
+
+
+def header_of(
+    source: Given, registry: Registry, *, hub: str | None, progress: Progress, index: BaseIndex | None = None
+) -> AdapterHeader:
+    """The header of an adapter, read against a base where ``index`` is given.
+
+    Raises:
+        UsageError: it lies in no folder yet.
+        NotFound, UnsupportedFormat, IntegrityError: see ``lorahub.load``.
+    """
+    if isinstance(source, Adapter):
+        if source.header is None:
+            raise UsageError(
+                "this adapter lies in no folder yet", "save it first: lorahub.adapter.save(adapter, FOLDER)"
+            )
+        source = source.header
+    if isinstance(source, AdapterHeader):
+        if index is None:
+            return source
+        return open_header(source.folder, registry, index=index, weight_name=source.reading.file, label=source.label)
+    found = _locate(source, hub, False, progress)
+    return open_header(found.folder, registry, index=index, weight_name=found.weight_name, label=found.label)
+
+
+def inspect(source: Source, *, hub: str | None = None, progress: Progress = quiet) -> inspection.Inspection:
+    """Say what an adapter is, from headers alone; no torch."""
+    registry = load_registry()
+    return inspection.inspect(header_of(source, registry, hub=hub, progress=progress), registry)
+
+
+def load(
+    source: Source,
+    *,
+    hub: str | None = None,
+    weight_name: str = "",
+    local_files_only: bool = False,
+    progress: Progress = quiet,
+) -> Adapter:
+    """An adapter with its tensors.
+
+    Args:
+        source: a folder, a file, or a reference.
+        hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        weight_name: which weights file, where a folder holds several.
+        local_files_only: use the cache alone.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UnsupportedFormat, UnsupportedKind: nobody can read it, or it is no weight change.
+        IntegrityError: its files contradict themselves, or hold NaN or infinity.
+    """
+    registry = load_registry()
+    found = _locate(source, hub, local_files_only, progress)
+    return load_tensors(
+        open_header(found.folder, registry, weight_name=weight_name or found.weight_name, label=found.label), registry
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A base at hand: its index, the framework that names it, and where it is.
+
+    Attributes:
+        files: its files, or None for a live model.
+        model: the live model, or None for files.
+    """
+
+    index: BaseIndex
+    framework: Framework
+    files: BaseFiles | None = None
+    model: nn.Module | None = None
+
+
+def open_base(base: Source | nn.Module | Base, *, digest: bool = False, progress: Progress = quiet) -> Base:
+    """A base by its headers (a folder, a file, ``ns/name[@COMMIT]``) or as a live model; no weights are read.
+
+    Args:
+        base: what to open.
+        digest: hash the weight files too (once; remembered), which tells equal shapes with other weights apart.
+        progress: called with (bytes done, bytes in all).
+    """
+    registry = load_registry()
+    if isinstance(base, Base):
+        return base
+    if not isinstance(base, str | os.PathLike | Ref):
+        framework, index = index_live(base, registry.frameworks)
+        return Base(index=index, framework=framework, model=base)
+    ref = as_ref(base, bare=True)
+    if ref.path is not None:
+        place = Path(ref.path).expanduser()
+        if not place.exists():
+            raise NotFound(
+                f"there is no base at {place}",
+                "give a folder with config.json and safetensors files, or NS/NAME[@COMMIT]",
+            )
+        where = BaseRef(folder=str(place.resolve()))
+    else:
+        from lorahub.hub.huggingface import HuggingFaceHub  # noqa: PLC0415 - slow to import, and a folder needs none of it
+
+        bases = HuggingFaceHub()
+        pin = bases.base_pin(ref)
+        place = bases.pull(pin, progress=lambda _file, done, total: progress(done, total))
+        where = BaseRef(repo=pin.repo, commit=pin.commit, subfolder=pin.subfolder, folder=str(place))
+    files = survey_base(place)
+    framework, index = index_base(
+        files, where, registry.frameworks, weights=weights_digest(files, progress=progress) if digest else ""
+    )
+    return Base(index=index, framework=framework, files=files)
+
+
+def recorded_base(header: AdapterHeader) -> str:
+    """The base that the adapter's record names, as a reference.
+
+    Raises:
+        UsageError: it names none that can be fetched.
+    """
+    recorded = header.record.base if header.record else None
+    if recorded and recorded.repo_id:
+        return f"{recorded.repo_id}@{recorded.revision}" if recorded.revision else recorded.repo_id
+    raise UsageError(
+        f"{header.label} does not record a base that can be fetched",
+        "name the base: --base FOLDER or --base NS/NAME[@COMMIT]",
+    )
