@@ -76,7 +76,8 @@ class LorahubError(Exception):
         self.findings = findings
 
     def __str__(self) -> str:
-        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+        told = [finding.show() for finding in self.findings if finding.message not in self.message]
+        return "\n  ".join([self.message, *told, *filter(None, [self.hint])])
 
 
 class UsageError(LorahubError):
