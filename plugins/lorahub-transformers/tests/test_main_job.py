@@ -64,7 +64,7 @@ def names(folder: Path) -> set[str]:
 def test_a_head_that_the_base_lacks_is_created_and_loads(tiny: Tiny, saved: Saved, tmp_path: Path) -> None:
     bare = saved(tiny("bert", "BertModel"))
     classifier = transformers.BertForSequenceClassification.from_pretrained(bare, num_labels=3)
-    adapter = adapt(classifier, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    adapter = adapt(classifier, tmp_path / "adapter", target_modules=["query", "value"], task_type="SEQ_CLS")
     report = lorahub.merge(bare, {"adapter": adapter}, out=tmp_path / "out")
     assert report.created == ("classifier.bias", "classifier.weight")
     # the model with a head spells the encoder's parameters behind its prefix
