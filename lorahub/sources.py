@@ -18,9 +18,9 @@ from lorahub.bases.framework import BaseFiles, Framework
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.open import index_base, index_live, survey_base
 from lorahub.bases.weights import weights_digest
-from lorahub.errors import NotFound, UsageError
+from lorahub.errors import InvalidRef, NotFound, Unavailable, UsageError
 from lorahub.hub import open_hub
-from lorahub.names import Ref
+from lorahub.names import Ref, printable
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 
@@ -93,7 +93,12 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
         local = Ref.parse(f"{name}./{place}")
         if local.path is not None and Path(local.path).exists():
             return local
-    return Ref.parse(text, bare=bare)
+    try:
+        return Ref.parse(text, bare=bare)
+    except InvalidRef as error:
+        if "/" in text or "@" in text or ":" in text:
+            raise
+        raise NotFound(f"there is no file or folder called {printable(text)} here", error.hint) from None
 
 
 def _fetch(ref: Ref, hub: str | None, local_files_only: bool, progress: Progress) -> Pulled:
@@ -235,7 +240,10 @@ def open_base(base: Source | nn.Module | Base, *, digest: bool = False, progress
         from lorahub.hub.huggingface import HuggingFaceHub  # noqa: PLC0415 - slow to import, and a folder needs none of it
 
         bases = HuggingFaceHub()
-        pin = bases.base_pin(ref)
+        try:
+            pin = bases.base_pin(ref)
+        except Unavailable as error:
+            raise type(error)(f"{error.message}; nor is there a folder {ref} here", error.hint) from None
         place = bases.pull(pin, progress=lambda _file, done, total: progress(done, total))
         where = BaseRef(repo=pin.repo, commit=pin.commit, subfolder=pin.subfolder, folder=str(place))
     files = survey_base(place)

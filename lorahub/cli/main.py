@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     0 accepted, 1 operational, 2 usage, 3 degraded, 4 incompatible, 5 integrity, 6 unavailable, 130 interrupted.
     """
-    raw = sys.argv[1:] if arguments is None else arguments
+    raw = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = make_cli().main(args=raw, prog_name="lorahub", standalone_mode=False)
     except click.exceptions.Exit as stop:

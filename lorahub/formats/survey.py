@@ -117,6 +117,11 @@ def explain(files: AdapterFiles) -> LorahubError:
             return UnsupportedFormat(
                 f"{files.folder / name} {fault}", "this is no adapter: fetch it again, or ask its author"
             )
+    if files.headers and not config and "architectures" in files.configs.get("config.json", {}):
+        return UnsupportedFormat(
+            f"{files.folder} holds a base model (config.json and {', '.join(files.headers)}), not an adapter",
+            f"name the adapter, and this as its base: lorahub check ADAPTER --base {files.folder}",
+        )
     if files.headers:
         keys = [key for header in files.headers.values() for key in header.tensors]
         shown = ", ".join(keys[:3])

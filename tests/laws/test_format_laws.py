@@ -38,14 +38,19 @@ def adapters(kind: Kind, dtype: torch.dtype) -> Iterator[tuple[dict[Target, Delt
                 examples = [_cast(cls.example(shape, r=2, generator=generator), dtype) for _ in range(3)]
             except BaseMismatch:
                 continue
-            deltas = {
-                Target("", module, "weight"): delta
-                for module, delta in zip(("layers.2.q", "layers.10.k", "head"), examples, strict=True)
-            }
-            for chosen in (deltas, *({target: delta} for target, delta in deltas.items())):
-                roles: dict[str, JSON] = {target.name: "embedding" for target in chosen}
-                yield chosen, {}
-                yield chosen, {"roles": roles}
+            both = [("weight", "bias")] if len(shape) > 1 else []
+            for parameters in (("weight",), ("bias",), *both):
+                deltas = {
+                    Target("", module, parameter): delta
+                    for module, delta in zip(("layers.2.q", "layers.10.k", "head"), examples, strict=True)
+                    for parameter in parameters
+                }
+                modules = dict.fromkeys(target.module for target in deltas)
+                alone = ({target: each for target, each in deltas.items() if target.module == one} for one in modules)
+                for chosen in (deltas, *alone):
+                    roles: dict[str, JSON] = {target.name: "embedding" for target in chosen}
+                    yield chosen, {}
+                    yield chosen, {"roles": roles}
 
 
 def _cast(delta: Delta, dtype: torch.dtype) -> Delta:

@@ -483,9 +483,12 @@ def test_a_weight_change_no_kind_reads_is_refused_by_name(tag: str) -> None:
     assert reading.parts == {}
 
 
-def test_bone_is_explained_as_what_became_of_it(kinds: tuple[Kind, ...]) -> None:
-    reading = read(kinds, {"q.bone_block": (2, 6)}, {"peft_type": "BONE"})
-    assert "MiSS" in finding(reading, "kind-unsupported").message
+def test_bone_is_read_as_what_became_of_it(kinds: tuple[Kind, ...]) -> None:
+    reading = read(kinds, {"q.bone_block": (2, 6)}, {"peft_type": "BONE", "r": 2, "init_weights": True})
+    assert [group.kind for group in reading.groups] == ["miss"]
+    assert reading.findings == ()
+    without = tuple(kind for kind in kinds if kind.name != "miss")
+    assert "MiSS" in finding(read(without, {"q.bone_block": (2, 6)}, {"peft_type": "BONE"}), "kind-unsupported").message
 
 
 # --- the base --------------------------------------------------------------------------------------------------------

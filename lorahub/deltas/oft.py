@@ -1,0 +1,191 @@
+"""OFT: the inputs of a layer turned by an orthogonal matrix, block by block (https://arxiv.org/abs/2306.07280).
+
+``W' = W_2d @ R^T`` with ``R`` block-diagonal, a convolution's inputs being ``in * prod(k)``; PEFT turns an embedding's
+vectors the other way round, ``W' = W @ R``.  A block comes from the skew-symmetric ``Q`` that is stored as its upper
+triangle, and how is a matter of the config, not of the tensors: the exact Cayley transform ``(I - Q)(I + Q)^-1``, or a
+series in ``Q`` that approximates ``(I + Q)(I - Q)^-1`` - the opposite rotation.  Both are what PEFT computes (0.16 to
+0.21.2), so both are followed as the config says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
+
+from lorahub.deltas.delta import Delta, Index
+from lorahub.deltas.fit import expect_matrix
+from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
+from lorahub.deltas.peft_oft import FIELDS, RULES, config, options, size_of_blocks, turned
+from lorahub.deltas.rotation import all_columns, block_size, blockwise, cayley, neumann, number_of_blocks, skew
+from lorahub.errors import BaseMismatch
+from lorahub.hookspecs import hookimpl
+from lorahub.lazy import torch
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["OFT", "Turn"]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn(Delta):
+    """``W @ R^T`` in place of ``W``.
+
+    Attributes:
+        angles: ``[n, b * (b - 1) / 2]``, the upper triangle of each block's ``Q`` row by row.
+        series: coefficients of ``Q``, ``Q^2``, ... in ``R - I``; None for the exact Cayley transform.
+        shared: the one row of ``angles`` serves for every block.
+        limit: COFT's bound on the length of all of ``Q``, or None.
+        turned: ``W @ R`` instead.
+    """
+
+    angles: torch.Tensor
+    series: tuple[float, ...] | None = None
+    shared: bool = False
+    limit: float | None = None
+    turned: bool = False
+
+    kind: ClassVar[str] = "oft"
+    additive: ClassVar[bool] = False
+
+    def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
+        """``W @ (R - I)^T`` over flattened trailing axes.
+
+        Raises:
+            BaseMismatch: the blocks do not add up to the weight's inputs.
+        """
+        expect_matrix(self.kind, tuple(weight.shape))
+        blocks = self._blocks(self.angles.to(weight))
+        flat = weight.flatten(1)
+        if not self.shared and flat.shape[1] != blocks.shape[0] * blocks.shape[1]:
+            raise BaseMismatch(
+                f"an oft delta with {blocks.shape[0]} blocks of {blocks.shape[1]} was given a weight "
+                f"{list(weight.shape)}"
+            )
+        return blockwise(flat, blocks if self.turned else blocks.transpose(1, 2)).reshape(weight.shape)
+
+    def _blocks(self, angles: torch.Tensor) -> torch.Tensor:
+        """``R - I`` of every stored block."""
+        b = block_size(angles.shape[1])
+        assert b is not None  # checked where the delta is built
+        q = skew(angles, b)
+        if self.limit is not None:
+            # PEFT projects whenever it applies the adapter, each block onto its part of the bound
+            bound = self.limit / math.sqrt(angles.shape[0])
+            q = q * (bound / torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True).clamp_min(bound))
+        return cayley(q) if self.series is None else neumann(q, self.series)
+
+    def region(self, rows: Index, cols: Index) -> Self:
+        """The same turn for any rows.
+
+        Raises:
+            NotLocal: the columns are cut.
+        """
+        all_columns(self.kind, cols)
+        return self
+
+    def shape(self) -> None:
+        """None: the blocks say how many inputs there are, not how many outputs."""
+
+    @classmethod
+    def fresh(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """No angles in ``r`` blocks, or as many fewer as the inputs fall into; PEFT's default series.
+
+        Raises:
+            BaseMismatch: ``shape`` is no weight, or has a single input.
+        """
+        return cls(torch.zeros(angles_shape(shape, r), device=generator.device), RULES["0.18.0"](5))
+
+    @classmethod
+    def example(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """Normal angles; exact, a series, shared or bounded, and either way round, at random.
+
+        Raises:
+            BaseMismatch: ``shape`` is no weight, or has a single input.
+        """
+        n, numbers = angles_shape(shape, r)
+        form, way = (int(torch.randint(high, (), generator=generator, device=generator.device)) for high in (4, 2))
+        angles = torch.randn((1 if form == 2 else n, numbers), generator=generator, device=generator.device) * 0.4
+        series = RULES["0.18.0"](5) if form in (1, 2) else None
+        return cls(angles, series, shared=form == 2, limit=0.75 if form == 3 else None, turned=way == 1)
+
+
+def angles_shape(shape: tuple[int, ...], r: int) -> tuple[int, int]:
+    """Blocks and numbers in each, for a weight of ``shape``."""
+    _, _, features = expect_matrix("oft", shape)
+    n = number_of_blocks(features, r)
+    b = features // n
+    return n, b * (b - 1) // 2
+
+
+def touches(group: Group) -> tuple[Touch, ...]:
+    """The weight, its inputs counted over the kernel."""
+    angles = group.slots["angles"]
+    n, b = angles.shape[0], size_of_blocks(angles)
+    dims = f"out *%{b}" if group.options["shared"] else f"out *{n * b}"
+    return (Touch(parameter="weight", dims=dims, slots=("angles",), additive=False),)
+
+
+def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
+    """The weight's delta, the other way round for embeddings."""
+    series, limit = group.options["series"], group.options["limit"]
+    assert series is None or isinstance(series, list)
+    assert limit is None or isinstance(limit, float)
+    return {
+        "weight": Turn(
+            tensors["angles"],
+            None if series is None else tuple(float(each) for each in series if isinstance(each, int | float)),
+            shared=bool(group.options["shared"]),
+            limit=limit,
+            turned=turned(group),
+        )
+    }
+
+
+def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict[str, JSON]] | None:
+    """The inverse of ``build``."""
+    match dict(deltas):
+        case {"weight": Turn() as turn, **others} if not others:
+            series: JSON = None if turn.series is None else [*turn.series]
+            said: dict[str, JSON] = {
+                "series": series,
+                "shared": turn.shared,
+                "limit": turn.limit,
+                "turned": turn.turned,
+            }
+            return {"angles": turn.angles}, said
+    return None
+
+
+OFT = Kind(
+    name="oft",
+    title="OFT",
+    source="https://arxiv.org/abs/2306.07280",
+    slots=(Slot(name="angles", dims="blocks numbers"),),
+    deltas=(Turn,),
+    touches=touches,
+    build=build,
+    dissolve=dissolve,
+    spellings=(
+        Spelling(
+            format="peft",
+            tag="OFT",
+            leaves=(
+                Leaf(slot="angles", suffix="oft_R.weight"),
+                Leaf(slot="angles", suffix="oft_embedding_R.weight", role="embedding"),
+            ),
+            fields=FIELDS,
+            options=options,
+            config=config,
+        ),
+    ),
+)
+
+
+@hookimpl
+def lorahub_kinds() -> list[Kind]:
+    """The built-in OFT."""
+    return [OFT]
