@@ -175,7 +175,9 @@ def test_torch_comes_lazily() -> None:
     eager = [
         str(found)
         for found in IMPORTS
-        if found.target.split(".")[0] == "torch" and not found.types and room(found.importer) not in {"cli", "merging", "publishing", "sources"}
+        if found.target.split(".")[0] == "torch"
+        and not found.types
+        and room(found.importer) not in {"cli", "merging", "publishing", "sources"}
     ]
     assert eager == []
 

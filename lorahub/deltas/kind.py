@@ -137,8 +137,8 @@ class Spelling:
         tag: what the format's config calls the kind ("LORA"); kinds may share a tag (LoRA and DoRA do).
         leaves: every slot's suffixes; several leaves may name one slot (linear and embedding spellings).
         fields: config fields beyond those the format knows for all kinds.
-        options: ``(config, module, slots) -> options`` for one group; raises ``IntegrityError`` where config and tensors
-            disagree.
+        options: ``(config, module, slots) -> options`` for one group; raises ``IntegrityError`` where config and
+            tensors disagree.
         config: the inverse, for writing: ``options`` per module -> config fields; raises ``CannotCarry``.
     """
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: answers on stdout, talk on stderr, exit codes, and the next command to type."""
+"""The command line as a person meets it: stdout, stderr, exit codes, and the next command to type."""
 
 from __future__ import annotations
 

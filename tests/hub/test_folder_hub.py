@@ -21,8 +21,8 @@ from lorahub.errors import (
     UsageError,
     WriteFailed,
 )
-from lorahub.hub import open_hub
 from lorahub.files.user import cache_root
+from lorahub.hub import open_hub
 from lorahub.hub.cache import Cache, pin_of
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.hub import FilePin, Pin, digest_of

@@ -17,8 +17,8 @@ from packaging.version import Version as PackagingVersion
 
 from lorahub.errors import AccessDenied, NotFound, RecordError
 from lorahub.names import path_problem
-from lorahub.records import LIMIT, AdapterRecord, BaseRecord, FileRecord, ModuleRecord, is_path
 from lorahub.record_fields import PATTERNS
+from lorahub.records import LIMIT, AdapterRecord, BaseRecord, FileRecord, ModuleRecord, is_path
 
 COMMIT = "d97c1715fd52a7a7dc38c61a2a6b07e1c9481697"
 DIGEST = "sha256:" + "9f3c" * 16
