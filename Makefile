@@ -57,7 +57,8 @@ clean:
 
 # Core and plugins go in one command: no index has the core, so a plugin could not find it alone.
 $(READY): pyproject.toml requirements-dev.txt constraints.txt $(PLUGINS:%=%/pyproject.toml) | $(BIN)/pip
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
+	@echo 'Installing lorahub, its plugins and the peers of its tests into $(VENV): some minutes, several GB'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
 	    -e '.[torch]' $(PLUGINS:%=-e ./%)
 	@touch $@
 

@@ -239,7 +239,9 @@ def merged(table: Table, place: Place, live_topics: Live, live_parts: Live) -> N
     """Planned, streamed to disk, loaded by plain transformers, compared with PEFT; then in memory and undone."""
     with table.step("merge --plan"):
         out = json.loads(
-            place.lorahub("merge", "demo/topics@1", "--base", place.base, "-o", place.root / "topics", "--plan", "--json")
+            place.lorahub(
+                "merge", "demo/topics@1", "--base", place.base, "-o", place.root / "topics", "--plan", "--json"
+            )
         )
         steps = out["plan"]["steps"]
         expect("parameters planned: query and value in 6 layers, the head's weight and bias", len(steps), 14)

@@ -15,6 +15,7 @@ from lorahub.bases.index import BaseIndex, natural
 from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.delta import Index
 from lorahub.deltas.kind import JSON
+from lorahub.engine.notes import note
 from lorahub.engine.place import FLOATS, Created, Placed, Placement
 from lorahub.engine.steps import Form, Step, Term
 from lorahub.findings import Finding, Verdict
@@ -89,10 +90,10 @@ class _Assembly:
         self._untie()
         if self.whole:
             self.found.append(
-                _note(
+                note(
                     "taken-whole",
                     Verdict.UNVERIFIED,
-                    "the base has nothing that these could be blended with, so they are taken whole whatever the weight",
+                    "the base has nothing to blend these with, so they are taken whole whatever the weight",
                     self.whole,
                 )
             )
@@ -154,7 +155,7 @@ class _Assembly:
         for key, value in edits.config.items():
             if self.config.setdefault(key, value) != value:
                 self.found.append(
-                    _note(
+                    note(
                         "config-conflict",
                         Verdict.INCOMPATIBLE,
                         f"two adapters need another {key} in config.json: {self.config[key]} and {value}",
@@ -175,7 +176,7 @@ class _Assembly:
             for given, new in self.created.get(out, ()):
                 others = sorted({term.adapter for term in terms})
                 self.found.append(
-                    _note(
+                    note(
                         "two-shapes",
                         Verdict.INCOMPATIBLE,
                         f"'{given.name}' brings {out} as {list(new.shape)}, and {' and '.join(map(repr, others))} "
@@ -186,10 +187,10 @@ class _Assembly:
                 )
             if self.removed & {source, out}:
                 self.found.append(
-                    _note(
+                    note(
                         "target-removed",
                         Verdict.DEGRADED,
-                        "the new head takes the place of parameters that an adapter changes; these changes would be lost",
+                        "the new head replaces parameters that an adapter changes, and these changes would be lost",
                         (out,),
                         "to go on without them: --allow target-removed",
                     )
@@ -200,7 +201,7 @@ class _Assembly:
 
     def _twice(self, name: str, first: str, second: str) -> None:
         self.found.append(
-            _note(
+            note(
                 "two-replacements",
                 Verdict.INCOMPATIBLE,
                 f"'{first}' and '{second}' both replace {name}, and a parameter has one value",
@@ -210,7 +211,7 @@ class _Assembly:
         )
 
     def _untie(self) -> None:
-        """Part the tied parameters that adapters change under fewer than all of their names, or say why that cannot be."""
+        """Part the tied parameters that adapters change, or say why that cannot be."""
         groups = {group[0]: group for group in self.index.tied}
         changed = {
             source: {out for of, out in self.terms if of == source} for source, _ in self.terms if source in groups
@@ -224,10 +225,10 @@ class _Assembly:
         if edits is None or resized:
             why = f"{resized[0]} changes its shape" if resized else f"{self.framework.name} has no way to say so"
             self.found.append(
-                _note(
+                note(
                     "tied-parameter",
                     Verdict.INCOMPATIBLE,
-                    f"{names[0]} shares its storage with {', '.join(self.index.tied_with(names[0]))}; changing one alone "
+                    f"{names[0]} shares its storage with {', '.join(self.index.tied_with(names[0]))}; changing it "
                     f"would part them, and that cannot be written down: {why}",
                     names,
                 )
@@ -241,11 +242,11 @@ class _Assembly:
         if parted:
             others = ", ".join(self.index.tied_with(parted[0]))
             self.found.append(
-                _note(
+                note(
                     "tied-parameter",
                     Verdict.DEGRADED,
-                    f"{parted[0]} shares its storage with {others}, and the adapter changes it alone, as it was trained; "
-                    "the result stores them apart, is larger, and loads only where untied models do",
+                    f"{parted[0]} shares its storage with {others}, and the adapter was trained to change it alone; "
+                    "the result stores them apart, so it is larger, and is configured as untied",
                     parted,
                     "to untie them knowingly: --allow tied-parameter",
                 )
@@ -312,15 +313,3 @@ def _cells(region: Region, axis: int, stored: tuple[int, ...]) -> set[int]:
     along: Index = (region.cols, region.rows)[(axis == 0) != region.transposed]
     size = sizes[axis] if axis < len(sizes) else 1
     return set(range(*along.indices(size))) if isinstance(along, slice) else set(along)
-
-
-def _note(code: str, level: Verdict, message: str, where: Sequence[str], remedy: str = "") -> Finding:
-    return Finding(
-        code=code,
-        axis="placement",
-        level=level,
-        message=message,
-        where=tuple(where),
-        remedy=remedy,
-        allowable=level is Verdict.DEGRADED,
-    )

@@ -71,28 +71,22 @@ def run_jobs(
     crew = _Crew(deque(jobs))
     before = torch.get_num_threads()
     members = [threading.Thread(target=crew.work, name=f"lorahub-{number}") for number in range(threads)]
-    started: list[threading.Thread] = []
-    interrupt: BaseException | None = None
     try:
         for member in members:
             member.start()
-            started.append(member)
-    except BaseException as error:
-        interrupt = error
-        crew.stop(error)
-    while any(member.is_alive() for member in started):
+    except BaseException as error:  # noqa: BLE001 - raised below, when those that did start are idle
+        crew.interrupt(error, go_on=to_the_end)
+    while waiting := next((member for member in members if member.is_alive()), None):
         try:
-            next(member for member in started if member.is_alive()).join(_TICK)
-            if tick and not interrupt:
+            waiting.join(_TICK)
+            if tick and not crew.interrupted:
                 tick()
-        except StopIteration:
-            break
-        except BaseException as error:  # noqa: BLE001 - kept, and raised when the threads are idle
-            interrupt = interrupt or error
-            if not to_the_end:
-                crew.stop(error)
-    torch.set_num_threads(before)  # the members set what threads to come start with; their own setting dies with them
-    if failure := crew.failure or interrupt:
+        except BaseException as error:  # noqa: BLE001 - as above
+            crew.interrupt(error, go_on=to_the_end)
+    if to_the_end:  # whatever is left where no thread could be started
+        crew.work()
+    torch.set_num_threads(before)  # members set what later threads start with; their own setting ended with them
+    if failure := crew.failure or crew.interrupted:
         raise failure
     if tick:
         tick()
@@ -104,6 +98,7 @@ class _Crew:
 
     def __init__(self, jobs: deque[Job]) -> None:
         self.failure: BaseException | None = None
+        self.interrupted: BaseException | None = None
         self._jobs = jobs
         self._busy = 0
         self._changed = threading.Condition()
@@ -112,6 +107,11 @@ class _Crew:
         with self._changed:
             self.failure = self.failure or reason
             self._changed.notify_all()
+
+    def interrupt(self, reason: BaseException, *, go_on: bool) -> None:
+        self.interrupted = self.interrupted or reason
+        if not go_on:
+            self.stop(reason)
 
     def work(self) -> None:
         """Do jobs until none is left or one has failed."""

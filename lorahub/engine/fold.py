@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from lorahub.engine.crew import Workspace
+from lorahub.engine.planes import Plane, Rows, Whole
 from lorahub.engine.steps import Step
 from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
-from lorahub.engine.planes import Plane, Rows, Whole
 from lorahub.engine.windows import gather
 from lorahub.errors import NotFinite
 from lorahub.files.dtypes import to_torch, torch_shape
@@ -25,12 +25,19 @@ __all__ = ["Change", "Fold", "Ingredient", "Unit", "with_rows"]
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Some rows of a stored parameter (its axis 0), folded at a time: ``windows`` of a plane, or one expert."""
+    """Some rows of a stored parameter (its axis 0), folded at a time.
+
+    Attributes:
+        rows: which.
+        plane: what they belong to.
+        windows: the part of the plane.
+        inner: the plane lies within the one row: one expert of many, or a single number.
+    """
 
     rows: slice
     plane: Plane
     windows: tuple[slice, ...]
-    expert: bool = False
+    inner: bool = False
 
 
 def with_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,7 +55,7 @@ class Fold:
     def __init__(self, step: Step, items: Sequence[Ingredient], device: torch.device | None = None) -> None:
         self._step, self._items = step, items
         self._sums = Sums(to_torch(step.after.dtype), device or torch.device("cpu"))
-        self.units = tuple(self._cut(torch_shape(step.after.dtype, step.after.shape) or (1,)))
+        self.units = tuple(self._cut(torch_shape(step.after.dtype, step.after.shape)))
 
     def run(self, unit: Unit, before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
         """Fold the rows of one of ``units``.
@@ -63,7 +70,7 @@ class Fold:
             NotFinite: the result would hold NaN or infinity; names parameter and adapter.  ``out`` is then undefined.
             NotLocal: a delta would have to be cut in a way it cannot be.
         """
-        if unit.expert:
+        if unit.inner:
             before, out = None if before is None else before[0], out[0]
         try:
             return unit.plane.run(unit.windows, before, out, space)
@@ -71,6 +78,9 @@ class Fold:
             raise self._not_finite(fault) from None
 
     def _cut(self, shape: tuple[int, ...]) -> Iterable[Unit]:
+        if not shape:
+            yield Unit(slice(0, 1), plane := Whole(shape, self._items, self._sums), plane.windows, inner=True)
+            return
         if any(item.piece.of_parameter.expert is not None for item in self._items):
             yield from self._by_expert(shape)
             return
@@ -91,7 +101,7 @@ class Fold:
         for expert in range(shape[0]):
             items = of.get(expert, ())
             one: Plane = Rows.of(shape[1:], items, self._sums) or Whole(shape[1:], items, self._sums)
-            yield Unit(slice(expert, expert + 1), one, one.windows, expert=True)
+            yield Unit(slice(expert, expert + 1), one, one.windows, inner=True)
 
     def _not_finite(self, fault: NotFiniteHere) -> NotFinite:
         name = self._step.out

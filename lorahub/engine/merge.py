@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from types import TracebackType
 from typing import Self, final
 
@@ -82,7 +83,7 @@ def _tensors(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, to
         ),
         key=lambda owner: (str(owner[0]), owner[1]),
     )
-    for (device, _, stop, name), (other_device, start, _, other) in zip(owners, owners[1:], strict=False):
+    for (device, _, stop, name), (other_device, start, _, other) in pairwise(owners):
         if device == other_device and start < stop:
             raise BaseMismatch(
                 f"{name} and {other} share memory, and the plan changes each by itself", "plan against this model"
@@ -96,8 +97,8 @@ def _demand_same_architecture(plan: Plan) -> None:
     if created:
         raise Incompatible(
             f"the adapter brings {', '.join(created[:3])}, which a live model of this class has no place for",
-            "merge to disk (out=FOLDER, or lorahub merge ... -o FOLDER) and load the result, or build the model with the "
-            "same head first",
+            "merge to disk (out=FOLDER, or lorahub merge ... -o FOLDER) and load the result, or build the model with "
+            "the same head first",
         )
     if untied or plan.config_edits or plan.removed:
         what = f"untying {untied[0]}" if untied else "changing the model's configuration"

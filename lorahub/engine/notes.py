@@ -15,7 +15,7 @@ from lorahub.bases.layout import Target
 from lorahub.findings import Finding, Verdict
 from lorahub.names import did_you_mean
 
-__all__ = ["Notes"]
+__all__ = ["Notes", "note"]
 
 
 @final
@@ -44,7 +44,7 @@ class Notes:
         self.misfits.setdefault(why, []).append((target.name, details))
 
     def refuse(self, code: str, reason: str, target: Target) -> None:
-        """Note that nothing can be added to a target, which ``reason`` says as the end of "... cannot change, because"."""
+        """Note that nothing can be added to a target; ``reason`` ends the sentence "... cannot be changed, because"."""
         self.refused.setdefault((code, reason), []).append(target.name)
 
     def findings(self, touched: int, landed: int) -> tuple[Finding, ...]:
@@ -58,21 +58,11 @@ class Notes:
         if not self.absent:
             return []
         names = tuple(target.name for target in self.absent)
-        known = [f"{module}.{name}" if module else name for module, own in self.index.modules().items() for name in own]
         message = f"{len(names)} of {touched} targets are not in {self.index.ref}, first {names[0]}."
-        message += did_you_mean(names[0], known)
+        message += did_you_mean(names[0].rpartition(".")[0], self.index.modules())
         if landed:
-            return [
-                Finding(
-                    code="target-missing",
-                    axis="placement",
-                    level=Verdict.DEGRADED,
-                    message=message,
-                    where=names,
-                    remedy=f"to go on with the other {touched - len(names)}: --allow target-missing",
-                    allowable=True,
-                )
-            ]
+            others = f"to go on with the other {touched - len(names)}: --allow target-missing"
+            return [note("target-missing", Verdict.DEGRADED, message, names, others)]
         remedy = "is it the right base? compare the names: lorahub inspect ADAPTER"
         return [_stop("target-missing", f"nothing of the adapter finds a place: {message}", names, remedy)]
 
@@ -105,21 +95,25 @@ class Notes:
     def _missing(self) -> list[Finding]:
         if not self.missing:
             return []
-        return [
-            Finding(
-                code="head-incomplete",
-                axis="placement",
-                level=Verdict.DEGRADED,
-                message="the head that the adapter brings needs parameters that neither it nor the base has; they would "
-                "be random numbers",
-                where=self.missing,
-                remedy="to write the checkpoint without them: --allow head-incomplete",
-                allowable=True,
-            )
-        ]
+        message = (
+            "the head that the adapter brings needs parameters that neither it nor the base has; they would be random"
+        )
+        remedy = "to write the checkpoint without them: --allow head-incomplete"
+        return [note("head-incomplete", Verdict.DEGRADED, message, self.missing, remedy)]
+
+
+def note(code: str, level: Verdict, message: str, where: Sequence[str], remedy: str = "") -> Finding:
+    """A finding on the placement axis; degraded ones may be allowed."""
+    return Finding(
+        code=code,
+        axis="placement",
+        level=level,
+        message=message,
+        where=tuple(where),
+        remedy=remedy,
+        allowable=level is Verdict.DEGRADED,
+    )
 
 
 def _stop(code: str, message: str, where: Sequence[str], remedy: str = "") -> Finding:
-    return Finding(
-        code=code, axis="placement", level=Verdict.INCOMPATIBLE, message=message, where=tuple(where), remedy=remedy
-    )
+    return note(code, Verdict.INCOMPATIBLE, message, where, remedy)

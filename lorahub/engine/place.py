@@ -196,7 +196,7 @@ class _Placer:
         if any(found is None or len(found.pieces) != 1 for found in siblings.values()):
             reads = ", ".join(touch.reads)
             self.notes.refuse(
-                "layout-unsupported", f"it reads {reads}, not to be found in one place of this base", target
+                "layout-unsupported", f"it reads {reads}, which lies in no one place of this base", target
             )
             return None
         return Placed(
@@ -209,7 +209,7 @@ class _Placer:
         )
 
     def create(self, hints: Mapping[str, JSON]) -> tuple[tuple[Created, ...], Edits]:
-        """The parameters to create and what that changes elsewhere; nothing where the framework has no place for them."""
+        """The parameters to create and what that changes elsewhere; none where the framework has no place for them."""
         if not self._candidates:
             return (), Edits()
         wanted = {new.target.name: (new.shape, new.dtype) for new, _ in self._candidates}
@@ -260,8 +260,8 @@ class _Placer:
             except ShapeMisfit:
                 return ""
             return (
-                "turned around it would fit, so this base seems to store it [in, out]; that is not guessed: install the "
-                "plugin of its framework, or merge into the live model"
+                "turned around it would fit, so this base seems to store it [in, out]; that is not guessed at: install "
+                "the plugin of its framework, or merge into the live model"
             )
         inputs = {ref.shape[1] for _, ref in self._slots(group, touch) if len(ref.shape) == len(shape) > 2}
         if any(size != shape[1] and shape[1] and size % shape[1] == 0 for size in inputs):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, Self, final
 
@@ -46,15 +46,26 @@ class Plane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An ingredient over rows ``start`` to ``stop``, as one of: a new value, two factors, a delta with a weight."""
+    """An ingredient over rows ``start`` to ``stop``: a new value, or with a weight two factors or some other delta."""
 
     start: int
     stop: int
     value: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    down: torch.Tensor | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
     delta: Delta | None = None
     weight: float = 1.0
+
+    def cut(self, start: int, stop: int) -> Self:
+        """The same over fewer rows."""
+        rows = slice(start - self.start, stop - self.start)
+        return replace(
+            self,
+            start=start,
+            stop=stop,
+            value=None if self.value is None else self.value[rows],
+            factors=None if self.factors is None else (self.factors[0][rows], self.factors[1]),
+            delta=None if self.delta is None else self.delta.region(rows, ALL),
+        )
 
 
 class _Recipe(Protocol):
@@ -73,7 +84,9 @@ class _Keep:
     def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
         assert before is not None
         out.copy_(before)
-        return Change(squares(before.to(sums.dtype)) if before.is_floating_point() else 0.0)
+        if not before.is_floating_point():
+            return Change()
+        return Change(squares(space.take("total", before.shape, sums.dtype, out.device).copy_(before)))
 
 
 @final
@@ -97,7 +110,7 @@ class _Put:
 @final
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """Low-rank changes alone, as one product ``up @ down`` with the sum of its squares; weights and scales are in ``up``."""
+    """Low-rank changes alone, as one product with the sum of its squares; weights and scales are within ``up``."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -149,18 +162,16 @@ class _Sum:
         return change
 
 
-def _recipe(start: int, stop: int, parts: Sequence[_Part], sums: Sums) -> _Recipe:
-    """What parts that each cover rows ``start`` to ``stop`` come to."""
-    rows = {id(part): slice(start - part.start, stop - part.start) for part in parts}
-    values = [part.value[rows[id(part)]] for part in parts if part.value is not None]
-    deltas = tuple((part.weight, part.delta.region(rows[id(part)], ALL)) for part in parts if part.delta is not None)
-    factors = [(part.up[rows[id(part)]], part.down, part.weight) for part in parts if part.up is not None]
-    value = values[0] if values else None
+def _recipe(parts: Sequence[_Part], sums: Sums) -> _Recipe:
+    """What parts over the same rows come to."""
+    value = next((part.value for part in parts if part.value is not None), None)
+    deltas = tuple((part.weight, part.delta) for part in parts if part.delta is not None)
+    factors = [(*part.factors, part.weight) for part in parts if part.factors is not None]
     if not factors and not deltas:
         return _Keep() if value is None else _Put(value)
-    lean = value is None and not deltas
-    product = _Product.of(factors, sums.device, sums.lean if lean else sums.dtype) if factors else None
-    return product if lean and product else _Sum(value, product, deltas)
+    if value is None and not deltas:
+        return _Product.of(factors, sums.device, sums.lean)
+    return _Sum(value, _Product.of(factors, sums.device, sums.dtype) if factors else None, deltas)
 
 
 @final
@@ -174,8 +185,8 @@ class Rows:
         edges = sorted({0, shape[0], *(edge for part in parts for edge in (part.start, part.stop))})
         windows: list[slice] = []
         for start, stop in pairwise(edges):
-            active = [part for part in parts if part.start <= start and stop <= part.stop]
-            recipe = _recipe(start, stop, active, sums)
+            active = [part.cut(start, stop) for part in parts if part.start <= start and stop <= part.stop]
+            recipe = _recipe(active, sums)
             for window in cut(start, stop, row_bytes, window=sums.window):
                 self._recipes[window.start] = start, recipe
                 windows.append(window)
@@ -227,7 +238,7 @@ def _part(shape: Sequence[int], item: Ingredient) -> _Part | None:
     low = item.delta.low_rank() if len(shape) > 1 else None
     if low is not None:
         up, down = (low.down.T, low.up.T) if turned else (low.up, low.down)
-        return _Part(span.start, span.stop, up=up[of_along], down=down, weight=item.weight * low.scale)
+        return _Part(span.start, span.stop, factors=(up[of_along], down), weight=item.weight * low.scale)
     if turned or not item.local:
         return None
     return _Part(span.start, span.stop, delta=item.delta.region(of_along, ALL), weight=item.weight)
@@ -239,7 +250,7 @@ class Whole:
 
     def __init__(self, shape: Sequence[int], items: Sequence[Ingredient], sums: Sums) -> None:
         self._items, self._sums = items, sums
-        self.windows: tuple[slice, ...] = (slice(0, shape[0]),)
+        self.windows: tuple[slice, ...] = (slice(0, shape[0] if shape else 1),)
 
     def run(self, windows: Sequence[slice], before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
         """Fold the plane; see ``Plane``.
@@ -247,8 +258,7 @@ class Whole:
         Raises:
             NotLocal: a delta would have to be cut in a way it cannot be.
         """
-        assert before is not None
-        untouched = self._sums.cast(before).clone()
+        untouched = self._sums.cast(torch.zeros_like(out) if before is None else before.clone())
         total = untouched.clone()
         rest = []
         for item in self._items:

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -156,13 +155,13 @@ def _lock(folder: Path) -> int | None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), folder.stat()):
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(handle)
-        raise WriteFailed(f"another run is writing to {folder}", "wait for it, or name another place") from None
+        gone = not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat())
+    except BlockingIOError:
+        gone = True
     except OSError:  # a file system without locks
-        with suppress(OSError):
-            os.close(handle)
+        os.close(handle)
         return None
+    if gone:
+        os.close(handle)
+        raise WriteFailed(f"another run is writing to {folder}", "wait for it, or name another place")
     return handle

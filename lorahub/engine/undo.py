@@ -20,7 +20,7 @@ _WORD = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits as integers, modulo 2**64: another number after nearly any change.  A scalar tensor."""
+    """The sum of a tensor's bits as integers, modulo 2**64, as a scalar tensor: another after nearly any change."""
     tensor = tensor.detach()
     width = tensor.dtype.itemsize
     if tensor.is_contiguous() and (tensor.numel() * width) % 8 == 0 and (tensor.storage_offset() * width) % 8 == 0:

@@ -7,6 +7,7 @@ writes: several windows that lie together in the file.  Knows no tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 __all__ = ["ARITHMETIC", "UNIT", "WINDOW", "cut", "gather"]
 
@@ -27,14 +28,14 @@ _FEWEST = 4  # so that no window has one row: a product with one row takes anoth
 
 
 def cut(start: int, stop: int, row_bytes: int, *, window: int = WINDOW) -> tuple[slice, ...]:
-    """The rows ``start`` to ``stop`` in windows of equal height, up to one row, of at most ``window`` bytes or 4 rows."""
+    """Rows ``start`` to ``stop`` in windows of equal height, up to one row, of at most ``window`` bytes or 4 rows."""
     rows = stop - start
     if rows <= 0:
         return ()
     highest = max(window // max(row_bytes, 1), _FEWEST)
     count = -(-rows // highest)
     edges = [start + rows * number // count for number in range(count + 1)]
-    return tuple(slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(slice(a, b) for a, b in pairwise(edges))
 
 
 def gather(windows: Iterable[slice], row_bytes: int, *, unit: int = UNIT) -> tuple[tuple[slice, ...], ...]:
