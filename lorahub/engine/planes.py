@@ -169,9 +169,8 @@ def _recipe(parts: Sequence[_Part], sums: Sums) -> _Recipe:
     factors = [(*part.factors, part.weight) for part in parts if part.factors is not None]
     if not factors and not deltas:
         return _Keep() if value is None else _Put(value)
-    if value is None and not deltas:
-        return _Product.of(factors, sums.device, sums.lean)
-    return _Sum(value, _Product.of(factors, sums.device, sums.dtype) if factors else None, deltas)
+    product = _Product.of(factors, sums.device, sums.dtype) if factors else None
+    return product if product and value is None and not deltas else _Sum(value, product, deltas)
 
 
 @final

@@ -1,8 +1,8 @@
 """How changes to weights are summed: in which dtype, in windows of which size, and whether the result is a number.
 
-Sums are float32 for 16-bit and 8-bit storage and float64 for wider storage, and are rounded once.  Where a change to
-float16 weights takes more than one product (DoRA, say), its several roundings in float32 would reach the eleven bits of
-the result about once in ten thousand elements, so these sums are float64 as well.
+Sums are float32 for bfloat16 and 8-bit storage and float64 for anything finer, and are rounded once.  Float16 keeps
+eleven bits: the roundings of a float32 sum reach them in more than one of ten thousand elements where a change is as
+large as its weight (3 in 10,000 measured at rank 4), so its sums are float64 as well.
 """
 
 from __future__ import annotations
@@ -71,15 +71,13 @@ class Sums:
     Attributes:
         storage: what results are rounded to.
         device: where sums are made.
-        lean: dtype of the weights plus one product of factors.
-        dtype: dtype of every other sum.
+        dtype: dtype of the sums.
         window, unit: bytes of a window in ``dtype``, and of a unit as stored.
     """
 
     def __init__(self, storage: torch.dtype, device: torch.device) -> None:
         self.storage, self.device = storage, device
-        self.lean = torch.float32 if storage.itemsize < 4 else torch.float64
-        self.dtype = torch.float64 if storage == torch.float16 else self.lean
+        self.dtype = torch.float32 if storage.itemsize < 4 and storage != torch.float16 else torch.float64
         self.window, self.unit = (WINDOW, UNIT) if device.type == "cpu" else (_ON_DEVICE, _ON_DEVICE)
         self._safe = torch.finfo(storage).max / 2 if storage.is_floating_point else math.inf
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,13 +215,10 @@ def tools() -> Any:
         header=make_header,
         contents=contents,
         kinds=KINDS,
-        read=lambda folder: _read(folder),
+        read=_read,
     )
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     with open_weights(folder) as source:
         return {name: source.read(name) for name in source.names()}
-
-
-Make = Callable[..., World]

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.lora import LoRA
 from lorahub.deltas.replace import Replace
 from lorahub.engine.crew import Workspace, crew_size, run_jobs
@@ -14,7 +15,6 @@ from lorahub.engine.fold import Fold
 from lorahub.engine.steps import Form, Step
 from lorahub.engine.sums import Ingredient, Sums
 from lorahub.engine.windows import cut, gather
-from lorahub.bases.layout import Piece, Region
 from lorahub.errors import NotFinite, UsageError
 
 
@@ -64,7 +64,7 @@ def test_units_are_consecutive_windows_up_to_their_size():
 def test_units_follow_the_stored_rows_and_a_region_starts_new_windows(tools):
     weight = tools.weights(3000, 1000)
     plain = make(weight, tools.lora(3000, 1000))
-    assert [unit.rows.start for unit in plain.units][0] == 0
+    assert plain.units[0].rows.start == 0
     assert plain.units[-1].rows.stop == 3000
     banded = make(weight, tools.lora(500, 1000), piece=Piece(parameter="m", of_parameter=Region(rows=slice(701, 1201))))
     edges = {window.start for unit in banded.units for window in unit.windows}
@@ -116,17 +116,14 @@ def test_opposite_adapters_change_nothing(tools):
     assert change.relative < 1e-6
 
 
-def test_sixteen_bits_are_summed_in_float32_and_float32_in_float64():
-    kinds = {
-        storage: (Sums(storage, torch.device("cpu")).lean, Sums(storage, torch.device("cpu")).dtype)
-        for storage in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32, torch.float64)
-    }
-    assert kinds == {
-        torch.bfloat16: (torch.float32, torch.float32),
-        torch.float16: (torch.float32, torch.float64),
-        torch.float8_e4m3fn: (torch.float32, torch.float32),
-        torch.float32: (torch.float64, torch.float64),
-        torch.float64: (torch.float64, torch.float64),
+def test_sums_are_finer_than_what_they_are_rounded_to():
+    storages = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32, torch.float64)
+    assert {storage: Sums(storage, torch.device("cpu")).dtype for storage in storages} == {
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float64,
+        torch.float8_e4m3fn: torch.float32,
+        torch.float32: torch.float64,
+        torch.float64: torch.float64,
     }
 
 

@@ -220,7 +220,7 @@ def test_a_base_that_changed_since_it_was_planned_is_refused(base, adapter, tool
     base.tensors["norm.weight"] = tools.weights(16)
     with pytest.raises(IntegrityError, match=r"expects norm\.weight \[16\] BF16"):
         base.stream(other, tmp_path / "out", adapter)
-    os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "base" / "model.safetensors")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "base" / "model.safetensors")
     with pytest.raises(IntegrityError, match="changed since"):
         base.stream(files, tmp_path / "out", adapter)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other"]
@@ -247,7 +247,7 @@ def test_weights_of_no_base_are_refused(base, adapter, tmp_path):
         base.stream(files, tmp_path / "out", adapter)
 
 
-# --------------------------------------------------------------------------------------------------- disks that are full
+# --------------------------------------------------------------------------------------------------- full disks
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "replace", "rename"])
@@ -267,13 +267,16 @@ def test_a_disk_that_refuses_leaves_nothing_at_out_and_the_next_run_succeeds(
 
     out = tmp_path / "out"
     monkeypatch.setattr(os, call, full)
+    refused = None
     try:
         base.stream(files, out, adapter, companions={"config.json": b"{}"})
     except WriteFailed as error:
-        assert "No space left" in str(error)
-        assert "free some space" in error.hint
-        assert not out.exists()
+        refused = error
     monkeypatch.undo()
+    if refused:  # some calls are made fewer times than the number
+        assert "No space left" in str(refused)
+        assert "free some space" in refused.hint
+        assert not out.exists()
     if not out.exists():
         base.stream(files, out, adapter, companions={"config.json": b"{}"})
     assert tools.contents(out) == tools.contents(tmp_path / "expected")
@@ -286,7 +289,7 @@ def test_a_limit_on_the_size_of_files_is_a_failed_write(tools, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(WriteFailed, match="model.safetensors"):
+        with pytest.raises(WriteFailed, match=r"model\.safetensors"):
             world.stream(files, tmp_path / "out", {"m.weight": tools.lora(300, 200)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -450,7 +453,7 @@ def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next_with_the_same_
     script.write_text(KILLER)
     (tmp_path / "work").mkdir()
     doubles = str(Path(__file__).with_name("conftest.py"))
-    calls = "fsync replace rename unlink pwrite posix_fallocate copy_file_range mkdir".split()
+    calls = ("fsync", "replace", "rename", "unlink", "pwrite", "posix_fallocate", "copy_file_range", "mkdir")
     command = [sys.executable, str(script), doubles, str(tmp_path / "work"), *calls]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
