@@ -246,7 +246,12 @@ def _keys(reading: Reading) -> list[str]:
 
 
 def _demand_finite(label: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    bad = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for factors this small, threads cost more at their barrier than they save
+    try:
+        bad = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    finally:
+        torch.set_num_threads(threads)
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise NotFinite(
