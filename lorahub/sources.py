@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -101,16 +101,20 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
         raise NotFound(f"there is no file or folder called {printable(text)} here", error.hint) from None
 
 
-def _fetch(ref: Ref, hub: str | None, local_files_only: bool, progress: Progress) -> Pulled:
-    opened = open_hub(hub, local_files_only=local_files_only)
+def _fetch(
+    ref: Ref, hub: str | None, local_files_only: bool, progress: Progress, *, token: str | None = None
+) -> Pulled:
+    opened = open_hub(hub, token=token, local_files_only=local_files_only)
     pin = opened.resolve(ref)
     return Pulled(folder=opened.pull(pin, progress=lambda _file, done, total: progress(done, total)), pin=pin)
 
 
-def _locate(source: Source, hub: str | None, local_files_only: bool, progress: Progress) -> _Place:
+def _locate(
+    source: Source, hub: str | None, local_files_only: bool, progress: Progress, *, token: str | None = None
+) -> _Place:
     ref = as_ref(source)
     if ref.path is None:
-        pulled = _fetch(ref, hub, local_files_only, progress)
+        pulled = _fetch(ref, hub, local_files_only, progress, token=token)
         return _Place(folder=pulled.folder, weight_name=pulled.pin.file, label=str(pulled.pin))
     path = Path(ref.path).expanduser()
     if path.is_dir():
@@ -173,8 +177,11 @@ def inspect(source: Source, *, hub: str | None = None, progress: Progress = quie
 def load(
     source: Source,
     *,
-    hub: str | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
     weight_name: str = "",
+    hub: str | None = None,
+    token: str | None = None,
     local_files_only: bool = False,
     progress: Progress = quiet,
 ) -> Adapter:
@@ -182,19 +189,36 @@ def load(
 
     Args:
         source: a folder, a file, or a reference.
-        hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        revision: the selector, where the reference has none.
+        subfolder: the adapter's folder within the repository or folder.
         weight_name: which weights file, where a folder holds several.
+        hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        token: of Hugging Face; None takes the one that is set up.
         local_files_only: use the cache alone.
         progress: called with (bytes done, bytes in all).
 
     Raises:
+        UsageError: ``revision`` and the reference both select, or a local path has no revisions.
         UnsupportedFormat, UnsupportedKind: nobody can read it, or it is no weight change.
         IntegrityError: its files contradict themselves, or hold NaN or infinity.
     """
     registry = load_registry()
-    found = _locate(source, hub, local_files_only, progress)
+    ref = _narrowed(as_ref(source), revision, subfolder)
+    found = _locate(ref, hub, local_files_only, progress, token=token)
     return load_tensors(
         open_header(found.folder, registry, weight_name=weight_name or found.weight_name, label=found.label), registry
+    )
+
+
+def _narrowed(ref: Ref, revision: str | None, subfolder: str) -> Ref:
+    """``ref`` with a selector and a folder given apart from it."""
+    if revision is not None and (ref.path is not None or ref.selector is not None):
+        why = "a local path has no revisions" if ref.path is not None else f"it selects {ref.selector} already"
+        raise UsageError(f"{ref} cannot be taken at revision {revision}: {why}", "give the one or the other")
+    if ref.path is not None:
+        return replace(ref, path=f"{ref.path.rstrip('/')}/{subfolder}") if subfolder else ref
+    return replace(
+        ref, selector=ref.selector or revision, subpath="/".join(filter(None, [ref.subpath, subfolder.strip("/")]))
     )
 
 
