@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from lorahub import checks
+from lorahub import __version__, checks, strict_json
 from lorahub.adapter import Adapter, AdapterHeader
 from lorahub.adapter import load as load_tensors
+from lorahub.deltas.kind import JSON
 from lorahub.engine.merge import Merged, merge_into
 from lorahub.engine.plan import Plan
 from lorahub.engine.plan import plan as plan_merge
 from lorahub.engine.report import MergeReport
 from lorahub.engine.stream import stream_merge
 from lorahub.errors import UsageError
+from lorahub.files.digest import file_digest
 from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub.contents import survey
 from lorahub.plugins import load_registry
@@ -28,7 +30,10 @@ from lorahub.sources import Base, Given, Progress, Source, as_ref, header_of, op
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Job", "check", "merge", "plan", "prepare"]
+__all__ = ["PROVENANCE", "Job", "check", "merge", "plan", "prepare"]
+
+PROVENANCE = "lorahub-merge.json"
+"""The file in a merged folder that says what it was made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,31 @@ class Job:
             "findings": [finding.document() for finding in self.findings],
         }
 
+    def provenance(self) -> dict[str, JSON]:
+        """What the merged weights are made of, and which findings were allowed: the text of ``lorahub-merge.json``."""
+        index = self.base.index
+        base = {"repo_id": index.ref.repo, "revision": index.ref.commit, "weights": index.weights}
+        adapters: list[JSON] = []
+        for name, header in self.headers.items():
+            known = header.record
+            said: dict[str, JSON] = {
+                "name": name,
+                "weight": self.weights[name],
+                "sha256": file_digest(header.folder / header.reading.file)[0],
+                "recorded_name": known.name if known else None,
+                "version": known.version if known else None,
+                "license": known.license if known else None,
+            }
+            adapters.append({key: value for key, value in said.items() if value is not None and value != ""})
+        return {
+            "lorahub": __version__,
+            "base": {key: value for key, value in base.items() if value},
+            "adapters": adapters,
+            "allowed": [*sorted(self.allowed)],
+            "findings": [*sorted({each.code for each in self.findings if each.level >= Verdict.UNVERIFIED})],
+            "plan": self.plan.digest(),
+        }
+
     def adapters(self, registry: Registry) -> dict[str, Adapter]:
         """The adapters' tensors, under the base's names."""
         return {name: load_tensors(header, registry, index=self.base.index) for name, header in self.headers.items()}
@@ -96,7 +126,10 @@ class Job:
             self.plan,
             self.adapters(load_registry()),
             Path(out),
-            companions=_companions(self.base, self.headers.values(), keep_base_tokenizer),
+            companions={
+                **_companions(self.base, self.headers.values(), keep_base_tokenizer),
+                PROVENANCE: strict_json.pretty(self.provenance()).encode(),
+            },
             threads=threads,
             progress=progress,
         )

@@ -247,7 +247,7 @@ def test_an_unknown_runtime_is_named_with_the_known_ones(lorahub: Cli, adapter: 
 def test_plugins_lists_what_is_built_in(lorahub: Cli) -> None:
     document = lorahub("plugins", "--json").json()
     assert {"lora", "dora", "ia3", "full", "replace"} <= set(document["kinds"])
-    assert document["formats"] == ["peft"]
+    assert "peft" in document["formats"]
 
 
 def test_completion_scripts_are_printed(lorahub: Cli) -> None:

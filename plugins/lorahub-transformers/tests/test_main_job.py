@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -137,8 +138,16 @@ def test_an_adapter_of_a_deeper_model_is_refused_with_what_is_missing(tiny: Tiny
     with pytest.raises(Degraded, match="2 of 4 targets") as refused:
         lorahub.merge(base, {"adapter": adapter}, out=tmp_path / "out")
     assert "--allow target-missing" in refused.value.hint
-    report = lorahub.merge(base, {"adapter": adapter}, out=tmp_path / "out", allow=["target-missing"])
+    report = lorahub.merge(base, {"adapter": adapter}, weights=[0.5], out=tmp_path / "out", allow=["target-missing"])
     assert report.changed == 2
+    provenance = json.loads((tmp_path / "out" / "lorahub-merge.json").read_text())
+    assert provenance["allowed"] == ["target-missing"]
+    assert {"base-unrecorded", "target-missing"} <= set(provenance["findings"])
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert [(each["weight"], each["sha256"]) for each in provenance["adapters"]] == [
+        (0.5, hashlib.sha256(weights).hexdigest())
+    ]
+    assert str(tmp_path) not in json.dumps(provenance)
 
 
 def test_another_architecture_is_incompatible(tiny: Tiny, saved: Saved, tmp_path: Path) -> None:
