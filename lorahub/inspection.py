@@ -157,8 +157,13 @@ def _rows(groups: tuple[Group, ...], registry: Registry) -> tuple[Row, ...]:
 
 
 def _short(group: Group) -> str:
-    """The end of the module path, from its last word on ("to_out.0"), and the parameter where it says more."""
+    """The end of the module path, from its last word on ("to_out.0"), and the parameter where it says more.
+
+    Flattened names ("down_blocks_0_attentions_1_proj_in") keep their words, with a star for every number.
+    """
     parts = group.module.split(".")
+    if len(parts) == 1:
+        parts = ["_".join("*" if part.isdigit() else part for part in group.module.split("_"))]
     start = next((at for at in reversed(range(len(parts))) if not parts[at].isdigit()), 0)
     last = ".".join(parts[start:])
     return last if group.parameter == "weight" else f"{last}.{group.parameter}"

@@ -117,7 +117,10 @@ def _prove(
     encoded = encode_header(entries, written.metadata)
     size = len(encoded) + sum(tensor.numel() * tensor.element_size() for tensor in written.tensors.values())
     header = parse_header(lambda at, length: encoded[at : at + length].ljust(length, b"\0"), size, where=written.file)
-    files = AdapterFiles(folder=Path(), headers={written.file: header}, configs=written.configs)
+    numbers = {key: _bytes(tensor) for key, tensor in written.tensors.items() if tensor.numel() == 1}
+    files = AdapterFiles(
+        folder=Path(), headers={written.file: header}, configs=written.configs, numbers={written.file: numbers}
+    )
     reading = carrier.read(files, tuple(kinds.values()), None)
     account(reading, header)
     worrying = [each.show() for each in reading.findings if each.level > Verdict.EXACT]
@@ -127,6 +130,11 @@ def _prove(
         what = worrying or [f"{len(changed)} targets would read back changed, first: {', '.join(changed[:3])}"]
         raise CannotCarry(f"the format '{carrier.name}' cannot carry this adapter: {'; '.join(what)}")
     return reading.groups
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """What a file holds for a tensor of one element."""
+    return bytes(tensor.detach().reshape(1).view(torch.uint8).tolist())
 
 
 def _equal(left: Delta | None, right: Delta | None) -> bool:

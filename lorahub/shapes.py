@@ -3,8 +3,9 @@
 A pattern is a list of dimensions separated by blanks: ``"out r *1"``.  A name stands for one size, the same
 everywhere in one binding; a number stands for itself; ``*k`` stands for any number of trailing sizes, the same
 everywhere; ``*1`` stands for any number of trailing ones, another number, as in ``*54``, for trailing sizes with that
-product, and ``*%6`` for trailing sizes whose product is a multiple of it; ``%4`` stands for one size that is a multiple
-of 4.  Sizes, dimensions and names only: no tensors.
+product, ``*%6`` for trailing sizes whose product is a multiple of it, and ``*<6`` for trailing sizes the smallest of
+which it is; ``%4`` stands for one size that is a multiple of 4, ``>7`` for one that is at least 7, and ``>in`` for one
+that is at least the one called ``in``, where that is known.  Sizes, dimensions and names only: no tensors.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
         if dim.startswith("%"):
             if size % int(dim[1:]):
                 raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {size} is no multiple of {dim[1:]}")
+        elif dim.startswith(">"):
+            least = int(dim[1:]) if dim[1:].isdigit() else bound.get(dim[1:])
+            if isinstance(least, int) and size < least:
+                raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {least} is the least, {size} found")
         elif dim.isdigit():
             if int(dim) != size:
                 raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: {dim} was expected, {size} found")
@@ -55,6 +60,9 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
     if rest == "*1":
         if any(size != 1 for size in tail):
             raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: trailing sizes must be 1")
+    elif rest is not None and rest.startswith("*<"):
+        if min(tail, default=0) != int(rest[2:]):
+            raise ShapeMisfit(f"{name} {list(found)} does not fit [{pattern}]: the smallest size must be {rest[2:]}")
     elif rest is not None and rest[1:].removeprefix("%").isdigit():
         _expect_product(rest, tail, f"{name} {list(found)} does not fit [{pattern}]")
     elif rest is not None:

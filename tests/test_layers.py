@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "hub", "runtimes"),
     ("adapter", "saving"),
     ("compose", "convert", "engine"),
-    ("checks", "inspection", "recording", "testing"),
+    ("checks", "inspection", "listing", "recording", "testing"),
     ("__init__", "__main__", "cli", "merging", "publishing", "sources"),
 )
 """Rooms by floor, ground floor first: a room imports from its own floor and from those below."""

@@ -212,6 +212,7 @@ DORA = Kind(
             fields=peft_lora.FIELDS,
             options=peft_lora.dora_options,
             config=peft_lora.config,
+            when=peft_lora.whole,
         ),
     ),
 )

@@ -23,7 +23,8 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 class Slot:
     """A named tensor of a kind: ``down`` with dims ``"r in *k"``.
 
-    ``shared`` slots exist once per adapter; ``prunable`` ones may have no elements left.
+    ``shared`` slots exist once per adapter; ``prunable`` ones may have no elements left.  ``lacking`` says why files
+    may be without one that is not optional, to follow the complaint that it is missing.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Slot:
     optional: bool = False
     shared: bool = False
     prunable: bool = False
+    lacking: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,10 @@ class Field:
 OptionsReader: TypeAlias = "Callable[[Mapping[str, JSON], str, Mapping[str, TensorRef]], dict[str, JSON]]"
 
 
+def _always(_config: Mapping[str, JSON]) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spelling:
     """How one format spells a kind.
@@ -140,6 +146,7 @@ class Spelling:
         options: ``(config, module, slots) -> options`` for one group; raises ``IntegrityError`` where config and
             tensors disagree.
         config: the inverse, for writing: ``options`` per module -> config fields; raises ``CannotCarry``.
+        when: whether a config speaks of this kind at all, where kinds share a tag and their tensors' names.
     """
 
     format: str
@@ -148,6 +155,7 @@ class Spelling:
     fields: Mapping[str, Field] = field(default_factory=lambda: MappingProxyType({}))
     options: OptionsReader
     config: Callable[[Mapping[str, Group]], dict[str, JSON]]
+    when: Callable[[Mapping[str, JSON]], bool] = _always
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

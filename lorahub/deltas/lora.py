@@ -137,6 +137,7 @@ LORA = Kind(
             fields=peft_lora.FIELDS,
             options=peft_lora.lora_options,
             config=peft_lora.config,
+            when=peft_lora.whole,
         ),
     ),
 )

@@ -15,7 +15,7 @@ from lorahub.deltas.kind import JSON, Field, Group, Leaf, TensorRef
 from lorahub.deltas.peft_config import alpha_for, chosen, flag, patterned
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["FIELDS", "LEAVES", "config", "dora_options", "lora_options"]
+__all__ = ["FIELDS", "LEAVES", "config", "dora_options", "in_blocks", "lora_options", "whole"]
 
 _RULES: Mapping[bool, tuple[str, Callable[[int], float]]] = MappingProxyType(
     {False: ("alpha/r", float), True: ("alpha/sqrt(r)", math.sqrt)}
@@ -92,6 +92,16 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "enable_lora": Field(refuse="it adapts parts of a fused layer in the grouped layout of PEFT before 0.3"),
     }
 )
+
+
+def in_blocks(config: Mapping[str, JSON]) -> bool:
+    """Whether ``use_bdlora`` is set, and factors are stored as blocks."""
+    return bool(config.get("use_bdlora"))
+
+
+def whole(config: Mapping[str, JSON]) -> bool:
+    """Whether factors are stored as they are."""
+    return not in_blocks(config)
 
 
 def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:

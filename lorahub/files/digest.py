@@ -16,7 +16,7 @@ from lorahub.errors import IntegrityError
 from lorahub.files.header import Header, TensorInfo
 from lorahub.files.raw import CHUNK, open_regular, read_into
 
-__all__ = ["digest_tensors", "file_digest", "git_blob_sha1", "tensors_digest"]
+__all__ = ["data_digest", "digest_tensors", "file_digest", "git_blob_sha1", "tensors_digest"]
 
 
 def file_digest(path: str | os.PathLike[str]) -> tuple[str, int]:
@@ -32,6 +32,23 @@ def file_digest(path: str | os.PathLike[str]) -> tuple[str, int]:
         for chunk in _chunks(file, 0, size):
             sha.update(chunk)
     return sha.hexdigest(), size
+
+
+def data_digest(path: str | os.PathLike[str], header: Header) -> str:
+    """sha256 in hex of everything behind a safetensors file's header: equal however its metadata was edited.
+
+    Raises:
+        NotFound, AccessDenied, Unavailable: the file cannot be read.
+        IntegrityError: it is not the one the header was read from.
+    """
+    sha = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != header.size:
+            raise IntegrityError(f"{os.fspath(path)} has {size} bytes and its header was read from {header.size}")
+        for chunk in _chunks(file, header.data_start, size - header.data_start):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def git_blob_sha1(path: str | os.PathLike[str]) -> str:

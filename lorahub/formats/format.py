@@ -31,12 +31,15 @@ class AdapterFiles:
         headers: safetensors file name -> header.
         configs: JSON file name -> parsed object (``adapter_config.json``, ``lorahub.json``).
         others: every other file name.
+        numbers: weights file -> tensor of one element -> its bytes, for files that are not on disk yet; a format that
+            keeps numbers as tensors reads those of all other files from ``folder``.
     """
 
     folder: Path
     headers: Mapping[str, Header]
     configs: Mapping[str, Mapping[str, JSON]]
     others: tuple[str, ...] = ()
+    numbers: Mapping[str, Mapping[str, bytes]] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,8 +55,8 @@ def _changed_base(subject: Subject) -> Case | None:
 
 
 def _other_kinds(subject: Subject) -> Case | None:
-    """Kinds beside LoRA; DoRA, trained biases and replaced modules have rules of their own."""
-    others = [group for group in subject.reading.groups if group.kind not in {"lora", "dora", "replace"}]
+    """Kinds beside LoRA; DoRA, BD-LoRA, trained biases and replaced modules have rules of their own."""
+    others = [group for group in subject.reading.groups if group.kind not in {"lora", "dora", "bdlora", "replace"}]
     kinds = sorted({group.kind for group in others} | {part.kind for part in subject.reading.parts.values()})
     return Case(value=", ".join(kinds), where=tuple(group.module for group in others)) if kinds else None
 

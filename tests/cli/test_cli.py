@@ -314,3 +314,14 @@ def test_a_full_disk_leaves_nothing(
     assert run.code == 1
     assert "space" in run.err.lower()
     assert not (tmp_path / "out").exists()
+
+
+def test_flattened_names_are_folded_to_their_words(lorahub: Cli, tmp_path: Path) -> None:
+    tensors = {
+        f"lora_unet_down_blocks_{block}_proj_in.{leaf}.weight": torch.ones(2, 2)
+        for block in range(3)
+        for leaf in ("lora_down", "lora_up")
+    }
+    save_file(tmp_path / "style.safetensors", tensors)
+    document = lorahub("inspect", tmp_path / "style.safetensors", "--json").json()
+    assert [(row["targets"], row["modules"]) for row in document["rows"]] == [("down_blocks_*_proj_in", 3)]

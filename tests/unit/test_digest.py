@@ -12,7 +12,7 @@ from safetensors.torch import save_file as reference_save_file
 
 from lorahub.errors import IntegrityError, NotFound
 from lorahub.files import digest
-from lorahub.files.digest import file_digest, git_blob_sha1, tensors_digest
+from lorahub.files.digest import data_digest, file_digest, git_blob_sha1, tensors_digest
 from lorahub.files.header import read_header
 from lorahub.files.writer import StreamWriter, save_file
 
@@ -43,6 +43,16 @@ def test_what_is_absent_or_a_folder_is_not_found(tmp_path):
         for path in (tmp_path, tmp_path / "absent"):
             with pytest.raises(NotFound):
                 call(path)
+
+
+def test_the_digest_of_the_data_forgets_the_header_and_refuses_another_file(tmp_path):
+    for name, note in (("a", "x"), ("b", "a longer note")):
+        save_file(tmp_path / name, {"w": torch.arange(20.0)}, {"note": note})
+    one, other = (read_header(tmp_path / name) for name in "ab")
+    expected = hashlib.sha256(torch.arange(20.0).numpy().tobytes()).hexdigest()
+    assert data_digest(tmp_path / "a", one) == data_digest(tmp_path / "b", other) == expected
+    with pytest.raises(IntegrityError):
+        data_digest(tmp_path / "a", other)
 
 
 def tensors():

@@ -72,7 +72,7 @@ class PeftFormat:
             (kind, spelling)
             for kind in kinds
             for spelling in kind.spellings
-            if (spelling.format, spelling.tag) == (self.name, tag)
+            if (spelling.format, spelling.tag) == (self.name, tag) and spelling.when(config)
         ]
         stems = Stems(index)
         found = take_apart(header.tensors, suffixes(ways, shared=False), suffixes(ways, shared=True), stems)

@@ -46,6 +46,7 @@ class _Fit:
     spelling: Spelling
     leaves: Mapping[str, Leaf]
     missing: tuple[str, ...]
+    reason: str = ""
 
 
 def suffixes(ways: Ways, *, shared: bool) -> frozenset[str]:
@@ -120,11 +121,12 @@ def _choose(ways: Ways, present: Collection[str], shared: Collection[str]) -> _F
     if not fits:
         return f"{has}, which no kind has together"
     nearest = min(fits, key=lambda fit: len(fit.missing))
-    return f"{has} without {', '.join(nearest.missing)}"
+    return f"{has} without {', '.join(nearest.missing)}{nearest.reason and f': {nearest.reason}'}"
 
 
 def _fit(kind: Kind, spelling: Spelling, present: Collection[str], shared: Collection[str]) -> _Fit | None:
-    known = {leaf.suffix: leaf for leaf in spelling.leaves}
+    # files may keep a copy of a shared tensor on every module, under the same suffix
+    known = {leaf.suffix: leaf for leaf in spelling.leaves if not kind.slot(leaf.slot).shared}
     if not all(suffix in known for suffix in present):
         return None
     leaves = {suffix: known[suffix] for suffix in present}
@@ -133,16 +135,17 @@ def _fit(kind: Kind, spelling: Spelling, present: Collection[str], shared: Colle
     if len(set(slots)) < len(slots) or len(roles) > 1:
         return None
     role = next(iter(roles), "")
-    missing = []
+    missing, reason = [], ""
     for slot in kind.slots:
         if slot.optional or slot.name in slots:
             continue
-        spelled = [leaf.suffix for leaf in spelling.leaves if leaf.slot == slot.name]
-        if slot.shared and any(suffix in shared for suffix in spelled):
+        spelled = [leaf for leaf in spelling.leaves if leaf.slot == slot.name]
+        if slot.shared and any(leaf.suffix in shared for leaf in spelled):
             continue
-        fitting = [suffix for suffix in spelled if known[suffix].role in ("", role)] or spelled
+        fitting = [leaf.suffix for leaf in spelled if leaf.role in ("", role)] or [leaf.suffix for leaf in spelled]
         missing.append(fitting[0] if fitting else slot.name)
-    return _Fit(kind, spelling, leaves, tuple(missing))
+        reason = reason or slot.lacking
+    return _Fit(kind, spelling, leaves, tuple(missing), reason)
 
 
 def _sized(dims: str) -> list[str]:

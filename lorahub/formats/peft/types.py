@@ -79,8 +79,16 @@ TYPES: Mapping[str, PeftType] = MappingProxyType(
         "OSF": PeftType("OSF"),
         "DELORA": PeftType("DeLoRA"),
         "GRALORA": PeftType("GraLoRA"),
-        "TINYLORA": PeftType("TinyLoRA"),
-        "PSOFT": PeftType("PSOFT"),
+        "TINYLORA": PeftType(
+            "TinyLoRA",
+            reason="which of its shared vectors belongs to which module follows from the order of the base's modules,"
+            " which is not in the file",
+        ),
+        "PSOFT": PeftType(
+            "PSOFT",
+            reason="its factors are singular vectors of the base, whose signs differ between machines and libraries"
+            " and are not in the file",
+        ),
         "PEANUT": PeftType("PEANuT"),
         "SUPERTUNING": PeftType("SuperTuning"),
         "DEFT": PeftType("DEFT"),

@@ -179,6 +179,12 @@ def _config(draft: _Draft, hints: Mapping[str, JSON]) -> dict[str, JSON]:
         config["bias"] = "all" if everywhere else f"{spelling.tag.lower()}_only"
     if hints.get("fan_in_fan_out") is True and "fan_in_fan_out" in spelling.fields:
         config["fan_in_fan_out"] = True
+    refused = {name: about.refuse for name, about in spelling.fields.items() if name in config and about.refuse}
+    if draft.kept and "modules_to_save" in refused:
+        raise _cannot_carry({refused["modules_to_save"]: sorted(draft.kept, key=natural)})
+    for name in refused:
+        if config[name] is None:  # PEFT's own config class has no such field
+            del config[name]
     return dict(sorted(config.items()))
 
 

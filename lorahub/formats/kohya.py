@@ -1,0 +1,289 @@
+"""Files of kohya's sd-scripts, LyCORIS and the trainers that follow them: one safetensors file, no config.
+
+A key is a prefix that names a part of a pipeline, a module's path with underscores for dots, and a suffix:
+``lora_unet_down_blocks_0_..._to_q.lora_down.weight``.  The way back to dots goes through the base's own names, or
+through the list that files written here carry in their header; without either, modules stay as spelled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from lorahub import strict_json
+from lorahub.bases.index import BaseIndex, natural
+from lorahub.bases.layout import Target
+from lorahub.deltas.delta import Delta
+from lorahub.deltas.kind import JSON, Group, Kind
+from lorahub.errors import IntegrityError, UnsupportedFormat
+from lorahub.files.header import Header
+from lorahub.findings import Claim
+from lorahub.formats.flat_names import PREFIXES, take_apart, usual_prefixes
+from lorahub.formats.flat_spellings import FORMAT, REFUSED, SPELLINGS, WHOLE
+from lorahub.formats.flat_writing import Draft
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.gather import Stem, Trouble, Ways, gather, ways_of
+from lorahub.formats.modules import Modules, flat
+from lorahub.formats.numbers import read_numbers
+from lorahub.formats.suffixes import Row
+from lorahub.hookspecs import hookimpl
+
+__all__ = ["KohyaFormat", "lorahub_formats"]
+
+FILE = "lora.safetensors"
+
+_NAMES = "lorahub.modules"
+"""Header key: JSON object, name after the prefix -> the module's dotted path."""
+
+_KEPT = (
+    "modelspec.architecture",
+    "ss_base_model_version",
+    "ss_new_sd_model_hash",
+    "ss_sd_model_hash",
+    "ss_sd_model_name",
+)
+"""Header keys that say what the base is."""
+
+_LARGEST = 1 << 20
+"""Bytes of that object; a header holds no more."""
+
+_ALPHA = "alpha"
+_TOLERANCE = 1e-3
+"""Relative; alphas are stored in half precision."""
+
+
+@final
+class KohyaFormat:
+    """Reads and writes LoRA, DoRA, LoHa, LoKr and differences in kohya's and LyCORIS's spelling."""
+
+    name = FORMAT
+    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in SPELLINGS.items())
+    writes = frozenset({"dora", "locon", "loha", "lokr", "lora"})  # and "full" where its scale is 1
+
+    def claims(self, files: AdapterFiles) -> Claim | None:
+        """Where a key has one of the prefixes, and a suffix that is known or known to be refused."""
+        if isinstance(files.configs.get("adapter_config.json", {}).get("peft_type"), str):
+            return None
+        return Claim(0.8, "tensor names begin with lora_unet_, lora_te_ or lycoris_") if _claimed(files) else None
+
+    def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
+        """Account for every key of the weights file.
+
+        Raises:
+            UnsupportedFormat: several files could hold the weights.
+            IntegrityError: an alpha is no single number.
+        """
+        file = _weights_file(files)
+        header = files.headers[file]
+        ways = ways_of(self.name, SPELLINGS, kinds)
+        trouble = Trouble()
+        modules: dict[tuple[str, str], dict[str, str]] = {}
+        unknown: list[str] = []
+        for key in header.tensors:
+            prefix, spelled, suffix = take_apart(key)
+            if prefix:
+                modules.setdefault((prefix, spelled), {})[suffix] = key
+            else:
+                unknown.append(key)
+        found = _place(modules, header, index, trouble)
+        alphas = read_numbers(files, file, [keys[_ALPHA] for keys in modules.values() if _ALPHA in keys])
+        stems = [
+            stem
+            for which, keys in modules.items()
+            if (stem := _stem(*found[which], keys, ways, alphas, trouble, unknown)) is not None
+        ]
+        groups = gather(stems, ways, header, trouble)
+        _compare(groups, header, trouble)
+        if unknown:
+            trouble.add("key-unknown", unknown, unknown[0])
+        return Reading(
+            format=self.name,
+            file=file,
+            groups=groups,
+            findings=trouble.findings(),
+            hints=_hints(header, modules, found),
+        )
+
+    def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
+        """Spell ``deltas``; the dotted names of modules go into the header.
+
+        Args:
+            deltas: what the adapter does.
+            kinds: every registered kind.
+            hints: ``kohya_prefixes`` (component -> prefix) and ``kohya_metadata`` (header keys about the base).
+
+        Raises:
+            CannotCarry: listing every target that there is no word for, by reason.
+        """
+        draft = Draft(ways_of(self.name, SPELLINGS, kinds))
+        modules: dict[tuple[str, str], dict[str, Delta]] = {}
+        for target, delta in sorted(deltas.items(), key=lambda item: natural(item[0].name)):
+            modules.setdefault((target.component, target.module), {})[target.parameter] = delta
+        prefixes = usual_prefixes({component for component, _ in modules}, hints.get("kohya_prefixes"))
+        for (component, module), parameters in modules.items():
+            draft.spell(component, module, prefixes.get(component, ""), parameters)
+        if draft.lost:
+            raise draft.refusal()
+        kept = hints.get("kohya_metadata")
+        metadata = {name: str(kept[name]) for name in _KEPT if name in kept} if isinstance(kept, dict) else {}
+        metadata[_NAMES] = json.dumps(draft.names, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return Written(
+            file=FILE,
+            tensors={key: draft.tensors[key] for key in sorted(draft.tensors)},
+            metadata=metadata,
+            configs={},
+        )
+
+
+def _suffixes() -> frozenset[str]:
+    own = (leaf.suffix for spelling in SPELLINGS.values() for leaf in spelling.leaves)
+    return frozenset([*own, *REFUSED, _ALPHA])
+
+
+_SUFFIXES = _suffixes()
+
+
+def _claimed(files: AdapterFiles) -> list[str]:
+    """The files with a key of this format."""
+    return [
+        file
+        for file, header in files.headers.items()
+        if any(prefix and suffix in _SUFFIXES for prefix, _, suffix in map(take_apart, header.tensors))
+    ]
+
+
+def _weights_file(files: AdapterFiles) -> str:
+    claimed = sorted(_claimed(files))
+    if len(claimed) == 1:
+        return claimed[0]
+    raise UnsupportedFormat(
+        f"{files.folder} holds several adapters: {', '.join(claimed)}" if claimed else f"{files.folder} holds none",
+        "name the file that is meant: weight_name=...",
+    )
+
+
+def _place(
+    modules: Mapping[tuple[str, str], object], header: Header, index: BaseIndex | None, trouble: Trouble
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """(prefix, name) -> (component, module): the base's, or those the file itself lists, or as spelled."""
+    declared = _declared(header)
+    known = Modules(index, flat, synonyms={"unet": "transformer", "transformer": "unet"})
+    named: dict[str, list[str]] = {}
+    for prefix, spelled in modules:
+        named.setdefault(PREFIXES[prefix], []).append(spelled)
+    parts = known.parts(named)
+    result: dict[tuple[str, str], tuple[str, str]] = {}
+    for prefix, spelled in modules:
+        component = PREFIXES[prefix]
+        listed = declared.get(f"{prefix}_{spelled}", spelled)
+        found = known.find(parts[component], spelled)
+        if listed in found:
+            found = (listed,)
+        if len(found) > 1:
+            trouble.add("module-ambiguous", [], f"{prefix}_{spelled} is {' and '.join(found)}")
+        result[prefix, spelled] = (parts[component], found[0]) if len(found) == 1 else (component, listed)
+    return result
+
+
+def _declared(header: Header) -> dict[str, str]:
+    """The dotted names in the header of a file written here.
+
+    Raises:
+        IntegrityError: it lists what its own keys do not spell.
+    """
+    text = header.metadata.get(_NAMES)
+    if text is None:
+        return {}
+    try:
+        names = strict_json.read(text, limit=_LARGEST)
+    except strict_json.NotStrict as error:
+        raise IntegrityError(f"the header's {_NAMES} cannot be read: {error}", "fetch the file again") from None
+    result = {}
+    for spelled, module in names.items() if isinstance(names, dict) else ():
+        if not isinstance(module, str) or not any(spelled == f"{prefix}_{flat(module)}" for prefix in PREFIXES):
+            raise IntegrityError(f"the header's {_NAMES} says {spelled} for {module!r}", "fetch the file again")
+        result[spelled] = module
+    return result
+
+
+def _stem(
+    component: str,
+    module: str,
+    keys: Mapping[str, str],
+    ways: Ways,
+    alphas: Mapping[str, float],
+    trouble: Trouble,
+    unknown: list[str],
+) -> Stem | None:
+    """What a module's keys are, or None where they are refused as a whole."""
+    known = {leaf.suffix for _, spelling in ways for leaf in spelling.leaves}
+    refused = sorted({REFUSED[suffix] for suffix in keys if suffix in REFUSED and suffix not in known})
+    if "dora_scale" in keys and ("lora_mid.weight" in keys or not any(suffix.startswith("lora_") for suffix in keys)):
+        refused.append("DoRA over another kind than LoRA")
+    if refused:
+        trouble.add("kind-unsupported", keys.values(), f"{module} is {' and '.join(refused)}")
+        return None
+    unknown += [key for suffix, key in keys.items() if suffix not in known and suffix != _ALPHA]
+    numbers: dict[str, JSON] = {}
+    number_keys = {}
+    if alpha := keys.get(_ALPHA):
+        value = alphas[alpha]
+        if value and math.isfinite(value):
+            numbers, number_keys = {_ALPHA: value}, {_ALPHA: alpha}
+        elif math.isinf(value):
+            trouble.add("slot-misfit", [alpha], f"{alpha} is {value}")
+        else:
+            trouble.add("alpha-void", [alpha], f"{alpha} is {value}")
+    return Stem(
+        component=component,
+        module=module,
+        keys={suffix: key for suffix, key in keys.items() if suffix in known and suffix not in WHOLE},
+        whole=[(WHOLE[suffix], "full", "diff", key) for suffix, key in keys.items() if suffix in WHOLE],
+        numbers=numbers,
+        number_keys=number_keys,
+    )
+
+
+def _compare(groups: Sequence[Group], header: Header, trouble: Trouble) -> None:
+    """Linear LoRA layers against ``ss_network_alpha``, where training had one alpha for all of them."""
+    if header.metadata.get("ss_network_module", "networks.lora") != "networks.lora" or header.metadata.get(
+        "ss_network_args", "{}"
+    ) not in ("", "{}", "None"):
+        return
+    try:
+        stated = float(header.metadata.get("ss_network_alpha", ""))
+    except ValueError:
+        return  # absent, "None" or "Dynamic": nothing is stated
+    if not stated or not math.isfinite(stated):
+        return
+    for group in groups:
+        alpha, down = group.options.get(_ALPHA), group.slots.get("down")
+        if not isinstance(alpha, int | float) or down is None or len(down.shape) != 2:
+            continue
+        if abs(alpha - stated) > _TOLERANCE * abs(stated):
+            where = group.slots.get(_ALPHA, down)
+            said = "has no alpha, which means" if group.options.get("scale_rule") == "default" else "says"
+            trouble.add(
+                "alpha-conflict",
+                [where.key],
+                f"ss_network_alpha in the header says {stated:g}, and {group.module} {said} {alpha:g}",
+            )
+
+
+def _hints(
+    header: Header, modules: Mapping[tuple[str, str], object], found: Mapping[tuple[str, str], tuple[str, str]]
+) -> dict[str, JSON]:
+    hints: dict[str, JSON] = {}
+    if kept := {name: header.metadata[name] for name in _KEPT if name in header.metadata}:
+        hints["kohya_metadata"] = dict(kept)
+    if prefixes := {found[which][0]: which[0] for which in modules}:
+        hints["kohya_prefixes"] = dict(prefixes)
+    return hints
+
+
+@hookimpl
+def lorahub_formats() -> list[Format]:
+    """Kohya's and LyCORIS's."""
+    return [KohyaFormat()]
