@@ -66,6 +66,8 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         # PEFT rounds both to what divides a layer's inputs, so the tensor's shape counts, not they
         "r": INERT,
         "oft_block_size": INERT,
+        "rank_pattern": INERT,  # early releases had both; the blocks are as large as the tensors say
+        "alpha_pattern": INERT,  # and nothing was ever scaled by it
         "module_dropout": INERT,
         "fan_in_fan_out": INERT,  # PEFT adapts no layer that stores [in, out]
     }

@@ -1,0 +1,96 @@
+"""What the benchmarks merge: random bases of real shape, and LoRA adapters for them, saved by PEFT.
+
+Everything is seeded; nothing is downloaded.  The factors are scaled so that a merge changes each weight by about a
+per cent: large enough to survive rounding to bfloat16, as that of a real adapter.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+__all__ = ["LLAMA", "Stack", "llama_on_disk", "lora_on", "meta_llama", "randomise", "small"]
+
+LLAMA = LlamaConfig(
+    vocab_size=32_000,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+"""1.1 billion parameters, 2.2 GB in bfloat16."""
+
+RANK = 16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def small(config: LlamaConfig) -> LlamaConfig:
+    """The same architecture at a fiftieth of the size, for trying the benchmarks out."""
+    return LlamaConfig(
+        **(config.to_dict() | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2})
+        | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8000, "head_dim": 64}
+    )
+
+
+class Stack(nn.Module):
+    """Square linear layers without bias, in bfloat16; holds weights and is never called."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers))
+
+
+def meta_llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """The model in bfloat16 without any memory behind its parameters."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def randomise(state: dict[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
+    """Fresh tensors of the same names, shapes and dtypes: normal with deviation 0.02, ones where there is one axis."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.ones(tensor.shape, dtype=tensor.dtype)
+        if tensor.dim() == 1
+        else torch.empty(tensor.shape).normal_(0, 0.02, generator=generator).to(tensor.dtype)
+        for name, tensor in state.items()
+    }
+
+
+def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype) -> PeftModel:
+    """PEFT's LoRA of rank 16 on the targets, with random factors of the given dtype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(7)
+    for module in wrapped.modules():
+        if "default" not in getattr(module, "lora_A", {}):
+            continue
+        for factors in (module.lora_A, module.lora_B):
+            shape = factors["default"].weight.shape
+            values = torch.empty(shape).normal_(0, 0.007, generator=generator)
+            factors["default"].weight = nn.Parameter(values.to(dtype), requires_grad=False)
+    return wrapped
+
+
+def llama_on_disk(folder: Path, config: LlamaConfig) -> tuple[Path, Path]:
+    """A base folder (one safetensors file) and a folder with an fp32 adapter for all its linear layers."""
+    disable_progress_bar()
+    base, adapter = folder / "base", folder / "adapter"
+    shutil.rmtree(base, ignore_errors=True)
+    model = meta_llama(config)
+    model.load_state_dict(randomise(model.state_dict(), seed=1), assign=True)
+    model.save_pretrained(base, max_shard_size="100GB")
+    lora_on(model, TARGETS, dtype=torch.float32).save_pretrained(adapter)
+    return base, adapter

@@ -1,0 +1,82 @@
+"""Run the benchmarks: ``make bench``.  Results go to JSON, and from there into the tables of ``README.md``.
+
+Usage:
+    python benchmarks/run.py                    everything
+    python benchmarks/run.py --only disk-warm   one case; the others' results stay
+    python benchmarks/run.py --quick            everything, tiny: does it run? (no files unless --out is given)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from machine import describe_machine, versions
+from tables import rewrite
+
+__all__ = ["CASES", "main"]
+
+HERE = Path(__file__).resolve().parent
+DEFAULT = HERE / "out" / "results.json"
+CASES = {
+    "memory-layers": ("memory", "layers"),
+    "memory-llama": ("memory", "llama"),
+    "disk-warm": ("disk", "warm"),
+    "disk-cold": ("disk", "cold"),
+}
+"""Name -> the module here, and its function; each takes ``quick`` and returns JSON-ready results."""
+
+
+def _measure(name: str, quick: bool) -> dict[str, Any]:
+    module, function = CASES[name]
+    result: dict[str, Any] = getattr(importlib.import_module(module), function)(quick)
+    return result
+
+
+def _run(name: str, quick: bool) -> dict[str, Any]:
+    """One case in a process of its own, with what it depended on."""
+    before = describe_machine()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        result = pool.submit(_measure, name, quick).result()
+    return result | {
+        "command": f"python benchmarks/run.py --only {name}{' --quick' if quick else ''}",
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": before | {"load_after": describe_machine()["load"]},
+        "versions": versions(),
+    }
+
+
+def main() -> int:
+    """Run the chosen cases; 0 if all of them ran."""
+    parser = argparse.ArgumentParser(description="lorahub's benchmarks")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--only", choices=CASES, action="append", help="run only this case; may be repeated")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/out/results.json)")
+    options = parser.parse_args()
+    out = options.out or (None if options.quick else DEFAULT)
+    results: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
+    for name in options.only or CASES:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results[name] = _run(name, options.quick)
+        shown = {key: results[name].get(key) for key in ("skipped", "ratios", "agreement") if key in results[name]}
+        print(json.dumps(shown, indent=1) if options.quick else "  done", file=sys.stderr, flush=True)
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
+    if out == DEFAULT:
+        rewrite(HERE / "README.md", {name: results[name] for name in CASES if name in results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The tables of ``benchmarks/README.md``, written from results between two markers; the text around them is by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BEGIN", "END", "rewrite"]
+
+RATIOS = {"ratios": "wall time", "work_ratios": "time after imports"}
+"""Key in a result -> what the ratios are of."""
+
+BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+
+
+def rewrite(page: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Replace what stands between the markers.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} needs the lines {BEGIN!r} and {END!r}")
+    body = "\n\n".join(_case(result) for result in results.values())
+    page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+
+
+def _case(result: dict[str, Any]) -> str:
+    lines = [f"### {result['title']}", ""]
+    if "skipped" in result:
+        return "\n".join([*lines, f"Skipped: {result['skipped']}."])
+    lines += _sides(result["sides"])
+    for key, what in RATIOS.items():
+        if key in result:
+            lines += ["", f"| {what} | ratio | least to greatest |", "| --- | ---: | ---: |"]
+            lines += [
+                f"| {pair} | **{spread['median']:.2f}** | {spread['min']:.2f} to {spread['max']:.2f} |"
+                for pair, spread in result[key].items()
+            ]
+    return "\n".join([*lines, "", _conditions(result)])
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    machine, agreement = result["machine"], result["agreement"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    sentences = [
+        f"{result['repeats']} repeats, interleaved.",
+        f"The merge changed {agreement['changed']:.1%} of the weights in question;",
+        f"lorahub's result differs from PEFT's (both with fp32 factors) in a share of {agreement['different']:.2g}.",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB,",
+        f"load {machine['load']} before and {machine['load_after']} after;",
+        f"{versions}; {result['when'][:10]}; `{result['command']}`",
+    ]
+    return " ".join(sentences)
+
+
+def _sides(sides: dict[str, Any]) -> list[str]:
+    processes = all("peak_anon_bytes" in side for side in sides.values())
+    head = ["side", "wall, median", "least to greatest", "CPU"]
+    head += ["after imports", "peak anonymous memory"] if processes else []
+    rows = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, side in sides.items():
+        wall = side["wall_s"]
+        cells = [name, _seconds(wall["median"]), f"{_seconds(wall['min'])} to {_seconds(wall['max'])}"]
+        cells.append(_seconds(side["cpu_s"]["median"]))
+        if processes:
+            cells.append(_seconds(side["work_s"]["median"]))
+            cells.append(f"{side['peak_anon_bytes']['median'] / 1e9:.2f} GB")
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
