@@ -16,7 +16,7 @@ from lorahub.deltas.cut import Cuts, cut, positions, then
 from lorahub.deltas.delta import Delta, Index
 from lorahub.deltas.fit import expect_shape
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
-from lorahub.deltas.peft_config import USED
+from lorahub.deltas.peft_config import INERT, USED
 from lorahub.deltas.peft_values import PLACES, by_dotted_end, integer
 from lorahub.errors import BaseMismatch, IntegrityError
 from lorahub.hookspecs import hookimpl
@@ -114,7 +114,14 @@ def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict
     return None
 
 
-FIELDS: Mapping[str, Field] = MappingProxyType({**PLACES, "block_size": USED, "block_size_pattern": USED})
+FIELDS: Mapping[str, Field] = MappingProxyType(
+    {
+        **PLACES,
+        "block_size": USED,
+        "block_size_pattern": USED,
+        "fan_in_fan_out": INERT,  # early releases had it; PEFT adapts no layer that stores [in, out]
+    }
+)
 
 
 def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
