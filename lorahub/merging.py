@@ -18,10 +18,11 @@ from lorahub.engine.plan import Plan
 from lorahub.engine.plan import plan as plan_merge
 from lorahub.engine.report import MergeReport
 from lorahub.engine.stream import stream_merge
-from lorahub.errors import UsageError
+from lorahub.errors import Unavailable, UsageError
 from lorahub.files.digest import file_digest
 from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub.contents import survey
+from lorahub.names import Ref
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 from lorahub.report import CheckReport
@@ -193,9 +194,10 @@ def prepare(
         raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
     chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
     if base is None:
-        first = next(iter(named.values()))[0]
-        base = recorded_base(header_of(first, registry, hub=hub, progress=progress))
-    opened = open_base(base, digest=True, progress=progress)
+        first = header_of(next(iter(named.values()))[0], registry, hub=hub, progress=progress)
+        opened = _open_recorded(first, progress)
+    else:
+        opened = open_base(base, digest=True, progress=progress)
     headers = {
         name: header_of(source, registry, hub=hub, progress=progress, index=opened.index)
         for name, (source, _) in named.items()
@@ -215,6 +217,18 @@ def prepare(
         )
     )
     return Job(base=opened, headers=headers, weights=chosen, plan=planned, findings=found, allowed=tuple(allow))
+
+
+def _open_recorded(header: AdapterHeader, progress: Progress) -> Base:
+    """The base that an adapter records."""
+    named = recorded_base(header)
+    try:
+        return open_base(Ref.parse(named, bare=True), digest=True, progress=progress)  # never a path that lies here
+    except Unavailable as error:
+        raise type(error)(
+            f"{header.label} records {named} as its base, which cannot be had: {error.message}",
+            "name one that is at hand: --base FOLDER",
+        ) from None
 
 
 def _weights(
@@ -352,13 +366,7 @@ def check(
     against = []
     judged = registry.runtime(runtime) if runtime is not None else None
     if base is not None or judged is None:
-        job = prepare(
-            base if base is not None else recorded_base(header),
-            {header.label: header},
-            allow=allow,
-            hub=hub,
-            progress=progress,
-        )
+        job = prepare(base, {header.label: header}, allow=allow, hub=hub, progress=progress)
         found, against, header = job.findings, [str(job.base.index.ref)], job.headers[header.label]
     if judged is not None:
         found = (*found, *judged.judge(header))
