@@ -40,8 +40,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """The answer to "what is this adapter?"."""
+    """The answer to "what is this adapter?".
 
+    Attributes:
+        adapter: what it was called.
+        where: the folder it lies in.
+    """
+
+    adapter: str
     where: str
     format: str
     file: str
@@ -58,6 +64,7 @@ class Inspection:
     def document(self) -> dict[str, object]:
         """JSON-ready values; ``targets`` lists every group."""
         return {
+            "adapter": self.adapter,
             "where": self.where,
             "format": self.format,
             "file": self.file,
@@ -104,6 +111,7 @@ def inspect(header: AdapterHeader, registry: Registry) -> Inspection:
     refs = [ref for group in reading.groups for ref in group.slots.values()] + list(reading.shared.values())
     refs += [ref for part in reading.parts.values() for ref in part.tensors.values()]
     return Inspection(
+        adapter=header.label,
         where=str(header.folder),
         format=reading.format,
         file=reading.file,

@@ -63,6 +63,7 @@ def record(
         described = recording.describe_base(
             job.base.index, job.base.framework, touched, repo=base_repo, revision=base_revision
         )
+        described = recording.keep_name(described, header.record)
     elif base_repo or base_revision:
         raise UsageError(
             "a name for the base was given, but no base", "name it too: --base FOLDER or --base NS/NAME@COMMIT"

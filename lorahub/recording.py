@@ -20,7 +20,7 @@ from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord,
 from lorahub.registry import Registry
 from lorahub.saving import module_record
 
-__all__ = ["describe_base", "make_record"]
+__all__ = ["describe_base", "keep_name", "make_record"]
 
 _RECORDED = frozenset({"behaviour", "companion"})
 """Roles of files whose digest a record keeps: what decides how the adapter acts, tokenizer included; no documents."""
@@ -55,6 +55,14 @@ def describe_base(
         "targets": index.targets(touched),
     }
     return BaseRecord.checked(**{key: value for key, value in fields.items() if value})
+
+
+def keep_name(base: BaseRecord, earlier: AdapterRecord | None) -> BaseRecord:
+    """``base`` under the name that an earlier record gave to the same weights, where nothing names it now."""
+    known = earlier.base if earlier else None
+    if base.repo_id or known is None or not known.repo_id or known.weights_digest != base.weights_digest:
+        return base
+    return base.model_copy(update={"repo_id": known.repo_id, "revision": known.revision, "subfolder": known.subfolder})
 
 
 def make_record(

@@ -267,6 +267,8 @@ def open_base(base: Source | nn.Module | Base, *, digest: bool = False, progress
         try:
             pin = bases.base_pin(ref)
         except Unavailable as error:
+            if isinstance(base, Ref):  # somebody said that it is a name
+                raise
             raise type(error)(f"{error.message}; nor is there a folder {ref} here", error.hint) from None
         place = bases.pull(pin, progress=lambda _file, done, total: progress(done, total))
         where = BaseRef(repo=pin.repo, commit=pin.commit, subfolder=pin.subfolder, folder=str(place))

@@ -48,8 +48,8 @@ def merge(
     with out.progress("reading") as progress:
         job = merging.prepare(base, refs, allow=allow, hub=hub, progress=progress)
     if plan_only:
-        out.answer(job.document(), text=f"{job.plan.explain()}\nverdict    {job.verdict}", bare=job.plan.digest())
-        out.findings(job.findings)
+        out.answer(job.document(), text=f"{job.plan.explain()}\n\nverdict: {job.verdict}", bare=job.plan.digest())
+        out.findings([finding for finding in job.findings if finding not in job.plan.findings])  # the others are in it
         job.refuse()
         return
     job.refuse()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorahub.deltas.kind import JSON
+from lorahub.findings import Verdict
 
 if TYPE_CHECKING:
     from lorahub.engine.plan import Plan
@@ -48,7 +49,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "removed", _some(plan.removed)
     for key, value in plan.config_edits.items():
         yield "config.json", f"{key}: {_show(plan.config_before.get(key))} -> {_show(value)}"
-    for finding in plan.findings:
+    for finding in (each for each in plan.findings if each.level > Verdict.EXACT):  # notes are for --json
         allowed = " (allowed)" if finding.allowable and finding.code in plan.allowed else ""
         yield str(finding.level), f"{finding.show()}{allowed}"
 

@@ -325,3 +325,19 @@ def test_flattened_names_are_folded_to_their_words(lorahub: Cli, tmp_path: Path)
     save_file(tmp_path / "style.safetensors", tensors)
     document = lorahub("inspect", tmp_path / "style.safetensors", "--json").json()
     assert [(row["targets"], row["modules"]) for row in document["rows"]] == [("down_blocks_*_proj_in", 3)]
+
+
+def test_recording_again_keeps_the_name_of_the_same_base(
+    lorahub: Cli, adapter: Path, base: Path, make_base: Make
+) -> None:
+    assert lorahub("record", adapter, "--base", base, "--base-repo", "acme/base", "--license", "mit").code == 0
+    again = lorahub("record", adapter, "--base", base, "--json").json()
+    assert (again["base"]["repo_id"], again["license"]) == ("acme/base", "mit")
+    other = lorahub("record", adapter, "--base", make_base("other", seed=9), "--json").json()
+    assert "repo_id" not in other["base"]
+
+
+def test_a_finding_of_the_plan_is_told_once(lorahub: Cli, base: Path, make_adapter: Make) -> None:
+    run = lorahub("merge", make_adapter("other", target_modules=["gone"]), "--base", base, "--plan")
+    assert (run.out + run.err).count("target-unlisted") == 1
+    assert "verdict: unverified" in run.out
