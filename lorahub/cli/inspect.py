@@ -118,4 +118,6 @@ def _text(found: Inspection, hashes: dict[str, str]) -> str:
         )
         for row in found.rows
     ]
-    return f"{found.adapter}\n{aligned(facts)}\n\n{aligned(table)}" if found.rows else f"{found.adapter}\n{aligned(facts)}"
+    return (
+        f"{found.adapter}\n{aligned(facts)}\n\n{aligned(table)}" if found.rows else f"{found.adapter}\n{aligned(facts)}"
+    )
