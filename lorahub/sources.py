@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -87,12 +88,14 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
     if isinstance(source, Ref):
         return source
     text = os.fspath(source)
-    head, equals, tail = text.partition("=")
-    name, place = (f"{head}=", tail) if equals and head.isidentifier() else ("", text)
-    if place and not Path(place).is_absolute():
-        local = Ref.parse(f"{name}./{place}")
-        if local.path is not None and Path(local.path).exists():
-            return local
+    name, equals, place = text.partition("=")
+    for head, tail in (("", text), (f"{name}=", place)) if equals else (("", text),):
+        if Path(tail).is_absolute():
+            continue
+        with suppress(InvalidRef):
+            local = Ref.parse(f"{head}./{tail}")
+            if local.path is not None and Path(local.path).exists():
+                return local
     try:
         return Ref.parse(text, bare=bare)
     except InvalidRef as error:

@@ -33,8 +33,16 @@ def test_a_path_that_exists_is_a_path_also_where_it_could_be_a_name() -> None:
     adapter(Path("acme/ink"))
     assert as_ref("acme/ink").path == "./acme/ink"
     assert as_ref("mine=acme/ink:0.5").weight == 0.5
-    assert as_ref("mine=acme/ink:0.5").name == "mine"
+    assert as_ref("my-own=acme/ink:0.5").name == "my-own"
+    assert as_ref("my-own=acme/ink:0.5").path == "./acme/ink"
     assert as_ref("acme/ink@1.0").repo == "acme/ink"  # no such path: the selector makes it a name
+
+
+def test_an_absolute_path_is_not_looked_for_below_this_folder(tmp_path: Path) -> None:
+    inner = adapter(Path(f".{tmp_path}/elsewhere"))
+    assert inner.exists()
+    assert as_ref(f"{tmp_path}/elsewhere").path == f"{tmp_path}/elsewhere"
+    assert as_ref(f"ink={tmp_path}/elsewhere").path == f"{tmp_path}/elsewhere"
 
 
 def test_one_word_that_is_no_path_is_not_found_rather_than_misspelt() -> None:
