@@ -41,7 +41,8 @@ def merge(
 ) -> None:
     """Merge one or more adapters into a base and write a new checkpoint, shard by shard.
 
-    Weights go behind a colon: acme/ink@1.2:0.8 acme/sql:0.5. A run that was killed is resumed by the same command.
+    Weights go behind a colon: acme/ink@1.2:0.8 acme/sql:0.5. A run that was killed goes on with the shards that
+    are missing when the same command is given again.
     """
     if not plan_only and not target:
         raise UsageError("merge needs -o FOLDER, or --plan to only look", f"lorahub merge {' '.join(refs)} --plan")
