@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent / "lorahub"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "findings", "hookspecs", "lazy", "names", "plugins", "registry", "shapes", "strict_json"),
-    ("bases", "deltas", "files", "record_fields", "records", "report"),
+    ("bases", "deltas", "files", "pictures", "record_fields", "records", "report"),
     ("formats", "hub", "runtimes"),
     ("adapter", "saving"),
-    ("compose", "convert", "engine"),
+    ("composition", "conversion", "engine"),
     ("checks", "inspection", "listing", "recording", "testing"),
-    ("__init__", "__main__", "cli", "merging", "publishing", "sources"),
+    ("__init__", "__main__", "cli", "converting", "deriving", "merging", "publishing", "sources", "tagging"),
 )
 """Rooms by floor, ground floor first: a room imports from its own floor and from those below."""
 
@@ -40,8 +40,8 @@ FRAMEWORKS = {"transformers", "peft", "timm", "diffusers"}
 NOT_FOR_THE_HUB = {
     "adapter",
     "bases",
-    "compose",
-    "convert",
+    "composition",
+    "conversion",
     "deltas",
     "engine",
     "formats",
