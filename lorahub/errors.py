@@ -6,6 +6,7 @@
     ├── Degraded                        exit 3   it would run, but not as its author meant it: refused unless allowed
     ├── Incompatible                    exit 4   it cannot be done with these two things
     │   ├── BaseMismatch                         the adapter does not fit this base
+    │   ├── BaseNeeded                           files leave out what only the base can tell, and it is not at hand
     │   ├── UnsupportedFormat                    no format claims the files, or two claim them alike
     │   ├── UnsupportedKind                      a kind that is recognised but cannot be computed here
     │   ├── CannotCarry                          the target format has no word for part of the adapter
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccessDenied",
     "BaseMismatch",
+    "BaseNeeded",
     "CannotCarry",
     "Degraded",
     "DigestMismatch",
@@ -104,6 +106,10 @@ class Incompatible(LorahubError):
 
 class BaseMismatch(Incompatible):
     """The adapter does not fit this base: shapes differ, or nothing lands."""
+
+
+class BaseNeeded(Incompatible):
+    """The adapter's files leave out what follows from the base: give the base, or files that have it."""
 
 
 class UnsupportedFormat(Incompatible):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub.errors import MissingDependency
 
-__all__ = ["torch"]
+__all__ = ["np", "torch"]
 
 
 class _Lazy(ModuleType):
@@ -37,6 +37,8 @@ class _Lazy(ModuleType):
 
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 else:
+    np = _Lazy("numpy", "pip install 'lorahub-core[torch]'")
     torch = _Lazy("torch", "pip install 'lorahub-core[torch]'")

@@ -221,7 +221,8 @@ def declarations_are_what_build_does(kind: Kind) -> None:
     for case, parameter, group, tensors in _groups(kind):
         dissolved += 1
         declared = {slot.name: slot for slot in kind.slots}
-        _hold(tensors.keys() <= declared.keys(), f"{case.name}: dissolve gives slots that the kind does not declare")
+        stray = [name for name in tensors if not any(slot.covers(name) for slot in kind.slots)]
+        _hold(not stray, f"{case.name}: dissolve gives slots that the kind does not declare")
         missing = [name for name, slot in declared.items() if not slot.optional and name not in tensors]
         _hold(not missing, f"{case.name}: dissolve leaves out the required {', '.join(missing)}")
         built = kind.build(group, tensors)
@@ -238,14 +239,14 @@ def declarations_are_what_build_does(kind: Kind) -> None:
         shape = tuple(case.weight.shape)
         bound: Binding = {}
         for slot in touch.slots:
-            bound = unify(declared[slot].dims, group.slots[slot].shape, bound, name=slot)
+            bound = unify(kind.slot(slot).dims, group.slots[slot].shape, bound, name=slot)
         unify(touch.dims, shape, bound, name=parameter)
         try:
             unify(touch.dims, tuple(size + 1 for size in shape), bound, name=parameter)
         except ShapeMisfit:
             pass
         else:
-            larger = torch.zeros([size + 1 for size in shape], dtype=torch.float64)
+            larger = torch.randn([size + 1 for size in shape], generator=case.generator, dtype=torch.float64)
             _hold(
                 _takes(rebuilt, larger), f"{case.name}: the declared dims [{touch.dims}] let a weight of any size pass"
             )

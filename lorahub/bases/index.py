@@ -50,6 +50,8 @@ class ParameterInfo:
         transposed: a linear weight stored [in, out] (GPT-2's Conv1D); declared by the framework.
         component: part of a pipeline, or "".
         role: what its module is, where the framework knows: "linear", "embedding", "conv"; else "".
+        turned: of a parameter with three axes, whether it stacks matrices stored [in, out] if it stacks any; None where
+            nobody knows, as for files alone.  No part of what a base is.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +60,7 @@ class ParameterInfo:
     transposed: bool = False
     component: str = ""
     role: str = ""
+    turned: bool | None = field(default=None, compare=False, repr=False)
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -86,6 +89,8 @@ class BaseIndex:
             digest; a merge copies their bytes, except a second copy of a parameter that changes, which is left out.
         weights: ``sha256:`` over the weight files, or "" where nobody hashed them.
         config: the base's configuration as JSON, for config edits; empty where there is none.
+        registered: module paths in the order in which the framework builds the model, or none where nobody knows it.
+            Some adapters draw random numbers along that order; it is no part of what a base is.
         declared: the framework knows module types, so transposed and fused storage is declared; False for bare
             headers, where an adapter that claims a transposed base is refused rather than guessed at.
     """
@@ -99,6 +104,7 @@ class BaseIndex:
     weights: str = ""
     config: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     declared: bool = True
+    registered: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def order(self) -> tuple[str, ...]:

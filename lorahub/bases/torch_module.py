@@ -81,7 +81,13 @@ class TorchModule:
             UnsupportedFormat: a parameter of a dtype that no safetensors file can hold.
         """
         entries, tied = live_entries(model)
-        return BaseIndex(ref=ref, framework=self.name, parameters=in_order(entries.items()), tied=tied)
+        return BaseIndex(
+            ref=ref,
+            framework=self.name,
+            parameters=in_order(entries.items()),
+            tied=tied,
+            registered=tuple(name for name, _ in model.named_modules() if name),
+        )
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
         """Whole parameters."""
@@ -157,7 +163,8 @@ def live_entries(
     tensors = live_tensors(model)
     for name in sorted(tensors, key=natural):
         groups.setdefault(_storage(tensors[name]), []).append(name)
-    roles = {name: _role(module) for name, module in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    roles = {name: _role(module) for name, module in modules.items()}
     entries, tied = {}, []
     for names in groups.values():
         ordered = sorted(names, key=lambda name: name not in leaders)  # stable: leaders first, then natural order
@@ -172,6 +179,7 @@ def live_entries(
             stored_as=name,
             transposed=transposed and is_weight,
             role=role if is_weight else "",
+            turned=_turned(modules.get(module)) if tensor.dim() == 3 else None,
         )
         if len(ordered) > 1:
             tied.append(tuple(ordered))
@@ -188,6 +196,11 @@ def _role(module: nn.Module) -> tuple[str, bool]:
     names = [f"{each.__module__}.{each.__qualname__}" for each in type(module).__mro__]
     role = next((ROLES[name] for name in names if name in ROLES), "")
     return role, not TRANSPOSED.isdisjoint(names)
+
+
+def _turned(module: nn.Module | None) -> bool:
+    """Whether a module stores the matrices of its stacks [in, out], by the word that transformers has for it."""
+    return getattr(module, "is_transposed", False) is True
 
 
 def _storage(tensor: torch.Tensor) -> object:

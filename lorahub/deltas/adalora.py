@@ -19,7 +19,7 @@ from lorahub.deltas.delta import Delta, Index, LowRank
 from lorahub.deltas.factors import scale_of
 from lorahub.deltas.fit import expect_matrix
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
-from lorahub.deltas.peft_config import INERT, USED, alpha_for, chosen, one_for_all
+from lorahub.deltas.peft_config import INERT, USED, alpha_for, chosen, one_for_all, stated_alpha
 from lorahub.errors import BaseMismatch, CannotCarry, IntegrityError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
@@ -170,8 +170,7 @@ def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorR
     if rank != (initial if kept is None else kept):
         where = f"init_r is {initial:g}" if kept is None else f"rank_pattern keeps {kept} ranks"
         raise IntegrityError(f"{module}: {where}, and {down.key} has rank {rank}")
-    given, _ = chosen(config, "", "lora_alpha", module)
-    alpha = 8 if given is None else given
+    alpha = stated_alpha(config, "", "lora_alpha", module)
     strength = alpha if alpha > 0 else rank  # PEFT: an alpha of 0 stands for the rank that is there
     return {
         "scale": strength / (initial + _EPSILON),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from lorahub.errors import NotLocal
+from lorahub.errors import NotLocal, UnsupportedKind
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:
@@ -84,6 +84,22 @@ class Delta(ABC):
     def low_rank(self) -> LowRank | None:
         """The change as exact factors, or None."""
         return None
+
+    def expert(self, position: int) -> Delta:
+        """The change of one matrix of a stack, for kinds that say so in ``Touch.stacks``.
+
+        Raises:
+            NotLocal: it is the change of one matrix.
+        """
+        raise NotLocal(f"a {self.kind} delta changes one weight, and no stack of experts")
+
+    def strengthened(self, factor: float) -> Self:
+        """The delta with its factors multiplied, for kinds that say so in ``Touch.inside``.
+
+        Raises:
+            UnsupportedKind: it is no such kind; a weight multiplies the whole change.
+        """
+        raise UnsupportedKind(f"a {self.kind} delta has no factors to multiply apart from its change")
 
     def replacement(self) -> torch.Tensor | None:
         """The parameter's whole new value if that is what this delta is, in its stored dtype, or None."""

@@ -6,15 +6,30 @@ module with its delta, its ``Kind`` and a hook implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from lorahub.deltas.delta import Delta
+from lorahub.deltas.disputes import Dispute
+from lorahub.findings import Finding
 from lorahub.lazy import torch
 
-__all__ = ["JSON", "Field", "Group", "Kind", "Leaf", "Slot", "Spelling", "TensorRef", "Touch"]
+__all__ = [
+    "JSON",
+    "Completed",
+    "Field",
+    "Group",
+    "Kind",
+    "Leaf",
+    "Matrix",
+    "Slot",
+    "Spelling",
+    "Surroundings",
+    "TensorRef",
+    "Touch",
+]
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
@@ -23,8 +38,9 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 class Slot:
     """A named tensor of a kind: ``down`` with dims ``"r in *k"``.
 
-    ``shared`` slots exist once per adapter; ``prunable`` ones may have no elements left.  ``lacking`` says why files
-    may be without one that is not optional, to follow the complaint that it is missing.
+    ``shared`` slots exist once per adapter; ``prunable`` ones may have no elements left.  Of ``many`` there may be any
+    number, none included; a group calls them ``name.WHICH``, after what stands for the ``*`` of their spelling.
+    ``holds`` is what its numbers are: real ones, places or sizes, or whatever the base stores.
     """
 
     name: str
@@ -32,7 +48,12 @@ class Slot:
     optional: bool = False
     shared: bool = False
     prunable: bool = False
-    lacking: str = ""
+    many: bool = False
+    holds: Literal["floats", "integers", "anything"] = "floats"
+
+    def covers(self, name: str) -> bool:
+        """Whether a tensor that a group calls ``name`` is this slot's."""
+        return name == self.name or (self.many and name.startswith(f"{self.name}."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,24 +61,44 @@ class Leaf:
     """How a format spells a slot behind a module's stem: ``Leaf(slot="down", suffix="lora_A.weight")``.
 
     Attributes:
+        suffix: its ending; of a slot of ``many`` with one ``*``, which stands for anything without a dot.
         transposed: the file stores the slot with its first two axes exchanged.
         role: what the module must be when this spelling is found ("linear", "embedding", ...); empty: anything.
+        stacked: the file holds the slot's matrices, one for each expert, in one; see ``lorahub.deltas.stacks``.
     """
 
     slot: str
     suffix: str
     transposed: bool = False
     role: str = ""
+    stacked: str = ""
+
+    def which(self, suffix: str) -> str:
+        """What stands for the ``*`` in ``suffix``, or "" where this leaf does not spell it."""
+        head, star, tail = self.suffix.partition("*")
+        middle = suffix[len(head) : len(suffix) - len(tail)]
+        fits = star and suffix == f"{head}{middle}{tail}" and "." not in middle
+        return middle if fits else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRef:
-    """Where a slot's tensor is: the key in the file, its shape and dtype as the slot (after ``transposed``)."""
+    """Where a slot's tensor is: the key in the file, its shape and dtype as the slot.
+
+    ``transposed`` and ``stacked`` say how the file stores it otherwise, as in ``Leaf``.  ``rows`` are, where the file
+    has them in another order, the positions there of the slot's rows.  ``expert`` is, where it is one of a stack of
+    tensors, which one; several groups share that key, and where the file has one for all experts, it is theirs.
+    ``reshaped``: the file has the elements in the same order under another shape.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     transposed: bool = False
+    stacked: str = ""
+    rows: tuple[int, ...] = field(default=(), repr=False)
+    expert: int | None = None
+    reshaped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +138,10 @@ class Touch:
         local: ``Delta.region`` works on row windows.
         rank: r, where the kind has one.
         reads: sibling parameters the change looks at.
+        inside: PEFT multiplies the factors by an adapter's weight, in which this change is not linear.
+        stacks: ``Delta.expert`` gives the change of one matrix of the stack that the parameter is.
+        tied: what is done, where it is meant for every name that the base has for the parameter, so that these stay
+            tied; several changes of one parameter that say the same are one.
     """
 
     parameter: str
@@ -108,6 +153,9 @@ class Touch:
     local: bool = True
     rank: int | None = None
     reads: tuple[str, ...] = ()
+    inside: bool = False
+    stacks: bool = False
+    tied: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +182,53 @@ def _always(_config: Mapping[str, JSON]) -> bool:
     return True
 
 
+def _undisputed(
+    _config: Mapping[str, JSON], _module: str, _slots: Mapping[str, TensorRef], _options: Mapping[str, JSON]
+) -> Dispute | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A module of the base whose weight is a matrix: its sizes, its dtype (safetensors code), how it is stored."""
+
+    out: int
+    inputs: int
+    dtype: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a base looks like around an adapter, for kinds whose files leave out what follows from it.
+
+    Names and sizes only: a kind that needs the values of a weight gets that one weight in ``Delta.delta``, and one
+    that needs those of other modules too cannot be computed.
+
+    Attributes:
+        matrices: module -> its weight, for every module of the base whose weight is a matrix.
+        targeted: those that the adapter's config names, in the order in which the framework builds its modules; None
+            where nobody knows that order, as for files of an architecture that no plugin knows.
+    """
+
+    matrices: Mapping[str, Matrix]
+    targeted: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """Groups with all that their files left out, and what is to be said of that."""
+
+    groups: tuple[Group, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+Completion: TypeAlias = (
+    "Callable[[Mapping[str, JSON], Sequence[Group], Mapping[str, TensorRef], Surroundings | None], Completed]"
+)
+"""(config, the kind's groups, its shared slots, the base or None) -> the groups as ``build`` takes them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spelling:
     """How one format spells a kind.
@@ -147,6 +242,15 @@ class Spelling:
             tensors disagree.
         config: the inverse, for writing: ``options`` per module -> config fields; raises ``CannotCarry``.
         when: whether a config speaks of this kind at all, where kinds share a tag and their tensors' names.
+        disputed: ``(config, module, slots, options)`` -> how the result of the tool whose format this is differs from
+            the declared one for a group, where it does.
+        complete: called once for each adapter, with all groups of the kind, where the files leave something out that
+            follows from other modules or from the base: it writes the facts into the groups' options (sizes of
+            projections, places in an order) or makes groups for modules that have no tensors of their own.  Raises
+            ``BaseNeeded`` where it takes a base that is not there, ``UnsupportedKind`` where no base would help, and
+            ``IntegrityError`` where the modules contradict each other.
+        implied: the adapter may hold shared slots alone; ``complete`` makes the groups.
+        beside: the kind stands beside another of the same tag in one adapter, with config fields of its own.
     """
 
     format: str
@@ -156,6 +260,12 @@ class Spelling:
     options: OptionsReader
     config: Callable[[Mapping[str, Group]], dict[str, JSON]]
     when: Callable[[Mapping[str, JSON]], bool] = _always
+    disputed: Callable[[Mapping[str, JSON], str, Mapping[str, TensorRef], Mapping[str, JSON]], Dispute | None] = (
+        _undisputed
+    )
+    complete: Completion | None = None
+    implied: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,5 +296,5 @@ class Kind:
     spellings: tuple[Spelling, ...] = ()
 
     def slot(self, name: str) -> Slot:
-        """The slot of that name."""
-        return next(slot for slot in self.slots if slot.name == name)
+        """The slot of that name; of ``many`` by the name of any of them."""
+        return next(slot for slot in self.slots if slot.covers(name))

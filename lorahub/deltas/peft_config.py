@@ -27,6 +27,7 @@ __all__ = [
     "flag",
     "one_for_all",
     "patterned",
+    "stated_alpha",
     "stated_rank",
 ]
 
@@ -98,10 +99,21 @@ def stated_rank(
     return found
 
 
+def stated_alpha(config: Mapping[str, JSON], patterns: str, base: str, module: str) -> int | float:
+    """The alpha that holds for ``module``; 8, as PEFT assumes, where the field is missing.
+
+    Raises:
+        IntegrityError: it is there and no number; null is none either, though PEFT's JSON could hold it.
+    """
+    stated, where = chosen(config, patterns, base, module)
+    if stated is None and base in config:
+        raise IntegrityError(f"{where} should be a number, not None")
+    return 8 if stated is None else stated
+
+
 def alpha_over_rank(config: Mapping[str, JSON], module: str, rank: int) -> dict[str, JSON]:
     """Options of a kind scaled by ``alpha / r`` whose alpha is called ``alpha``; PEFT assumes 8 where it is missing."""
-    stated, _ = chosen(config, "alpha_pattern", "alpha", module)
-    alpha = 8 if stated is None else stated
+    alpha = stated_alpha(config, "alpha_pattern", "alpha", module)
     return {"scale": alpha / rank, "scale_rule": "alpha/r", "alpha": alpha, "rank": rank}
 
 

@@ -16,7 +16,7 @@ from lorahub.deltas.kind import JSON, Field
 from lorahub.deltas.peft_config import INERT
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["PLACES", "by_dotted_end", "integer", "number", "switch"]
+__all__ = ["PLACES", "by_dotted_end", "integer", "number", "seed", "switch"]
 
 PLACES: Mapping[str, Field] = MappingProxyType(
     {
@@ -74,6 +74,18 @@ def integer(config: Mapping[str, JSON], name: str, default: int) -> int:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
         raise IntegrityError(f"{name} should be a whole number, not {value!r}")
+    return value
+
+
+def seed(config: Mapping[str, JSON], name: str, default: int) -> int:
+    """A field that is a seed, or ``default`` where it is missing or null.
+
+    Raises:
+        IntegrityError: it is none that torch and numpy both take.
+    """
+    value = integer(config, name, default)
+    if not 0 <= value < 2**63:
+        raise IntegrityError(f"{name} should be a seed of 63 bits, not {value}")
     return value
 
 

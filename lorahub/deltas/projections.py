@@ -1,39 +1,56 @@
 """Fixed random projections that all modules of an adapter share: what VeRA and PVeRA have in common.
 
-``down`` ``[r, >= in]`` and ``up`` ``[>= out, r]`` are as large as the largest adapted layer, and every layer uses their
-first columns and rows.  Knows tensors, sizes and the config fields that both kinds have; no files.
+``down`` ``[r, >= in]`` and ``up`` ``[>= out, r]`` are as large as the largest adapted layer, and every layer uses
+their first columns and rows.  Files may lack them (PEFT's ``save_projection`` false); then they are drawn again from
+the seed, by torch's CPU generator as in PEFT, once the base says how large its layers are.  Knows tensors, sizes and
+the config fields that both kinds have; no files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 
 from lorahub.deltas.cut import counts_from_the_end
 from lorahub.deltas.delta import Index, take
-from lorahub.deltas.kind import JSON, Field, Group
+from lorahub.deltas.kind import JSON, Completed, Field, Group, Surroundings, TensorRef
 from lorahub.deltas.peft_config import INERT, USED, one_for_all
-from lorahub.deltas.peft_values import PLACES
-from lorahub.errors import BaseMismatch, IntegrityError, NotLocal
+from lorahub.deltas.peft_values import PLACES, seed, switch
+from lorahub.errors import BaseMismatch, BaseNeeded, IntegrityError, NotLocal
+from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 
-__all__ = ["FIELDS", "LACKING", "columns_of", "config", "example_projections", "expect_sizes", "projected"]
+__all__ = [
+    "FIELDS",
+    "columns_of",
+    "complete",
+    "config",
+    "drawn",
+    "example_projections",
+    "expect_reason",
+    "expect_sizes",
+    "facts",
+    "projected",
+]
 
-LACKING = (
-    "PEFT leaves the projections out where save_projection is false and draws them again from a seed, as large as the "
-    "largest layers of the base; the file does not say how many inputs those have. Save the adapter again, in PEFT, "
-    "with save_projection=True"
+_DRAWN = (
+    "save_projection is false, so the projections are not in the file: they are drawn again from a seed, as large as "
+    "the largest layers of the base"
 )
+_MOST = 16
+
+_SAVE = "give the base (--base), or save the adapter again, in PEFT, with save_projection=True"
 
 FIELDS: Mapping[str, Field] = MappingProxyType(
     {
         **PLACES,
         "r": USED,
         "d_initial": INERT,
-        # the projections themselves are read; without them the missing slots are what is to be said
-        "projection_prng_key": INERT,
-        "save_projection": INERT,
+        "projection_prng_key": USED,
+        "save_projection": USED,
         # how the base stores its weights: the layer type decides, and PEFT overrides the flag by it
         "fan_in_fan_out": INERT,
     }
@@ -56,6 +73,84 @@ def projected(
     out, inputs = weight.shape
     left = gain.to(weight)[:, None] * up[:out].to(weight)
     return left @ (mix.to(weight)[:, None] * down[:, :inputs].to(weight))
+
+
+def complete(
+    config: Mapping[str, JSON],
+    groups: Sequence[Group],
+    shared: Mapping[str, TensorRef],
+    base: Surroundings | None,
+) -> Completed:
+    """The groups as they are where the projections were saved; else with the facts from which they are drawn.
+
+    Raises:
+        BaseNeeded: they were not saved, and there is no base, or it lacks one of the modules.
+        IntegrityError: one was saved and the other was not, the config says that they are there, or a rank is beyond
+            reason.
+    """
+    if {"up", "down"} <= shared.keys():
+        return Completed(groups=tuple(groups))
+    if shared or switch(config, "save_projection", True):
+        has = "one of two" if shared else "none"
+        raise IntegrityError(f"the modules share two projections, and the file has {has}")
+    if base is None:
+        raise BaseNeeded(_DRAWN, _SAVE)
+    if absent := sorted(group.module for group in groups if group.module not in base.matrices):
+        raise BaseNeeded(f"{_DRAWN}, and this base has no matrix called {absent[0]}", _SAVE)
+    sizes = [base.matrices[group.module] for group in groups]
+    out, inputs = max(each.out for each in sizes), max(each.inputs for each in sizes)
+    expect_reason(max(_rank(group) for group in groups), out, inputs)
+    about: dict[str, JSON] = {"out": out, "inputs": inputs, "seed": seed(config, "projection_prng_key", 0)}
+    note = Finding(
+        code="drawn-again",
+        axis="base",
+        level=Verdict.UNVERIFIED,
+        message=f"{_DRAWN}; torch does not promise the same numbers in every release",
+        where=tuple(group.module for group in groups),
+        remedy="save the adapter again, which keeps them",
+    )
+    completed = (replace(group, options={**group.options, **about}) for group in groups)
+    return Completed(groups=tuple(completed), findings=(note,))
+
+
+def _rank(group: Group) -> int:
+    rank = group.options["rank"]
+    assert isinstance(rank, int)
+    return rank
+
+
+def expect_reason(rank: int, out: int, inputs: int) -> None:
+    """Refuse to draw more numbers than a rank within reason takes, whatever a small file says.
+
+    Raises:
+        IntegrityError: the rank is far beyond any layer's size.
+    """
+    if rank > _MOST * max(out, inputs):
+        raise IntegrityError(f"a rank of {rank} is more than {_MOST} times the size of the largest layer")
+
+
+def facts(group: Group) -> tuple[int, int, int]:
+    """How large the largest layers are (outputs, inputs), and the seed, as ``complete`` has found them."""
+    out, inputs, start = (group.options[name] for name in ("out", "inputs", "seed"))
+    assert isinstance(out, int)
+    assert isinstance(inputs, int)
+    assert isinstance(start, int)
+    return out, inputs, start
+
+
+@lru_cache(maxsize=2)  # the same for all modules of an adapter
+def drawn(out: int, inputs: int, start: int, r: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``up`` ``[out, r]`` and ``down`` ``[rows, inputs]`` as PEFT 0.21.2 draws them: down first, Kaiming uniform."""
+    generator = torch.Generator().manual_seed(start)
+    down, up = (
+        torch.empty(size).uniform_(-_bound(size[1]), _bound(size[1]), generator=generator)
+        for size in ((rows, inputs), (out, r))
+    )
+    return up, down
+
+
+def _bound(fan_in: int) -> float:
+    return math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
 
 
 def columns_of(kind: str, down: torch.Tensor, cols: Index) -> torch.Tensor:

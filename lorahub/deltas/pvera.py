@@ -93,13 +93,18 @@ def touches(group: Group) -> tuple[Touch, ...]:
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
-    """The weight's delta, with the shared projections as they are.
+    """The weight's delta, with the shared projections as they are, or drawn again where files lack them.
 
     Raises:
         IntegrityError: they do not fit the module's vectors.
     """
-    gain, mix, up, down = (tensors[name] for name in ("gain", "mix", "up", "down"))
-    projections.expect_sizes(group, gain, mix.shape[0] // 2, up, down)
+    gain, mix = tensors["gain"], tensors["mix"]
+    rank = mix.shape[0] // 2
+    if "up" in tensors and "down" in tensors:
+        up, down = tensors["up"], tensors["down"]
+    else:
+        up, down = projections.drawn(*projections.facts(group), rank, mix.shape[0])
+    projections.expect_sizes(group, gain, rank, up, down)
     return {"weight": PVeRA(gain, mix, up, down)}
 
 
@@ -150,8 +155,8 @@ PVERA = Kind(
     slots=(
         Slot(name="gain", dims="out"),
         Slot(name="mix", dims="both"),
-        Slot(name="up", dims=">out r", shared=True, lacking=projections.LACKING),
-        Slot(name="down", dims="both >in", shared=True, lacking=projections.LACKING),
+        Slot(name="up", dims=">out r", shared=True, optional=True),
+        Slot(name="down", dims="both >in", shared=True, optional=True),
     ),
     deltas=(PVeRA,),
     touches=touches,
@@ -170,6 +175,7 @@ PVERA = Kind(
             fields=FIELDS,
             options=options,
             config=config,
+            complete=projections.complete,
         ),
     ),
 )

@@ -1,25 +1,39 @@
 """RandLoRA: a full-rank change from scaled random bases (https://arxiv.org/abs/2502.00987).
 
 ``up`` ``[>= long, >= n, r]`` and ``down`` ``[r, 1, >= short]`` are random, fixed and shared by all modules; ``short``
-and ``long`` are the smaller and the larger side of a weight.  Trained are ``scales`` ``[r, n]`` and ``gamma``
-``[n, short]``.  PEFT up to 0.21.2 also stores the shared pair once more for every module; such files are read, the
-copies compared, and written back in the same way.
+and ``long`` are the smaller and the larger side of a weight.  Trained are ``scales`` ``[r, n]`` and ``gamma`` ``[n,
+short]``.  PEFT up to 0.21.2 also stores the shared pair once more for every module; such files are read, the copies
+compared, and written back in the same way.  Files may lack the pair (``save_projection`` false); then it is drawn
+again as PEFT draws it wherever bfloat16 is at hand: on a machine without, PEFT itself draws another in float16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
+from lorahub.deltas import projections
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.deltas.factors import scale_of
-from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
+from lorahub.deltas.kind import (
+    JSON,
+    Completed,
+    Field,
+    Group,
+    Kind,
+    Leaf,
+    Slot,
+    Spelling,
+    Surroundings,
+    TensorRef,
+    Touch,
+)
 from lorahub.deltas.peft_config import INERT, USED, alpha_for, one_for_all, stated_rank
-from lorahub.deltas.peft_values import PLACES, number
-from lorahub.deltas.projections import LACKING
+from lorahub.deltas.peft_values import PLACES, number, switch
 from lorahub.errors import BaseMismatch, CannotCarry, IntegrityError, NotLocal
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
@@ -125,12 +139,16 @@ def touches(group: Group) -> tuple[Touch, ...]:
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
-    """The weight's delta, with the shared projections as they are.
+    """The weight's delta, with the shared projections as they are, or drawn again where files lack them.
 
     Raises:
         IntegrityError: a module's copy of them differs, or they do not fit its own tensors.
     """
-    scales, gamma, up, down = (tensors[name] for name in ("scales", "gamma", "up", "down"))
+    scales, gamma = tensors["scales"], tensors["gamma"]
+    if "up" in tensors and "down" in tensors:
+        up, down = tensors["up"], tensors["down"]
+    else:
+        up, down = drawn(*projections.facts(group), scales.shape[0], str(group.options["draw"]))
     for name in ("up", "down"):
         copy = tensors.get(f"{name}_copy")
         if copy is not None and not torch.equal(copy, tensors[name]):
@@ -163,11 +181,11 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "r": USED,
         "randlora_alpha": USED,
         "randlora_dropout": INERT,
-        # the projections themselves are read; without them the missing slots are what is to be said
-        "projection_prng_key": INERT,
-        "save_projection": INERT,
-        "sparse": INERT,
-        "very_sparse": INERT,
+        # how projections are drawn, where they are not in the file
+        "projection_prng_key": USED,
+        "save_projection": USED,
+        "sparse": USED,
+        "very_sparse": USED,
         # how the base stores its weights: the layer type decides, and PEFT overrides the flag by it
         "fan_in_fan_out": INERT,
     }
@@ -213,6 +231,67 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
     }
 
 
+def complete(
+    config: Mapping[str, JSON],
+    groups: Sequence[Group],
+    shared: Mapping[str, TensorRef],
+    base: Surroundings | None,
+) -> Completed:
+    """See ``projections.complete``; and how the pair is drawn.
+
+    Raises:
+        BaseNeeded, IntegrityError: as there; or modules have copies of what they share and the adapter does not.
+    """
+    completed = projections.complete(config, groups, shared, base)
+    if shared:
+        return completed
+    if copied := [group.slots["up_copy"].key for group in groups if "up_copy" in group.slots]:
+        raise IntegrityError(f"{copied[0]} is a copy of a projection that all modules share, and that is not there")
+    draw = (
+        "very sparse" if switch(config, "very_sparse", False) else "sparse" if switch(config, "sparse", False) else ""
+    )
+    groups = [replace(group, options={**group.options, "draw": draw}) for group in completed.groups]
+    return Completed(groups=tuple(groups), findings=completed.findings)
+
+
+@lru_cache(maxsize=2)  # the same for all modules of an adapter
+def drawn(out: int, inputs: int, seed: int, r: int, draw: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``up`` and ``down`` as PEFT 0.21.2 draws them for layers of up to ``out`` outputs and ``inputs`` inputs.
+
+    Args:
+        out: outputs of the largest layers.
+        inputs: theirs too.
+        seed: of torch's CPU generator.
+        r: the rank.
+        draw: "sparse" and "very sparse" give -1, 0 and 1, "" a uniform distribution in bfloat16; all are then divided
+            by their standard deviation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    short, long = sorted((out, inputs))
+    n = math.ceil(short / r)
+    if draw:
+        sparsity = math.sqrt(short) if draw == "very sparse" else 3
+        down, up = (
+            _signs(torch.rand(size, generator=generator), 1 / (2 * sparsity)) for size in ((r, 1, short), (long, n, r))
+        )
+    else:
+        down = _uniform((r, 1, short), generator)
+        up = torch.cat([_uniform((long, 1, r), generator) for _ in range(n)], dim=1)
+    return up / up.std(), down / down.std()
+
+
+def _signs(drawn: torch.Tensor, share: float) -> torch.Tensor:
+    signs = torch.zeros(drawn.shape)
+    signs[drawn < share] = -1
+    signs[drawn > 1 - share] = 1
+    return signs
+
+
+def _uniform(size: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(size[1] * size[2]))
+    return torch.empty(size, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+
 RANDLORA = Kind(
     name="randlora",
     title="RandLoRA",
@@ -220,8 +299,8 @@ RANDLORA = Kind(
     slots=(
         Slot(name="scales", dims="r n"),
         Slot(name="gamma", dims="n short"),
-        Slot(name="up", dims="long >n r", shared=True, lacking=LACKING),
-        Slot(name="down", dims="r 1 >short", shared=True, lacking=LACKING),
+        Slot(name="up", dims="long >n r", shared=True, optional=True),
+        Slot(name="down", dims="r 1 >short", shared=True, optional=True),
         Slot(name="up_copy", dims="long >n r", optional=True),
         Slot(name="down_copy", dims="r 1 >short", optional=True),
     ),
@@ -244,6 +323,7 @@ RANDLORA = Kind(
             fields=FIELDS,
             options=options,
             config=config,
+            complete=complete,
         ),
     ),
 )

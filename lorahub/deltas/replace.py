@@ -96,7 +96,7 @@ REPLACE = Kind(
     name="replace",
     title="replacement",
     source="https://huggingface.co/docs/peft/package_reference/peft_model",
-    slots=(Slot(name="value", dims="*shape"),),
+    slots=(Slot(name="value", dims="*shape", holds="anything"),),
     deltas=(Replace,),
     touches=touches,
     build=build,

@@ -205,7 +205,7 @@ SHIRA = Kind(
     name="shira",
     title="SHiRA",
     source="https://arxiv.org/abs/2406.13175",
-    slots=(Slot(name="values", dims="n"), Slot(name="places", dims="2 n")),
+    slots=(Slot(name="values", dims="n"), Slot(name="places", dims="2 n", holds="integers")),
     deltas=(Sparse,),
     touches=touches,
     build=build,

@@ -1,6 +1,9 @@
 """SuperTuning: single elements of a weight moved, with or without a low-rank change (https://arxiv.org/abs/2607.09287).
 
 ``W' = W`` with ``values`` added at flat, row-major ``places``, plus ``scale * up @ down`` where files have factors.
+Files may lack the places (PEFT's ``save_precomputed_indices`` false): they are those of the weight's largest elements,
+in that order, or of its smallest.  Where elements of equal size have different values nothing says which has which,
+and such a weight is refused; in 16 bits that is nearly always so.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.deltas.factors import example_factors, product, scale_of
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.peft_config import INERT, USED, alpha_for, one_for_all
-from lorahub.deltas.peft_values import PLACES, integer, number
+from lorahub.deltas.peft_values import PLACES, integer, number, switch
 from lorahub.errors import BaseMismatch, CannotCarry, IntegrityError, NotLocal
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
@@ -22,11 +25,11 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["SUPERTUNING", "Elements"]
+__all__ = ["SUPERTUNING", "Elements", "Ranked"]
 
 LACKING = (
     "PEFT leaves the positions out where save_precomputed_indices is false and finds them again among the base's own "
-    "values. Save the adapter again, in PEFT, with save_precomputed_indices=True"
+    "values"
 )
 
 
@@ -114,10 +117,97 @@ class Elements(Delta):
         return cls(values, places, sparsity=0.5)
 
 
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranked(Delta):
+    """``values`` at the weight's largest or smallest elements, plus ``scale * up @ down``.
+
+    Attributes:
+        values: ``[n]``, the first for the very largest (or smallest) element.
+        largest: which end.
+        up, down, scale, sparsity: as in ``Elements``.
+    """
+
+    values: torch.Tensor
+    largest: bool = True
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    scale: float = 1.0
+    sparsity: float = 0.99
+
+    kind: ClassVar[str] = "supertuning"
+    additive: ClassVar[bool] = False
+
+    def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
+        """In the weight's dtype.
+
+        Raises:
+            BaseMismatch: the weight is no matrix, has too few elements, or several of one size with different values.
+        """
+        return self.placed(weight).delta(weight)
+
+    def placed(self, weight: torch.Tensor) -> Elements:
+        """The same change with the places that this weight gives.
+
+        Raises:
+            BaseMismatch: see ``delta``.
+        """
+        n = self.values.shape[0]
+        if weight.dim() != 2 or weight.numel() < n:
+            raise BaseMismatch(f"a supertuning delta of {n} elements was given a weight {list(weight.shape)}")
+        sizes, places = weight.detach().abs().flatten().topk(min(n + 1, weight.numel()), largest=self.largest)
+        values = self.values.to(weight)
+        same = sizes[1:] == sizes[:-1]
+        apart = torch.cat([values[1:] != values[:-1], values.new_ones(sizes.shape[0] - n, dtype=torch.bool)])
+        if n and bool((same & apart[: same.shape[0]]).any()):
+            raise BaseMismatch(
+                f"{LACKING}, and this weight {list(weight.shape)} has elements of equal size among them, for which "
+                "different values were trained: which has which is not in the file",
+                "save the adapter again where it was trained, in PEFT, with save_precomputed_indices=True",
+            )
+        return Elements(self.values, places[:n].to(torch.int32), self.up, self.down, self.scale, self.sparsity)
+
+    def region(self, rows: Index, cols: Index) -> Self:
+        """Only the whole.
+
+        Raises:
+            NotLocal: any cut: a part has other largest elements.
+        """
+        if rows != ALL or cols != ALL:
+            raise NotLocal("a supertuning delta looks for the largest elements of the whole weight; it cannot be cut")
+        return self
+
+    def shape(self) -> tuple[int, ...] | None:
+        """``[out, in]`` where there are factors, or None."""
+        return None if self.up is None or self.down is None else (self.up.shape[0], self.down.shape[1])
+
+    @classmethod
+    def fresh(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """Zeros for half of the elements.
+
+        Raises:
+            BaseMismatch: ``shape`` is no matrix.
+        """
+        like = Elements.fresh(shape, r=r, generator=generator)
+        return cls(like.values, sparsity=like.sparsity)
+
+    @classmethod
+    def example(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
+        """Normal values for half of the elements, at either end, with or without factors.
+
+        Raises:
+            BaseMismatch: ``shape`` is no matrix.
+        """
+        like = Elements.example(shape, r=r, generator=generator)
+        end = bool(torch.randint(2, (), generator=generator, device=generator.device))
+        return cls(like.values, end, like.up, like.down, like.scale, like.sparsity)
+
+
 def touches(group: Group) -> tuple[Touch, ...]:
     """The weight, whole; of any size where there are no factors."""
     rank = group.slots["down"].shape[0] if "down" in group.slots else None
-    return (Touch(parameter="weight", dims="out in", slots=tuple(group.slots), additive=True, local=False, rank=rank),)
+    slots, placed = tuple(group.slots), "places" in group.slots
+    return (Touch(parameter="weight", dims="out in", slots=slots, additive=placed, local=False, rank=rank),)
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
@@ -126,11 +216,14 @@ def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]
     Raises:
         IntegrityError: positions that are no whole numbers, or below zero.
     """
-    places, sparsity = tensors["places"], group.options["sparsity"]
+    places, sparsity = tensors.get("places"), group.options["sparsity"]
     assert isinstance(sparsity, int | float)
+    up, down = tensors.get("up"), tensors.get("down")
+    if places is None:
+        end = bool(group.options["largest"])
+        return {"weight": Ranked(tensors["values"], end, up, down, scale_of(group), float(sparsity))}
     if bool((places != places.to(torch.long)).any()) or bool((places < 0).any()):
         raise IntegrityError(f"{group.slots['places'].key} holds positions that are no whole numbers, or below zero")
-    up, down = tensors.get("up"), tensors.get("down")
     return {"weight": Elements(tensors["values"], places, up, down, scale_of(group), float(sparsity))}
 
 
@@ -139,6 +232,9 @@ def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict
     match dict(deltas):
         case {"weight": Elements() as weight, **others} if not others:
             return weight.tensors(), {"scale": weight.scale, "sparsity": weight.sparsity}
+        case {"weight": Ranked() as weight, **others} if not others:
+            said: dict[str, JSON] = {"scale": weight.scale, "sparsity": weight.sparsity, "largest": weight.largest}
+            return weight.tensors(), said
     return None
 
 
@@ -149,9 +245,9 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "lora_alpha": USED,
         "sparsity": USED,
         "lora_dropout": INERT,
-        # how positions are chosen: they are read; without them the missing slot is what is to be said
-        "select_top": INERT,
-        "save_precomputed_indices": INERT,
+        # how positions are chosen, where they are not in the file
+        "select_top": USED,
+        "save_precomputed_indices": USED,
     }
 )
 
@@ -170,7 +266,11 @@ def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorR
         found = "there are no factors" if down is None else f"{down.key} has rank {down.shape[0]}"
         raise IntegrityError(f"{module}: r says rank {stated or None}, and {found}")
     scale = 1.0 if down is None else number(config, "lora_alpha", 2.0 * stated) / stated
-    return {"scale": scale, "sparsity": sparsity}
+    if "places" in slots:
+        return {"scale": scale, "sparsity": sparsity}
+    if switch(config, "save_precomputed_indices", True):
+        raise IntegrityError(f"{module}: save_precomputed_indices is true, and the file has no supertuning_indices")
+    return {"scale": scale, "sparsity": sparsity, "largest": switch(config, "select_top", True)}
 
 
 def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
@@ -195,8 +295,10 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "sparsity": one_for_all(groups, "sparsity", lambda group: group.options["sparsity"]),
-        "select_top": True,
-        "save_precomputed_indices": True,
+        "select_top": one_for_all(groups, "select_top", lambda group: group.options.get("largest", True)),
+        "save_precomputed_indices": one_for_all(
+            groups, "save_precomputed_indices", lambda group: "places" in group.slots
+        ),
         "init_weights": True,
     }
 
@@ -207,11 +309,11 @@ SUPERTUNING = Kind(
     source="https://arxiv.org/abs/2607.09287",
     slots=(
         Slot(name="values", dims="n"),
-        Slot(name="places", dims="n", lacking=LACKING),
+        Slot(name="places", dims="n", optional=True, holds="integers"),
         Slot(name="up", dims="out r", optional=True),
         Slot(name="down", dims="r in", optional=True),
     ),
-    deltas=(Elements,),
+    deltas=(Elements, Ranked),
     touches=touches,
     build=build,
     dissolve=dissolve,

@@ -340,9 +340,9 @@ VBLORA = Kind(
     slots=(
         Slot(name="down", dims="r across vectors", optional=True),
         Slot(name="up", dims="along r vectors", optional=True),
-        Slot(name="down_places", dims="r across k", optional=True),
+        Slot(name="down_places", dims="r across k", optional=True, holds="integers"),
         Slot(name="down_weights", dims="r across others", optional=True, prunable=True),
-        Slot(name="up_places", dims="along r k", optional=True),
+        Slot(name="up_places", dims="along r k", optional=True, holds="integers"),
         Slot(name="up_weights", dims="along r others", optional=True, prunable=True),
         Slot(name="bank", dims="n length", shared=True),
     ),

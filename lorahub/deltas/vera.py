@@ -91,13 +91,18 @@ def touches(group: Group) -> tuple[Touch, ...]:
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
-    """The weight's delta, with the shared projections as they are.
+    """The weight's delta, with the shared projections as they are, or drawn again where files lack them.
 
     Raises:
         IntegrityError: they do not fit the module's vectors.
     """
-    gain, mix, up, down = (tensors[name] for name in ("gain", "mix", "up", "down"))
-    projections.expect_sizes(group, gain, mix.shape[0], up, down)
+    gain, mix = tensors["gain"], tensors["mix"]
+    rank = mix.shape[0]
+    if "up" in tensors and "down" in tensors:
+        up, down = tensors["up"], tensors["down"]
+    else:
+        up, down = projections.drawn(*projections.facts(group), rank, mix.shape[0])
+    projections.expect_sizes(group, gain, rank, up, down)
     return {"weight": VeRA(gain, mix, up, down)}
 
 
@@ -138,8 +143,8 @@ VERA = Kind(
     slots=(
         Slot(name="gain", dims="out"),
         Slot(name="mix", dims="r"),
-        Slot(name="up", dims=">out r", shared=True, lacking=projections.LACKING),
-        Slot(name="down", dims="r >in", shared=True, lacking=projections.LACKING),
+        Slot(name="up", dims=">out r", shared=True, optional=True),
+        Slot(name="down", dims="r >in", shared=True, optional=True),
     ),
     deltas=(VeRA,),
     touches=touches,
@@ -158,6 +163,7 @@ VERA = Kind(
             fields=FIELDS,
             options=options,
             config=config,
+            complete=projections.complete,
         ),
     ),
 )

@@ -1,8 +1,8 @@
 """WaveFT: a change given by a few of its wavelet coefficients (https://arxiv.org/abs/2505.12532).
 
 The coefficients lie at random positions, as in FourierFT.  ``scale * idwt2(S)``, one level of the inverse transform
-with the quadrants of ``S`` as its bands; or ``scale * S`` itself where PEFT's ``use_idwt`` is false.  Of the families
-that PEFT 0.21.2 knows, Haar's (``db1``, the default) is computed and the others are refused by name.
+with the quadrants of ``S`` as its bands; or ``scale * S`` itself where PEFT's ``use_idwt`` is false.  The families are
+those whose filters PEFT 0.21.2 has: Haar's (``db1``, the default) and what ``wavelets`` lists.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, 
 from lorahub.deltas.peft_config import INERT, USED, one_for_all, patterned
 from lorahub.deltas.peft_values import PLACES, integer, number, switch
 from lorahub.deltas.scatter import amount, scattered
+from lorahub.deltas.wavelets import LOW_PASS, synthesis
 from lorahub.errors import IntegrityError, NotLocal, UnsupportedKind
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
@@ -37,12 +38,14 @@ class Wavelets(Delta):
         scale: multiplies the change.
         seed: of the positions.
         inverted: the inverse transform is taken.
+        family: of the wavelets; "db1" is Haar's.
     """
 
     spectrum: torch.Tensor
     scale: float
     seed: int
     inverted: bool = True
+    family: str = "db1"
 
     kind: ClassVar[str] = "waveft"
     additive: ClassVar[bool] = True
@@ -54,7 +57,9 @@ class Wavelets(Delta):
             BaseMismatch: the weight is no matrix, or has fewer elements than there are coefficients.
         """
         dense = scattered(self.kind, self.spectrum, self.seed, weight)
-        if self.inverted:
+        if self.inverted and self.family != "db1":
+            dense = synthesis(dense, self.family)
+        elif self.inverted:
             rows, cols = weight.shape
             dense = haar(torch.nn.functional.pad(dense, (0, cols % 2, 0, rows % 2)))[:rows, :cols]
         return dense * self.scale
@@ -83,16 +88,17 @@ class Wavelets(Delta):
 
     @classmethod
     def example(cls, shape: tuple[int, ...], *, r: int, generator: torch.Generator) -> Self:
-        """Normal coefficients, any seed, transformed or not.
+        """Normal coefficients, any seed, transformed or not, of two families.
 
         Raises:
             BaseMismatch: ``shape`` is no matrix.
         """
         n = amount("waveft", shape, r)
-        seed, inverted = (
-            int(torch.randint(high, (), generator=generator, device=generator.device)) for high in (1000, 2)
+        seed, inverted, other = (
+            int(torch.randint(high, (), generator=generator, device=generator.device)) for high in (1000, 2, 2)
         )
-        return cls(torch.randn(n, generator=generator, device=generator.device), 0.7, seed, bool(inverted))
+        spectrum = torch.randn(n, generator=generator, device=generator.device)
+        return cls(spectrum, 0.7, seed, bool(inverted), "sym3" if inverted and other else "db1")
 
 
 def haar(bands: torch.Tensor) -> torch.Tensor:
@@ -121,14 +127,15 @@ def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]
     scale, seed = group.options["scale"], group.options["seed"]
     assert isinstance(scale, int | float)
     assert isinstance(seed, int)
-    return {"weight": Wavelets(tensors["spectrum"], float(scale), seed, bool(group.options["inverted"]))}
+    inverted, family = bool(group.options["inverted"]), str(group.options["family"])
+    return {"weight": Wavelets(tensors["spectrum"], float(scale), seed, inverted, family)}
 
 
 def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict[str, JSON]] | None:
     """The inverse of ``build``."""
     match dict(deltas):
         case {"weight": Wavelets() as wavelets, **others} if not others:
-            said: dict[str, JSON] = {"scale": wavelets.scale, "seed": wavelets.seed, "inverted": wavelets.inverted}
+            said: dict[str, JSON] = {name: getattr(wavelets, name) for name in ("scale", "seed", "inverted", "family")}
             return {"spectrum": wavelets.spectrum}, said
     return None
 
@@ -151,19 +158,21 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
 
 
 def options(config: Mapping[str, JSON], module: str, _slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
-    """Scale and seed, and whether the transform is taken.
+    """Scale and seed, and which transform is taken, if any.
 
     Raises:
         IntegrityError: the seed is none that torch takes.
-        UnsupportedKind: the transform is that of another family than Haar's.
+        UnsupportedKind: a family whose filter is not known, here or in PEFT.
     """
     seed = integer(config, "random_loc_seed", 777)
     if not -(2**63) <= seed < 2**64:
         raise IntegrityError(f"random_loc_seed should be a 64-bit number, not {seed}")
     inverted, family = switch(config, "use_idwt", True), config.get("wavelet_family", "db1")
-    if inverted and family != "db1":
-        raise UnsupportedKind(f"{module}: wavelet_family is {family!r}, and only Haar's wavelets (db1) are computed")
-    return {"scale": number(config, "scaling", 25.0), "seed": seed, "inverted": inverted}
+    if not inverted:
+        family = "db1"  # of no effect
+    if family != "db1" and family not in LOW_PASS:
+        raise UnsupportedKind(f"{module}: wavelet_family is {family!r}, and known are db1, {', '.join(LOW_PASS)}")
+    return {"scale": number(config, "scaling", 25.0), "seed": seed, "inverted": inverted, "family": family}
 
 
 def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
@@ -180,7 +189,7 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
         "scaling": one_for_all(groups, "scaling", lambda group: group.options["scale"]),
         "random_loc_seed": one_for_all(groups, "random_loc_seed", lambda group: group.options["seed"]),
         "use_idwt": one_for_all(groups, "use_idwt", lambda group: group.options["inverted"]),
-        "wavelet_family": "db1",
+        "wavelet_family": one_for_all(groups, "wavelet_family", lambda group: group.options["family"]),
         "proportional_parameters": False,
         "init_weights": True,
     }

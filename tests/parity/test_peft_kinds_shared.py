@@ -315,18 +315,6 @@ def test_a_config_that_contradicts_the_tensors_is_refused(name: str, tmp_path: P
     assert words in found["config-contradicts-tensors"].message
 
 
-@pytest.mark.parametrize("config", [peft.VeraConfig, peft.PveraConfig, peft.RandLoraConfig])
-def test_projections_that_were_not_saved_are_refused_with_the_reason(
-    config: Callable[..., PeftConfig], tmp_path: Path, registry: Registry
-) -> None:
-    case = Case(quietly(lambda: config(r=4, save_projection=False, target_modules=THREE)), "")
-    trained(case, tmp_path)
-    (finding,) = open_header(tmp_path, registry).findings
-    assert (finding.code, finding.level) == ("slot-missing", Verdict.INCOMPATIBLE)
-    assert "save_projection is false" in finding.message
-    assert "how many inputs" in finding.message
-
-
 def test_projections_too_small_for_a_module_are_refused(tmp_path: Path, registry: Registry) -> None:
     trained(CASES["vera"], tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"base_model.vera_B": tensors["base_model.vera_B"][:9].clone()}))
@@ -367,16 +355,6 @@ def test_an_unknown_decomposition_is_refused_by_name(tmp_path: Path, registry: R
     (finding,) = open_header(tmp_path, registry).findings
     assert (finding.code, finding.level) == ("config-unreadable", Verdict.INCOMPATIBLE)
     assert "decomposition_method is 'svd'" in finding.message
-
-
-def test_positions_that_were_not_saved_are_refused_with_the_reason(tmp_path: Path, registry: Registry) -> None:
-    config = quietly(
-        lambda: peft.SupertuningConfig(sparsity=0.9, save_precomputed_indices=False, target_modules=["first"])
-    )
-    trained(Case(config, ""), tmp_path)
-    (finding,) = open_header(tmp_path, registry).findings
-    assert (finding.code, finding.level) == ("slot-missing", Verdict.INCOMPATIBLE)
-    assert "save_precomputed_indices is false" in finding.message
 
 
 def test_blocks_that_the_factors_cannot_have_are_refused(tmp_path: Path, registry: Registry) -> None:

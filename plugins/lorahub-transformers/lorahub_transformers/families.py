@@ -51,6 +51,8 @@ class Family:
             longest first.
         renamed_heads: the same outside the backbone.
         leftovers: what old checkpoints hold besides and nobody reads.
+        built: patterns in the order in which the classes build these modules, with the prefix, where that is not the
+            order of ``embedding``, ``conv``, the linear modules and the head's parameters.
         parts: modules or parameters of the backbone that some classes do not build, as canonical names.
         tied: what ``tie_word_embeddings`` is where the configuration does not say.
         unties: untying can be written into the configuration.
@@ -68,6 +70,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     renamed_heads: tuple[tuple[str, str], ...] = ()
     leftovers: tuple[str, ...] = ()
+    built: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     tied: bool = False
     unties: bool = True
@@ -118,6 +121,7 @@ def _bert() -> Family:
         other_linear=("pooler.dense",),
         embedding=_BERT_EMBEDDING,
         leftovers=_BERT_LEFTOVERS,
+        built=("bert", "cls.predictions.transform"),
         parts=pooler,
         tied=True,
         heads=(
@@ -151,7 +155,7 @@ def _bert() -> Family:
     )
 
 
-def _roberta(stem: str) -> Family:
+def _roberta(stem: str, *, head_first: bool = False) -> Family:
     """RoBERTa, and the models that are RoBERTa under another class name."""
     lm_head = ("lm_head.bias", *_affine("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm"))
     tied = (
@@ -159,6 +163,8 @@ def _roberta(stem: str) -> Family:
         ("lm_head.bias", "lm_head.decoder.bias"),
     )
     pooler = ("roberta.pooler",)
+    embeddings = _each("roberta.embeddings", "word_embeddings", "token_type_embeddings")
+    tops = ("lm_head.dense", "classifier", "qa_outputs")
     return Family(
         prefix="roberta.",
         others=("",),
@@ -167,6 +173,7 @@ def _roberta(stem: str) -> Family:
         other_linear=("pooler.dense",),
         embedding=_BERT_EMBEDDING,
         leftovers=_BERT_LEFTOVERS,
+        built=tops + embeddings if head_first else embeddings + tops,
         parts=pooler,
         tied=True,
         heads=(
@@ -375,6 +382,14 @@ def _t5() -> Family:
             *(f"{stack}.block.*.layer.0.SelfAttention.relative_attention_bias" for stack in stacks),
         ),
         leftovers=("decoder.block.*.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        built=(
+            "shared",
+            *(
+                f"{stack}.{module}"
+                for stack in stacks
+                for module in ("embed_tokens", *_each("block.*.layer.*.SelfAttention", "q", "k", "v", "o"))
+            ),
+        ),
         parts=("decoder",),
         tied=True,
         unties=False,  # T5Config overrides tie_word_embeddings, and reads it as whether outputs are scaled
@@ -470,7 +485,7 @@ def _privacy_filter() -> Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bert": _bert(),
-        "camembert": _roberta("Camembert"),
+        "camembert": _roberta("Camembert", head_first=True),
         "distilbert": _distilbert(),
         "gpt2": _gpt2(),
         "gpt_neox": _gpt_neox(),
@@ -482,7 +497,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "roberta": _roberta("Roberta"),
         "t5": _t5(),
         "vit": _vit(),
-        "xlm-roberta": _roberta("XLMRoberta"),
+        "xlm-roberta": _roberta("XLMRoberta", head_first=True),
     }
 )
 """``model_type`` of a configuration -> its architecture."""

@@ -25,6 +25,7 @@ from lorahub.findings import Claim
 from lorahub_transformers import heads
 from lorahub_transformers.families import FAMILIES, Family, Head
 from lorahub_transformers.names import aliases, is_below, matches, spelling_of
+from lorahub_transformers.order import registered
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,8 @@ class Transformers:
                 )
         head = _head(family, _architectures(files.config))
         tied, extras = _tied_in_files(family, head, files.config, named)
-        return _assemble(ref, family, files.config, named, tied, extras)
+        index = _assemble(ref, family, files.config, named, tied, extras)
+        return replace(index, registered=registered(family, head, _matrices(index)))
 
     def index_model(self, model: nn.Module, ref: BaseRef) -> BaseIndex:
         """The index of a live or meta-device model; what is tied is what shares storage.
@@ -119,7 +121,12 @@ class Transformers:
             sources = getattr(model, "all_tied_weights_keys", {})
             entries, groups = live_entries(model, leaders=set(sources.values()))
             return BaseIndex(
-                ref=ref, framework=self.name, parameters=in_order(entries.items()), tied=groups, config=config
+                ref=ref,
+                framework=self.name,
+                parameters=in_order(entries.items()),
+                tied=groups,
+                config=config,
+                registered=tuple(name for name, _ in model.named_modules() if name),
             )
         spelling = spelling_of(family, list(live_tensors(model)))
         head = _head(family, [each.__name__ for each in type(model).__mro__])
@@ -132,7 +139,9 @@ class Transformers:
             info = named.pop(spelling.canonical(group[0]))
             named[first] = replace(info, stored_as=next(name for name in group if spelling.canonical(name) == first))
             tied.append((first, *sorted(rest)))
-        return _assemble(ref, family, config, named, tied, {})
+        weights = (f"{name}.weight" for name, _ in model.named_modules() if name)
+        modules = tuple(spelling.canonical(name).removesuffix(".weight") for name in weights)
+        return replace(_assemble(ref, family, config, named, tied, {}), registered=modules)
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
         """Whole parameters, transposed where the architecture stores them so."""
@@ -287,6 +296,13 @@ def _assemble(
         extras=in_order(left.items()),
         config=config,
     )
+
+
+def _matrices(index: BaseIndex) -> list[str]:
+    """The linear modules and embeddings, tied ones too."""
+    weights = [f"{module}.weight" for module in index.modules()]
+    known = ((name, index.parameters.get(index.stored(name))) for name in weights)
+    return [name.removesuffix(".weight") for name, info in known if info and info.role in ("linear", "embedding")]
 
 
 def _with_role(family: Family, name: str, info: ParameterInfo) -> ParameterInfo:

@@ -66,6 +66,17 @@ def test_headers_a_live_model_and_a_meta_model_give_the_same_index(kind, name, t
     assert not files.extras
 
 
+@pytest.mark.parametrize(("kind", "name"), CLASSES)
+def test_the_table_has_modules_in_the_order_in_which_the_class_builds_them(kind, name, tiny, saved, framework):
+    model = tiny(kind, name)
+    files, live = from_files(framework, saved(model)), framework.index_model(model, BaseRef())
+
+    assert len(files.registered) > 5
+    assert files.registered == tuple(module for module in live.registered if module in files.registered)
+    types = (torch.nn.Linear, torch.nn.Embedding, transformers.pytorch_utils.Conv1D)
+    assert len(files.registered) == sum(isinstance(module, types) for module in model.modules())
+
+
 @pytest.mark.parametrize(("kind", "name"), TYING)
 @pytest.mark.parametrize("tie", [True, False])
 def test_tied_or_not_headers_and_model_agree(kind, name, tie, tiny, saved, framework):

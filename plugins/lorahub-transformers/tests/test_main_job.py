@@ -174,8 +174,8 @@ def test_inits_that_changed_the_base_are_refused_with_the_reason(tiny: Tiny, sav
     base = saved(model)
     adapter = adapt(model, tmp_path / "adapter", target_modules=["q_proj"])
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "corda"}))
     with pytest.raises(lorahub.LorahubError, match="cannot be done") as refused:
         lorahub.merge(base, {"adapter": adapter}, out=tmp_path / "out")
-    assert any("pissa" in finding.show() for finding in refused.value.findings)
+    assert any("corda" in finding.show() for finding in refused.value.findings)
     assert run("inspect", adapter) == 0

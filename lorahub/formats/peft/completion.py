@@ -1,0 +1,129 @@
+"""What a PEFT file leaves out, filled in from all modules together or from the base, as its kind asks for it.
+
+PEFT's files may lack what a seed and the base's shapes give back.  Which facts a kind needs and what it makes of them,
+the kind says; here the base is described to it, and what it cannot do becomes a finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lorahub.bases.index import BaseIndex
+from lorahub.deltas.kind import JSON, Matrix, Surroundings
+from lorahub.deltas.patterns import full_match
+from lorahub.errors import BaseNeeded, IntegrityError, LorahubError, UnsupportedKind
+from lorahub.findings import Axis, Finding, Verdict
+from lorahub.formats.peft.config import names
+from lorahub.formats.peft.groups import Grouped, Ways
+
+__all__ = ["complete", "surroundings"]
+
+_CODES: Mapping[type[LorahubError], tuple[str, Axis]] = {
+    UnsupportedKind: ("kind-unsupported", "format"),
+    IntegrityError: ("config-contradicts-tensors", "integrity"),
+}
+
+
+def complete(found: Grouped, ways: Ways, config: Mapping[str, JSON], index: BaseIndex | None) -> Grouped:
+    """``found`` with every kind's groups completed, and only findings that are new.
+
+    Groups whose files contradict themselves are left out; what cannot be computed, or not yet, is still seen.
+    """
+    groups, shared = list(found.groups), dict(found.shared)
+    findings: list[Finding] = []
+    broken = any(finding.level is Verdict.INCOMPATIBLE for finding in found.findings)
+    base = None
+    for kind, spelling in ways:
+        own = [group for group in groups if group.kind == kind.name]
+        common = {slot: ref for (name, slot), ref in shared.items() if name == kind.name}
+        alone = spelling.implied and common and not broken
+        if spelling.complete is None or not (own or alone):
+            continue
+        base = base or (surroundings(index, config) if index else None)
+        keys = [ref.key for group in own for ref in group.slots.values()] + [ref.key for ref in common.values()]
+        rest = [group for group in groups if group.kind != kind.name]
+        try:
+            completed = spelling.complete(config, own, common, base)
+        except BaseNeeded as error:
+            findings.append(
+                Finding(
+                    code="base-needed",
+                    axis="base",
+                    level=Verdict.UNVERIFIED if index is None else Verdict.INCOMPATIBLE,
+                    message=error.message,
+                    where=tuple(sorted(keys)),
+                    remedy=error.hint,
+                )
+            )
+        except (IntegrityError, UnsupportedKind) as error:
+            code, axis = next(says for cls, says in _CODES.items() if isinstance(error, cls))
+            findings.append(
+                Finding(
+                    code=code,
+                    axis=axis,
+                    level=Verdict.INCOMPATIBLE,
+                    message=error.message,
+                    where=tuple(sorted(keys)),
+                    remedy=error.hint,
+                )
+            )
+            if isinstance(error, IntegrityError):
+                groups = rest
+                shared = {key: ref for key, ref in shared.items() if key[0] != kind.name}
+        else:
+            groups = [*rest, *completed.groups]
+            findings += completed.findings
+    return Grouped(tuple(groups), shared, tuple(findings))
+
+
+def surroundings(index: BaseIndex, config: Mapping[str, JSON]) -> Surroundings:
+    """The base as kinds may ask of it."""
+    matrices = {}
+    for module in index.modules():
+        info = index.parameters.get(index.stored(f"{module}.weight" if module else "weight"))
+        if info is not None and len(info.shape) == 2:
+            out, inputs = info.shape[::-1] if info.transposed else info.shape
+            matrices[module] = Matrix(out=out, inputs=inputs, dtype=info.dtype, transposed=info.transposed)
+    order = [module for module in index.registered if module in matrices]
+    return Surroundings(matrices=matrices, targeted=_targeted(order, config) if index.registered else None)
+
+
+def _targeted(modules: Sequence[str], config: Mapping[str, JSON]) -> tuple[str, ...] | None:
+    """Those of ``modules`` that PEFT would adapt, or None where the config does not say."""
+    given = config.get("target_modules")
+    if not given or given == "all-linear":
+        return None
+    kept = names(config, "modules_to_save")
+    try:
+        return tuple(
+            module
+            for module in modules
+            if _named(module, "target_modules", config)
+            and not _named(module, "exclude_modules", config)
+            and not any(f".{each}." in f".{module}." for each in kept)
+            and (isinstance(given, str) or module in names(config, "target_modules") or _of_layers(module, config))
+        )
+    except UnsupportedKind:  # a pattern beyond what is matched here
+        return None
+
+
+def _named(module: str, field: str, config: Mapping[str, JSON]) -> bool:
+    """Whether a list of names or a pattern in the config covers ``module``."""
+    given = config.get(field)
+    if isinstance(given, str) and given:
+        return full_match(given, module, field=field)
+    return any(f".{module}".endswith(f".{name}") for name in names(config, field))
+
+
+def _of_layers(module: str, config: Mapping[str, JSON]) -> bool:
+    """Whether ``layers_to_transform`` and ``layers_pattern`` let in a module that is targeted by its name's end."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    wanted = layers if isinstance(layers, list) else [layers]
+    parts, patterns = module.split("."), names(config, "layers_pattern")
+    numbered = (at for at in range(1, len(parts) - 1) if re.fullmatch(r"\d+", parts[at], re.ASCII))
+    # without a pattern PEFT 0.21.2 wants two names before the number
+    at = next((at for at in numbered if (parts[at - 1] in patterns if patterns else at > 1)), None)
+    return at is not None and int(parts[at]) in wanted
