@@ -7,28 +7,38 @@ compute; here both are brought together, all or nothing.  Knows no spelling and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
+from lorahub.deltas.disputes import REFUSED, UNDECIDED, Compat
 from lorahub.deltas.kind import JSON, Touch
-from lorahub.errors import CannotCarry, IntegrityError, NotFinite, RecordError, UnsupportedFormat, UnsupportedKind
+from lorahub.errors import (
+    BaseNeeded,
+    CannotCarry,
+    Incompatible,
+    IntegrityError,
+    NotFinite,
+    RecordError,
+    UnsupportedFormat,
+    UnsupportedKind,
+)
 from lorahub.files.tensors import FileSource
-from lorahub.findings import Finding, Verdict
-from lorahub.formats.assembly import account, build_deltas, touches
+from lorahub.findings import Claim, Finding, Verdict
+from lorahub.formats.assembly import account, build_deltas, ill_typed, touches
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading
-from lorahub.formats.survey import explain, header_fault, survey
+from lorahub.formats.survey import Seen, explain, header_fault, survey
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
 from lorahub.records import FILENAME, AdapterRecord
 from lorahub.registry import Registry
 from lorahub.saving import write_folder
 
-__all__ = ["Adapter", "AdapterHeader", "load", "open_header", "save"]
+__all__ = ["RECORD_FINDINGS", "Adapter", "AdapterHeader", "judge_record", "load", "open_header", "recognise", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +54,7 @@ class AdapterHeader:
         record: its metadata record, or None; without its maths fields where files changed since.
         findings: everything there is to say before a base is looked at.
         index: the base whose names were used, or None.
+        claim: how sure its format was, and why.
     """
 
     label: str
@@ -54,6 +65,7 @@ class AdapterHeader:
     record: AdapterRecord | None
     findings: tuple[Finding, ...]
     index: BaseIndex | None = None
+    claim: Claim | None = None
 
     @property
     def format(self) -> str:
@@ -63,7 +75,7 @@ class AdapterHeader:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind it uses, sorted."""
-        return tuple(sorted({group.kind for group in self.reading.groups}))
+        return tuple(sorted({group.kind for group in self.reading.groups} | {kind for kind, _ in self.reading.shared}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -81,7 +93,8 @@ class Adapter:
         parts: what is no weight change, by name.
         hints: what its format said that no delta holds, and that writing wants back: ``roles`` (target name -> role of
             the module), ``base_repo`` and ``base_revision``, ``transposed`` (target names whose base stores [in, out];
-            replacements are [out, in] here), and what is the format's own.
+            replacements are [out, in] here), ``base_config`` (of the base whose names are used), and what is the
+            format's own.
         header: the files it came from, or None for one made in memory.
     """
 
@@ -100,6 +113,8 @@ def open_header(
     weight_name: str = "",
     subfolder: str = "",
     label: str = "",
+    seen: Seen | None = None,
+    compat: Compat | None = None,
 ) -> AdapterHeader:
     """Recognise an adapter and account for every tensor in it; headers only, no torch.
 
@@ -110,6 +125,9 @@ def open_header(
         weight_name: the file meant, where the folder holds several.
         subfolder: a folder inside ``path``.
         label: what people call it; the folder's name by default.
+        seen: see ``survey``.
+        compat: whose result counts where PEFT's is not the declared one, "peft" or "strict"; None takes what the file
+            itself or the record says, and where that is nothing, a finding asks.
 
     Raises:
         NotFound: nothing is there.
@@ -117,17 +135,48 @@ def open_header(
         UnsupportedKind: it is recognised, and is no weight change at all.
         HeaderError, IntegrityError: the files are malformed.
     """
-    files = survey(path, weight_name=weight_name, subfolder=subfolder)
+    files = survey(path, weight_name=weight_name, subfolder=subfolder, seen=seen)
+    files = replace(files, compat=compat) if compat else files
+    record, about_record = _record(files.folder)
+    return recognise(files, registry, index=index, label=label, record=record, said=about_record)
+
+
+def recognise(
+    files: AdapterFiles,
+    registry: Registry,
+    *,
+    index: BaseIndex | None = None,
+    label: str = "",
+    record: AdapterRecord | None = None,
+    said: Sequence[Finding] = (),
+) -> AdapterHeader:
+    """As ``open_header``, of files that were surveyed already; they need not lie on this machine.
+
+    Args:
+        files: headers and configs.
+        registry: kinds and formats.
+        index: the base, to find its names among the keys.
+        label: what people call it; the folder's name by default.
+        record: what is recorded of it.
+        said: what there is to say of the record.
+
+    Raises:
+        UnsupportedFormat, UnsupportedKind, IntegrityError: as ``open_header``.
+    """
     if files.headers and all(header_fault(header) for header in files.headers.values()):
         raise explain(files)
-    reader = _choose(files, registry)
+    claim, reader = _choose(files, registry)
     reading = reader.read(files, tuple(registry.kinds.values()), index)
+    recorded = record.compat.choice if record and record.compat else None
+    fresh = not any(each.code == _STALE for each in said)
+    if recorded and fresh and any(each.code == UNDECIDED for each in reading.findings):
+        files = replace(files, compat=recorded)
+        reading = reader.read(files, tuple(registry.kinds.values()), index)
     header = files.headers[reading.file]
     if fault := header_fault(header):
         raise UnsupportedFormat(f"{files.folder / reading.file} {fault}", "fetch it again, or ask its author")
     account(reading, header)
     changed, twice = touches(reading.groups, registry.kinds)
-    record, about_record = _record(files.folder)
     return AdapterHeader(
         label=label or files.folder.name,
         folder=files.folder,
@@ -135,12 +184,13 @@ def open_header(
         reading=reading,
         touches=MappingProxyType(changed),
         record=record,
-        findings=(*reading.findings, *twice, *about_record),
+        findings=(*reading.findings, *ill_typed(reading, registry.kinds), *twice, *said),
         index=index,
+        claim=claim,
     )
 
 
-def _choose(files: AdapterFiles, registry: Registry) -> Format:
+def _choose(files: AdapterFiles, registry: Registry) -> tuple[Claim, Format]:
     """The format with the strongest claim."""
     claims = [(claim, each) for each in registry.formats.values() if (claim := each.claims(files))]
     if not claims:
@@ -150,7 +200,14 @@ def _choose(files: AdapterFiles, registry: Registry) -> Format:
     if len(leading) > 1:
         rivals = " and ".join(f"{each.name} ({claim.reason})" for claim, each in leading)
         raise UnsupportedFormat(f"{files.folder} could be of several formats: {rivals}")
-    return leading[0][1]
+    return leading[0]
+
+
+_INVALID, _STALE = "record-invalid", "record-stale"
+RECORD_FINDINGS = frozenset({_INVALID, _STALE})
+"""Codes of what there is to say of a record."""
+
+_RECORD_ANEW = "lorahub record FOLDER   (writes the record anew)"
 
 
 def _record(folder: Path) -> tuple[AdapterRecord | None, list[Finding]]:
@@ -158,30 +215,41 @@ def _record(folder: Path) -> tuple[AdapterRecord | None, list[Finding]]:
     path = folder / FILENAME
     if not path.is_file():
         return None, []
-    remedy = "lorahub record FOLDER   (writes the record anew)"
+    return judge_record(lambda: AdapterRecord.load(path), lambda record: record.stale(folder))
+
+
+def judge_record(
+    read: Callable[[], AdapterRecord], stale_files: Callable[[AdapterRecord], tuple[str, ...]]
+) -> tuple[AdapterRecord | None, list[Finding]]:
+    """A record as far as it may be used, and what is wrong with it.
+
+    Args:
+        read: gives the record, or raises ``RecordError``.
+        stale_files: those of its files that are missing or have other content now.
+    """
     try:
-        record = AdapterRecord.load(path)
+        record = read()
     except RecordError as error:
         finding = Finding(
-            code="record-invalid",
+            code=_INVALID,
             axis="integrity",
             level=Verdict.DEGRADED,
             message=error.message,
             where=(FILENAME,),
-            remedy=remedy,
+            remedy=_RECORD_ANEW,
             allowable=True,
         )
         return None, [finding]
-    stale = record.stale(folder)
+    stale = stale_files(record)
     if not stale:
         return record, []
     finding = Finding(
-        code="record-stale",
+        code=_STALE,
         axis="integrity",
         level=Verdict.DEGRADED,
         message=f"{len(stale)} files are not those that {FILENAME} was written for; its arithmetic is ignored",
         where=stale,
-        remedy=f"fetch the adapter again, or, if you changed it yourself: {remedy}",
+        remedy=f"fetch the adapter again, or, if you changed it yourself: {_RECORD_ANEW}",
         allowable=True,
     )
     return record.changed(modules=None, components=None), [finding]
@@ -201,15 +269,19 @@ def load(
     Raises:
         IntegrityError: the files contradict themselves; ``findings`` lists how.
         UnsupportedKind: no kind reads it.
+        BaseNeeded: its files leave out what follows from the base.
+        Incompatible: whose result counts has to be chosen first, or which parameter is meant cannot be told.
         NotFinite: naming the tensors with NaN or infinity.
         MissingDependency: torch is not installed.
     """
     reading, index = header.reading, header.index if index is None else index
     if index is not header.index:
         reading = registry.formats[header.format].read(header.files, tuple(registry.kinds.values()), index)
-    _refuse(header.label, (*reading.findings, *(each for each in header.findings if each not in reading.findings)))
+    _refuse(
+        header.label, (*reading.findings, *(each for each in header.findings if each not in header.reading.findings))
+    )
     with FileSource(header.folder / reading.file) as source:
-        tensors = {key: source.read(key) for key in _keys(reading)}
+        tensors = {key: source.read(key) for key in dict.fromkeys(_keys(reading))}
     if not allow_nonfinite:
         _demand_finite(header.label, tensors)
     deltas, transposed = build_deltas(reading, tensors.__getitem__, registry.kinds, index)
@@ -217,6 +289,7 @@ def load(
         "base_repo": reading.base_repo,
         "base_revision": reading.base_revision,
         "transposed": transposed,
+        "base_config": dict(index.config) if index else None,
     }
     hints = {**reading.hints, **{name: value for name, value in about.items() if value}}
     return Adapter(
@@ -228,15 +301,28 @@ def load(
     )
 
 
-def _refuse(label: str, findings: Iterable[Finding]) -> None:
+_UNREAD = frozenset({"config-refused", "kind-unsupported"})
+"""Codes of findings under which the tensors are none of the changes that they look like."""
+
+_UNSETTLED = frozenset({UNDECIDED, REFUSED, "parameter-ambiguous"})
+"""Codes of findings under which nobody can say what a change is."""
+
+
+def _refuse(label: str, findings: tuple[Finding, ...]) -> None:
     """Stop at what makes a value impossible; everything else is policy, decided where a base is known."""
     impossible = [each for each in findings if each.level is Verdict.INCOMPATIBLE]
     broken = tuple(each for each in impossible if each.axis == "integrity")
-    unread = tuple(each for each in impossible if each.code == "kind-unsupported")
+    unread = tuple(each for each in impossible if each.code in _UNREAD)
+    unplaced = tuple(each for each in findings if each.code == "base-needed")
+    unsettled = tuple(each for each in impossible if each.code in _UNSETTLED)
     if broken:
         raise IntegrityError(f"{label}: {broken[0].show()}", broken[0].remedy, broken)
     if unread:
         raise UnsupportedKind(f"{label}: {unread[0].message}", unread[0].remedy, unread)
+    if unplaced:
+        raise BaseNeeded(f"{label}: {unplaced[0].message}", unplaced[0].remedy, unplaced)
+    if unsettled:
+        raise Incompatible(f"{label}: {unsettled[0].message}", unsettled[0].remedy, unsettled)
 
 
 def _keys(reading: Reading) -> list[str]:

@@ -20,7 +20,7 @@ from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError,
 from lorahub.findings import Axis, Finding, Verdict, worst
 from lorahub.records import BaseRecord
 
-__all__ = ["base_findings", "findings", "library_findings", "refuse"]
+__all__ = ["base_findings", "findings", "library_findings", "part_findings", "refuse"]
 
 
 def base_findings(header: AdapterHeader, index: BaseIndex, touched: Collection[str]) -> list[Finding]:
@@ -154,6 +154,27 @@ def _short(digest: str | None) -> str:
     return f"{(digest or '').removeprefix('sha256:')[:12]}..."
 
 
+def part_findings(header: AdapterHeader) -> list[Finding]:
+    """That an adapter which is no weight change at all cannot be merged, by its kind and with the reason.
+
+    Nothing where its format has said so itself.
+    """
+    reading = header.reading
+    if reading.groups or not reading.parts or any(each.code == "kind-unsupported" for each in header.findings):
+        return []
+    shown = ", ".join(f"{part.kind} ({name})" for name, part in [*reading.parts.items()][:3])
+    return [
+        Finding(
+            code="kind-unsupported",
+            axis="format",
+            level=Verdict.INCOMPATIBLE,
+            message=f"this is {shown}, which cannot be merged: {next(iter(reading.parts.values())).reason}",
+            where=tuple(ref.key for part in reading.parts.values() for ref in part.tensors.values()),
+            remedy="load it beside the model it is for",
+        )
+    ]
+
+
 def library_findings(header: AdapterHeader, installed: Mapping[str, str] | None = None) -> list[Finding]:
     """The record's ``compat.requires`` against installed versions; libraries that are not installed are not judged."""
     requires = header.record.compat.requires if header.record and header.record.compat else {}
@@ -197,6 +218,7 @@ def findings(header: AdapterHeader, index: BaseIndex, framework: Framework, plan
     touched = {step.source for step in plan.steps if step.source}
     declared = [] if index.declared else [_undeclared(index, framework)]
     own = [*header.findings, *base_findings(header, index, touched), *library_findings(header), *declared]
+    own += part_findings(header)
     return tuple(dict.fromkeys([*own, *plan.findings]))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 from lorahub import __version__, checks, strict_json
 from lorahub.adapter import Adapter, AdapterHeader
 from lorahub.adapter import load as load_tensors
+from lorahub.deltas.disputes import Compat, as_compat
 from lorahub.deltas.kind import JSON
 from lorahub.engine.merge import Merged, merge_into
 from lorahub.engine.plan import Plan
@@ -48,6 +49,8 @@ class Job:
         plan: what will change.
         findings: everything there is to say, the plan's and each adapter's.
         allowed: codes that were allowed.
+        compat: whose result counts where PEFT's is not the declared one, for all adapters; None: each adapter's own
+            choice, where it says.
     """
 
     base: Base
@@ -56,6 +59,7 @@ class Job:
     plan: Plan
     findings: tuple[Finding, ...]
     allowed: tuple[str, ...]
+    compat: Compat | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -73,11 +77,12 @@ class Job:
         return {
             "plan": self.plan.document(),
             "verdict": str(self.verdict),
+            "compat": self.compat,
             "findings": [finding.document() for finding in self.findings],
         }
 
     def provenance(self) -> dict[str, JSON]:
-        """What the merged weights are made of, and which findings were allowed: the text of ``lorahub-merge.json``."""
+        """What the merged weights are made of, what was allowed and chosen: the text of ``lorahub-merge.json``."""
         index = self.base.index
         base = {"repo_id": index.ref.repo, "revision": index.ref.commit, "weights": index.weights}
         adapters: list[JSON] = []
@@ -90,6 +95,7 @@ class Job:
                 "recorded_name": known.name if known else None,
                 "version": known.version if known else None,
                 "license": known.license if known else None,
+                "compat": header.reading.hints.get("compat") or self._inside(name),
             }
             adapters.append({key: value for key, value in said.items() if value is not None and value != ""})
         return {
@@ -100,6 +106,11 @@ class Job:
             "findings": [*sorted({each.code for each in self.findings if each.level >= Verdict.UNVERIFIED})],
             "plan": self.plan.digest(),
         }
+
+    def _inside(self, name: str) -> str | None:
+        """The choice, where it decided where an adapter's weight goes."""
+        terms = (term for step in self.plan.steps for term in step.terms if term.adapter == name)
+        return self.compat if any(term.strength != 1 for term in terms) else None
 
     def adapters(self, registry: Registry) -> dict[str, Adapter]:
         """The adapters' tensors, under the base's names."""
@@ -175,6 +186,7 @@ def prepare(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
     progress: Progress = quiet,
 ) -> Job:
@@ -185,10 +197,13 @@ def prepare(
         adapters: by name, or a list of references whose names are taken from them.
         weights: one per adapter, in order or by name; they replace weights in references.
         allow: finding codes to accept.
+        compat: "peft" or "strict": whose result counts where PEFT's is not the declared one.  None takes what each
+            adapter's record or file says; where that is nothing, a finding asks.
         hub: path of a folder hub.
         progress: called with (bytes done, bytes in all).
     """
     registry = load_registry()
+    choice = as_compat(compat)
     named = _named(adapters)
     if not named:
         raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
@@ -199,7 +214,7 @@ def prepare(
     else:
         opened = open_base(base, digest=True, progress=progress)
     headers = {
-        name: header_of(source, registry, hub=hub, progress=progress, index=opened.index)
+        name: header_of(source, registry, hub=hub, progress=progress, index=opened.index, compat=choice)
         for name, (source, _) in named.items()
     }
     planned = plan_merge(
@@ -208,6 +223,7 @@ def prepare(
         {name: (header, chosen[name]) for name, header in headers.items()},
         registry.kinds,
         allow=tuple(allow),
+        compat=choice,
     )
     found = tuple(
         dict.fromkeys(
@@ -216,7 +232,15 @@ def prepare(
             for finding in checks.findings(header, opened.index, opened.framework, planned)
         )
     )
-    return Job(base=opened, headers=headers, weights=chosen, plan=planned, findings=found, allowed=tuple(allow))
+    return Job(
+        base=opened,
+        headers=headers,
+        weights=chosen,
+        plan=planned,
+        findings=found,
+        allowed=tuple(allow),
+        compat=choice,
+    )
 
 
 def _open_recorded(header: AdapterHeader, progress: Progress) -> Base:
@@ -259,10 +283,11 @@ def plan(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
 ) -> Plan:
     """What merging would do, from headers alone: print ``plan(...).explain()``."""
-    return prepare(base, adapters, weights=weights, allow=allow, hub=hub).plan
+    return prepare(base, adapters, weights=weights, allow=allow, compat=compat, hub=hub).plan
 
 
 @overload
@@ -273,6 +298,7 @@ def merge(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     out: None = None,
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
     threads: int | None = None,
     progress: Progress = quiet,
@@ -287,6 +313,7 @@ def merge(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     out: str | os.PathLike[str],
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
     threads: int | None = None,
     progress: Progress = quiet,
@@ -300,6 +327,7 @@ def merge(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     out: str | os.PathLike[str] | None = None,
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
     threads: int | None = None,
     progress: Progress = quiet,
@@ -314,6 +342,7 @@ def merge(
         weights: one per adapter; 1 by default, or the weight in the reference.
         out: the new checkpoint's folder; must not exist.
         allow: finding codes to accept.
+        compat: "peft" or "strict"; see ``lorahub.load``.
         hub: path of a folder hub.
         threads: how many; the result does not depend on it.
         progress: called with (done, in all): parameters in place, bytes on disk.
@@ -324,7 +353,9 @@ def merge(
     Raises:
         Degraded, BaseMismatch, Incompatible, IntegrityError: see ``lorahub.check``; nothing was changed.
     """
-    job = prepare(base, adapters, weights=weights, allow=allow, hub=hub, progress=progress if out else quiet)
+    job = prepare(
+        base, adapters, weights=weights, allow=allow, compat=compat, hub=hub, progress=progress if out else quiet
+    )
     job.refuse()
     if out is not None:
         return job.write(out, threads=threads, progress=progress)
@@ -347,6 +378,7 @@ def check(
     *,
     runtime: str | None = None,
     allow: Collection[str] = (),
+    compat: str | None = None,
     hub: str | None = None,
     progress: Progress = quiet,
 ) -> CheckReport:
@@ -357,16 +389,17 @@ def check(
         base: what to hold it against; None takes the base it records, unless ``runtime`` is given.
         runtime: a serving runtime to judge for ("vllm").
         allow: finding codes to accept.
+        compat: "peft" or "strict"; see ``lorahub.load``.
         hub: path of a folder hub.
         progress: called with (bytes done, bytes in all).
     """
     registry = load_registry()
-    header = header_of(source, registry, hub=hub, progress=progress)
+    header = header_of(source, registry, hub=hub, progress=progress, compat=compat, whole=False)
     found: tuple[Finding, ...] = header.findings
     against = []
     judged = registry.runtime(runtime) if runtime is not None else None
     if base is not None or judged is None:
-        job = prepare(base, {header.label: header}, allow=allow, hub=hub, progress=progress)
+        job = prepare(base, {header.label: header}, allow=allow, compat=compat, hub=hub, progress=progress)
         found, against, header = job.findings, [str(job.base.index.ref)], job.headers[header.label]
     if judged is not None:
         found = (*found, *judged.judge(header))

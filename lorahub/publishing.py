@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorahub import checks, recording
 from lorahub.adapter import open_header
+from lorahub.deltas.disputes import as_compat
 from lorahub.errors import PushRefused, UsageError
 from lorahub.files.atomic import atomic_write
 from lorahub.hub import open_hub
@@ -32,6 +33,7 @@ def record(
     *,
     base_repo: str | None = None,
     base_revision: str | None = None,
+    compat: str | None = None,
     hub: str | None = None,
     progress: Progress = quiet,
     **fields: object,
@@ -43,6 +45,7 @@ def record(
         base: the base it was trained on; None keeps what an earlier record says, and brings the rest up to date.
         base_repo: what a local base is called on the Hub.
         base_revision: its commit there, 40 hex digits.
+        compat: "peft" or "strict": whose result counts where PEFT's is not the declared one; recorded where it matters.
         hub: path of a folder hub.
         progress: called with (bytes done, bytes in all) while the base is hashed.
         fields: further record fields, as ``license="apache-2.0"``; None removes one.
@@ -52,11 +55,14 @@ def record(
         RecordError: a field does not follow the schema; nothing was written.
     """
     registry = load_registry()
-    header = open_header(Path(folder), registry)
+    choice = as_compat(compat)
+    header = open_header(Path(folder), registry, compat=choice)
     described, planned = None, None
     if base is not None:
-        job = prepare(base, {header.label: header}, hub=hub, progress=progress)
+        job = prepare(base, {header.label: header}, compat=choice, hub=hub, progress=progress)
         fitting = [finding for finding in job.plan.findings if finding.axis == "placement"]
+        if not header.reading.groups:  # parts alone, which land nowhere
+            fitting = [finding for finding in fitting if finding.code != "nothing-lands"]
         checks.refuse(fitting, subject=f"{header.label} was not made for {job.base.index.ref}")
         header, planned = job.headers[header.label], job.plan
         touched = {step.source for step in planned.steps if step.source}

@@ -7,7 +7,7 @@ keys are kept.  ``schemas/adapter.schema.json`` is generated from here.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -206,6 +206,9 @@ class Compat(RecordPart):
     bases: tuple[KnownBase, ...] = Field(
         default=(), description="Further bases: weights digests, commits or repositories."
     )
+    choice: Literal["peft", "strict"] | None = Field(
+        default=None, description="Whose result counts where PEFT's is not the declared one."
+    )
 
 
 class Parent(RecordPart):
@@ -236,6 +239,13 @@ class Derivation(RecordPart):
     converted_from: str = Field(min_length=1, description="The format before, as 'kohya'.")
     tool: str = Field(default="", description="What converted it.")
     tool_version: str = Field(default="", description="In which version.")
+    sources: dict[Path, Sha256] = Field(default={}, description="The files before -> digest of their bytes.")
+    rules: dict[str, Count] = Field(
+        default={}, description="Which exact or approximate rewriting was applied to how many targets."
+    )
+    max_error: Finite | None = Field(
+        default=None, description="The largest relative difference of a target's change, before and after."
+    )
     losses: tuple[str, ...] = Field(
         default=(), description="What the new format has no word for; empty: nothing was lost."
     )

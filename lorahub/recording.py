@@ -16,7 +16,7 @@ from lorahub.deltas.kind import JSON
 from lorahub.engine.plan import Plan
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.hub.contents import rule_for, survey
-from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, FileRecord
+from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, Compat, FileRecord
 from lorahub.registry import Registry
 from lorahub.saving import module_record
 
@@ -95,6 +95,8 @@ def make_record(
     found = survey(header.folder)
     file = header.reading.file
     start = header.record or AdapterRecord(schema_version=SCHEMA_VERSION, kinds=("unknown",))
+    if choice := header.reading.hints.get("compat"):
+        start = start.changed(compat=(start.compat or Compat()).model_copy(update={"choice": choice}))
     return start.changed(
         schema_version=start.schema_version,
         kinds=sorted(

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from lorahub.bases.experts import matrix_pieces, stack_pieces
+from lorahub.bases.fused_experts import part_pieces
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.kind import JSON
@@ -147,13 +149,27 @@ class Framework(Protocol):
 
 
 def whole_layouts(index: BaseIndex, targets: Collection[Target]) -> dict[Target, Layout]:
-    """One whole-parameter layout for each target the base has, transposed where the index declares it."""
+    """One whole-parameter layout for each target the base has, transposed where the index declares it.
+
+    A stack of experts that the base keeps one by one has a piece for each, and so has a projection of theirs that it
+    keeps together with another; one expert of a stack lies in a part of it.
+    """
     names = {target: index.stored(target.name) for target in targets}
-    return {
+    found = {
         target: Layout(
             target=target,
             pieces=(Piece(parameter=name, of_parameter=Region(transposed=index.parameters[name].transposed)),),
         )
         for target, name in names.items()
         if name in index.parameters
+    }
+    apart = (target for target in names if target not in found and not target.component)
+    return found | {
+        target: Layout(target=target, pieces=pieces)
+        for target in apart
+        if (
+            pieces := stack_pieces(index, target.module, target.parameter)
+            or part_pieces(index, target.module, target.parameter)
+            or matrix_pieces(index, target.module, target.parameter)
+        )
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lorahub import merging
-from lorahub.cli.options import allow_option, base_option, hub_option, output_options
+from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 from lorahub.findings import Verdict
 
@@ -19,16 +19,25 @@ EXIT = {Verdict.DEGRADED: 3, Verdict.INCOMPATIBLE: 4}
 @base_option
 @click.option("--for", "runtime", metavar="RUNTIME", help="Judge for a serving runtime instead of a base, as vllm.")
 @allow_option
+@compat_option
 @hub_option
 @output_options
-def check(ref: str, base: str | None, runtime: str | None, allow: tuple[str, ...], hub: str | None, out: Output) -> int:
+def check(
+    ref: str,
+    base: str | None,
+    runtime: str | None,
+    allow: tuple[str, ...],
+    compat: str | None,
+    hub: str | None,
+    out: Output,
+) -> int:
     """Say whether an adapter goes with a base: exact, compatible, unverified, degraded or incompatible.
 
     Without --base the recorded base is used. Exit codes: 0 accepted, 3 degraded, 4 incompatible, 5 integrity,
     6 unavailable.
     """
     with out.progress("checking") as progress:
-        report = merging.check(ref, base, runtime=runtime, allow=allow, hub=hub, progress=progress)
+        report = merging.check(ref, base, runtime=runtime, allow=allow, compat=compat, hub=hub, progress=progress)
     axes = [(axis, str(verdict)) for axis, verdict in report.axes.items()]
     out.answer(
         report.document(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lorahub import merging
-from lorahub.cli.options import allow_option, base_option, hub_option, output_options
+from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned, size
 from lorahub.errors import UsageError
 
@@ -26,6 +26,7 @@ __all__ = ["merge"]
 )
 @click.option("--threads", type=click.IntRange(min=1), help="How many threads fold; the result does not depend on it.")
 @allow_option
+@compat_option
 @hub_option
 @output_options
 def merge(
@@ -36,6 +37,7 @@ def merge(
     tokenizer: str,
     threads: int | None,
     allow: tuple[str, ...],
+    compat: str | None,
     hub: str | None,
     out: Output,
 ) -> None:
@@ -47,7 +49,7 @@ def merge(
     if not plan_only and not target:
         raise UsageError("merge needs -o FOLDER, or --plan to only look", f"lorahub merge {' '.join(refs)} --plan")
     with out.progress("reading") as progress:
-        job = merging.prepare(base, refs, allow=allow, hub=hub, progress=progress)
+        job = merging.prepare(base, refs, allow=allow, compat=compat, hub=hub, progress=progress)
     if plan_only:
         out.answer(job.document(), text=f"{job.plan.explain()}\n\nverdict: {job.verdict}", bare=job.plan.digest())
         out.findings([finding for finding in job.findings if finding not in job.plan.findings])  # the others are in it

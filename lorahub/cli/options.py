@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import click
 
 from lorahub.cli.output import Output
+from lorahub.deltas.disputes import COMPATS
 
-__all__ = ["allow_option", "base_option", "hub_option", "output_options"]
+__all__ = ["allow_option", "base_option", "compat_option", "hub_option", "output_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +27,11 @@ allow_option = click.option(
     metavar="CODE",
     multiple=True,
     help="Accept one finding by its code and record that; may be repeated. The only override there is.",
+)
+compat_option = click.option(
+    "--compat",
+    type=click.Choice(COMPATS),
+    help="Where PEFT's result is not the declared one: follow PEFT, or be strict. Recorded.",
 )
 
 

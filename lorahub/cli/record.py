@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lorahub import publishing
-from lorahub.cli.options import base_option, hub_option, output_options
+from lorahub.cli.options import base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 
 __all__ = ["record"]
@@ -21,6 +21,7 @@ __all__ = ["record"]
 @click.option("--description", help="One sentence on what it does.")
 @click.option("--author", "authors", multiple=True, help="An author; may be repeated.")
 @click.option("--trigger-word", "trigger_words", multiple=True, help="A word that calls the adapter; may be repeated.")
+@compat_option
 @hub_option
 @output_options
 def record(
@@ -33,6 +34,7 @@ def record(
     description: str | None,
     authors: tuple[str, ...],
     trigger_words: tuple[str, ...],
+    compat: str | None,
     hub: str | None,
     out: Output,
 ) -> None:
@@ -54,6 +56,7 @@ def record(
             base,
             base_repo=base_repo,
             base_revision=base_revision,
+            compat=compat,
             hub=hub,
             progress=progress,
             **{key: value for key, value in fields.items() if value is not None},

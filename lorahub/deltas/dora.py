@@ -99,6 +99,10 @@ class DoRA(Delta):
             magnitude=None if self.magnitude is None else take(self.magnitude, kept, 0),
         )
 
+    def strengthened(self, factor: float) -> Self:
+        """This delta with ``factor`` inside the norm, as PEFT scales it."""
+        return replace(self, scale=self.scale * factor)
+
     def measured(self, weight: torch.Tensor) -> Self:
         """This delta with the untouched weight's lengths as its magnitude, float32 at least, ready to train."""
         expect_shape(self, weight)
@@ -159,6 +163,7 @@ def touches(group: Group) -> tuple[Touch, ...]:
             additive=False,
             local=axis == 0,
             rank=down.shape[0],
+            inside=True,
         ),
     )
 

@@ -90,18 +90,21 @@ class LoRA(Delta):
 
 
 def touches(group: Group) -> tuple[Touch, ...]:
-    """The weight, and the bias where ``lora_bias`` trained one (the base must have it)."""
+    """The weight, or the one parameter that the group names, and the bias where ``lora_bias`` trained one.
+
+    The base must have them.
+    """
     rank = group.slots["down"].shape[0] if group.slots["down"].shape else None
-    weight = Touch(parameter="weight", dims="out in *k", slots=("up", "down"), additive=True, rank=rank)
+    weight = Touch(parameter=group.parameter, dims="out in *k", slots=("up", "down"), additive=True, rank=rank)
     if "bias" not in group.slots:
         return (weight,)
     return weight, Touch(parameter="bias", dims="out", slots=("up", "bias"), additive=True)
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
-    """The weight's delta, and the bias's as a full difference with the same scale."""
+    """The delta of the weight or the named parameter, and the bias's as a full difference with the same scale."""
     scale = scale_of(group)
-    deltas: dict[str, Delta] = {"weight": LoRA(tensors["up"], tensors["down"], scale)}
+    deltas: dict[str, Delta] = {group.parameter: LoRA(tensors["up"], tensors["down"], scale)}
     if "bias" in tensors:
         deltas["bias"] = Full(tensors["bias"], scale)
     return deltas
@@ -137,7 +140,8 @@ LORA = Kind(
             fields=peft_lora.FIELDS,
             options=peft_lora.lora_options,
             config=peft_lora.config,
-            when=peft_lora.whole,
+            disputed=peft_lora.disputed,
+            when=peft_lora.plain,
         ),
     ),
 )

@@ -4,7 +4,8 @@
 vectors the other way round, ``W' = W @ R``.  A block comes from the skew-symmetric ``Q`` that is stored as its upper
 triangle, and how is a matter of the config, not of the tensors: the exact Cayley transform ``(I - Q)(I + Q)^-1``, or a
 series in ``Q`` that approximates ``(I + Q)(I - Q)^-1`` - the opposite rotation.  Both are what PEFT computes (0.16 to
-0.21.2), so both are followed as the config says.
+0.21.2), so both are followed as the config says.  OneTrainer has PEFT's series, turns kernels the way PEFT turns
+embeddings, and may divide the angles by a number that goes with the blocks' size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from lorahub.deltas.delta import Delta, Index
 from lorahub.deltas.fit import expect_matrix
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
-from lorahub.deltas.peft_oft import FIELDS, RULES, config, options, size_of_blocks, turned
+from lorahub.deltas.peft_oft import FIELDS, RULES, config, disputed, options, size_of_blocks, turned
 from lorahub.deltas.rotation import all_columns, block_size, blockwise, cayley, neumann, number_of_blocks, skew
 from lorahub.errors import BaseMismatch
 from lorahub.hookspecs import hookimpl
@@ -40,6 +41,8 @@ class Turn(Delta):
         shared: the one row of ``angles`` serves for every block.
         limit: COFT's bound on the length of all of ``Q``, or None.
         turned: ``W @ R`` instead.
+        mirrored: ``W @ R`` for weights with a kernel, whatever ``turned`` says (OneTrainer).
+        scaled: the angles are divided by ``2 * sqrt(b - 1)`` first (OneTrainer's scaled OFT).
     """
 
     angles: torch.Tensor
@@ -47,6 +50,8 @@ class Turn(Delta):
     shared: bool = False
     limit: float | None = None
     turned: bool = False
+    mirrored: bool = False
+    scaled: bool = False
 
     kind: ClassVar[str] = "oft"
     additive: ClassVar[bool] = False
@@ -65,13 +70,16 @@ class Turn(Delta):
                 f"an oft delta with {blocks.shape[0]} blocks of {blocks.shape[1]} was given a weight "
                 f"{list(weight.shape)}"
             )
-        return blockwise(flat, blocks if self.turned else blocks.transpose(1, 2)).reshape(weight.shape)
+        turned = self.turned or (self.mirrored and weight.dim() > 2)
+        return blockwise(flat, blocks if turned else blocks.transpose(1, 2)).reshape(weight.shape)
 
     def _blocks(self, angles: torch.Tensor) -> torch.Tensor:
         """``R - I`` of every stored block."""
         b = block_size(angles.shape[1])
         assert b is not None  # checked where the delta is built
         q = skew(angles, b)
+        if self.scaled:
+            q = q / (2 * math.sqrt(max(1, b - 1)))
         if self.limit is not None:
             # PEFT projects whenever it applies the adapter, each block onto its part of the bound
             bound = self.limit / math.sqrt(angles.shape[0])
@@ -141,6 +149,8 @@ def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]
             shared=bool(group.options["shared"]),
             limit=limit,
             turned=turned(group),
+            mirrored=group.options.get("mirrored") is True,
+            scaled=group.options.get("scaled") is True,
         )
     }
 
@@ -155,6 +165,8 @@ def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict
                 "shared": turn.shared,
                 "limit": turn.limit,
                 "turned": turn.turned,
+                "mirrored": turn.mirrored,
+                "scaled": turn.scaled,
             }
             return {"angles": turn.angles}, said
     return None
@@ -180,6 +192,7 @@ OFT = Kind(
             fields=FIELDS,
             options=options,
             config=config,
+            disputed=disputed,
         ),
     ),
 )

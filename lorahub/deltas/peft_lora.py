@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
+from lorahub.deltas.disputes import Dispute
 from lorahub.deltas.kind import JSON, Field, Group, Leaf, TensorRef
-from lorahub.deltas.peft_config import alpha_for, chosen, flag, patterned
+from lorahub.deltas.peft_config import alpha_for, chosen, flag, patterned, stated_alpha
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["FIELDS", "LEAVES", "config", "dora_options", "in_blocks", "lora_options", "whole"]
+__all__ = [
+    "FIELDS",
+    "LEAVES",
+    "config",
+    "disputed",
+    "dora_options",
+    "expert_options",
+    "from_the_weight",
+    "in_blocks",
+    "lora_options",
+    "plain",
+    "start",
+    "whole",
+]
 
 _RULES: Mapping[bool, tuple[str, Callable[[int], float]]] = MappingProxyType(
     {False: ("alpha/r", float), True: ("alpha/sqrt(r)", math.sqrt)}
@@ -23,9 +38,16 @@ _RULES: Mapping[bool, tuple[str, Callable[[int], float]]] = MappingProxyType(
 """``use_rslora`` -> how the scale follows from alpha: name and divisor."""
 
 _MOVED = (
-    "it was started from changed base weights (pissa, olora, corda, lora_ga, loftq); make it plain LoRA first, in PEFT "
-    "by save_pretrained with path_initial_model_for_weight_conversion"
+    "training started from changed base weights, and the files do not say how: pissa_niter_N draws at random, corda "
+    "and lora_ga look at data, loftq quantises the base, and DoRA has lengths of its own; make it plain LoRA where it "
+    "was trained, in PEFT by save_pretrained with path_initial_model_for_weight_conversion"
 )
+
+_OF_THE_SAME_SHAPE = ("init_lora_weights", "kasa_config")
+"""Refused fields under which factors have the shapes that they always have."""
+
+_FROM_THE_WEIGHT = ("pissa", "olora")
+"""Starts that follow from the weight alone; see ``pissa``."""
 
 LEAVES = (
     Leaf(slot="down", suffix="lora_A.weight"),
@@ -68,10 +90,13 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "corda_config": Field(inert=True),
         "lora_ga_config": Field(inert=True),
         "qalora_group_size": Field(inert=True),
-        # initialisations that leave the base alone; pissa, pissa_niter_N, olora, corda, lora_ga and loftq do not
+        # initialisations that leave the base alone; the others do not, and of them ``pissa`` reads two
         "init_lora_weights": Field(harmless=(True, "gaussian", "eva", "orthogonal", "mica"), refuse=_MOVED),
         # other arithmetic
-        "layer_replication": Field(refuse="it adapts a stack of repeated layers, which the base does not have"),
+        "layer_replication": Field(
+            refuse="it adapts a stack of repeated layers, which the base does not have; PEFT 0.21.2 merges the changes "
+            "of all copies into the one weight they share (https://github.com/huggingface/peft/issues/1707)"
+        ),
         "alora_invocation_tokens": Field(
             refuse="it acts only on tokens after an invocation string, which no change of weights can do"
         ),
@@ -87,8 +112,8 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "monteclora_config": Field(
             refuse="its files hold the state of a sampler beside the factors, which is not read"
         ),
-        "trainable_token_indices": Field(refuse="it replaces single rows of an embedding, which are not read"),
-        "target_parameters": Field(refuse="its keys do not name the parameters that they adapt"),
+        "trainable_token_indices": Field(used=True),
+        "target_parameters": Field(used=True),
         "enable_lora": Field(refuse="it adapts parts of a fused layer in the grouped layout of PEFT before 0.3"),
     }
 )
@@ -102,6 +127,23 @@ def in_blocks(config: Mapping[str, JSON]) -> bool:
 def whole(config: Mapping[str, JSON]) -> bool:
     """Whether factors are stored as they are."""
     return not in_blocks(config)
+
+
+def start(config: Mapping[str, JSON]) -> str:
+    """``init_lora_weights`` where it is a name; PEFT takes OLoRA's in any case of letters."""
+    given = config.get("init_lora_weights")
+    lower = given.lower() if isinstance(given, str) else ""
+    return lower if lower in ("olora", given) else ""
+
+
+def from_the_weight(config: Mapping[str, JSON]) -> bool:
+    """Whether factors began as part of the weight, in a way that the weight tells again."""
+    return whole(config) and not config.get("use_dora") and start(config) in _FROM_THE_WEIGHT
+
+
+def plain(config: Mapping[str, JSON]) -> bool:
+    """Whether factors are stored as they are, and did not begin as part of the weight."""
+    return whole(config) and not from_the_weight(config)
 
 
 def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
@@ -120,6 +162,39 @@ def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, Te
     return _scale(config, module, slots)
 
 
+def disputed(
+    config: Mapping[str, JSON], module: str, _slots: Mapping[str, TensorRef], options: Mapping[str, JSON]
+) -> Dispute | None:
+    """PEFT on transformers 5 fuses two projections of each expert, which doubles rank and alpha: no matter but here."""
+    if not flag(config, "use_rslora"):
+        return None
+    *_, around, number, leaf = ("", "", *module.split("."))
+    if around != "experts" or not number.isdigit() or leaf not in _FUSED:
+        return None
+    alpha, rank = options["alpha"], options["rank"]
+    assert isinstance(alpha, int | float)
+    assert isinstance(rank, int)
+    return replace(_TWICE_THE_RANK, followed={"scale": 2 * alpha / math.sqrt(2 * rank), "scale_rule": _FUSED_RULE})
+
+
+_FUSED = ("gate_proj", "up_proj", "w1", "w3")
+"""Projections of an expert that transformers 5 keeps in one ``gate_up_proj``."""
+
+_FUSED_RULE = "2 * alpha/sqrt(2 * r)"
+
+_TWICE_THE_RANK = Dispute(
+    topic="rslora-of-fused-experts",
+    says="PEFT fuses the factors of an expert's gate and up projections for transformers 5, doubles rank and alpha, "
+    "and so makes rsLoRA's scale larger by sqrt(2)",
+    upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py",
+    holds="PEFT 0.21.2 with transformers 5, for adapters of transformers 4; it leaves out those of Qwen2-MoE's experts",
+    peft="larger by sqrt(2)",
+    strict="as it was trained",
+    followed={},
+    declared={},
+)
+
+
 def dora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
     """Scale, its rule, alpha and rank of a DoRA module.
 
@@ -134,17 +209,35 @@ def dora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, Te
     return _scale(config, module, slots)
 
 
-def _scale(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+def expert_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    """Scale, its rule, alpha and rank of the factors of a stack of experts, each of which has that rank.
+
+    Args:
+        config: the parsed file.
+        module: the parameter's name, which is what PEFT holds against patterns.
+        slots: the factors.
+
+    Raises:
+        IntegrityError: the config states another rank, or DoRA or a bias, which PEFT has on no parameter.
+        UnsupportedKind: a pattern that cannot be matched safely.
+    """
+    for name in ("use_dora", "lora_bias"):
+        if flag(config, name):
+            raise IntegrityError(f"{module}: {name} is true beside target_parameters, which PEFT does not allow")
+    return _scale(config, module, slots, axis=1)
+
+
+def _scale(
+    config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef], *, axis: int = 0
+) -> dict[str, JSON]:
     down = slots["down"]
-    rank = down.shape[0] if down.shape else 0
+    rank = down.shape[axis] if len(down.shape) > axis else 0
     if rank < 1:
         raise IntegrityError(f"{down.key} {list(down.shape)} has no rank")
     stated, where = chosen(config, "rank_pattern", "r", module)
     if stated is not None and stated != rank and not _refused(config):
         raise IntegrityError(f"{module}: {where} says rank {stated}, and {down.key} has rank {rank}")
-    alpha, _ = chosen(config, "alpha_pattern", "lora_alpha", module)
-    if alpha is None:
-        alpha = 8  # what PEFT assumes
+    alpha = stated_alpha(config, "alpha_pattern", "lora_alpha", module)
     rule, divisor = _RULES[flag(config, "use_rslora")]
     return {"scale": alpha / divisor(rank), "scale_rule": rule, "alpha": alpha, "rank": rank}
 
@@ -152,7 +245,9 @@ def _scale(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRe
 def _refused(config: Mapping[str, JSON]) -> bool:
     """Whether a refused field is set: then shapes follow other rules, and that field is the one to hear about."""
     return any(
-        field.refuse and config.get(name) and config[name] not in field.harmless for name, field in FIELDS.items()
+        field.refuse and config.get(name) and config[name] not in field.harmless
+        for name, field in FIELDS.items()
+        if name not in _OF_THE_SAME_SHAPE
     )
 
 
@@ -179,7 +274,7 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
             + ", ".join(sorted(turned)),
             "If these are embeddings, say so: PEFT spells them apart.",
         )
-    ranks = {name: group.slots["down"].shape[0] for name, group in groups.items()}
+    ranks = {name: _rank(group) for name, group in groups.items()}
     rslora, alphas = _alphas(groups, ranks)
     r, rank_pattern = patterned(ranks)
     alpha, alpha_pattern = patterned(alphas)
@@ -194,6 +289,11 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
         "lora_dropout": 0.0,
         "init_lora_weights": True,
     }
+
+
+def _rank(group: Group) -> int:
+    stated = group.options.get("rank")
+    return stated if isinstance(stated, int) else group.slots["down"].shape[0]
 
 
 def _axis_by_role(group: Group) -> int:

@@ -6,17 +6,19 @@ Knows configs and headers, no tensors; the arithmetic is in ``oft``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from packaging.version import InvalidVersion, Version
 
+from lorahub.deltas.disputes import Dispute
 from lorahub.deltas.kind import JSON, Field, Group, TensorRef
 from lorahub.deltas.peft_config import INERT, USED, one_for_all
 from lorahub.deltas.peft_values import PLACES, integer, number, switch
 from lorahub.deltas.rotation import block_size
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["FIELDS", "RULES", "config", "options", "size_of_blocks", "turned"]
+__all__ = ["FIELDS", "RULES", "config", "disputed", "options", "size_of_blocks", "turned"]
 
 
 def series_since_0_18(terms: int) -> tuple[float, ...]:
@@ -35,6 +37,7 @@ RULES = MappingProxyType({"0.18.0": series_since_0_18, "0.17.0": series_before_0
 """A PEFT version -> how it turns ``num_cayley_neumann_terms`` into a series; PEFT warns of the change, and no more."""
 
 _MOST_TERMS = 64
+_OTHERS = ("mirrored", "scaled")
 
 
 def size_of_blocks(angles: TensorRef) -> int:
@@ -97,6 +100,30 @@ def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorR
     return {"series": series, "shared": shared, "limit": limit}
 
 
+def disputed(
+    config: Mapping[str, JSON], _module: str, _slots: Mapping[str, TensorRef], options: Mapping[str, JSON]
+) -> Dispute | None:
+    """PEFT since 0.18 computes another series than the release that trained an older adapter, and only warns."""
+    series = options["series"]
+    now: JSON = [*RULES["0.18.0"](integer(config, "num_cayley_neumann_terms", 5))]
+    if series is None or series == now:
+        return None
+    return replace(_SERIES, followed={"series": now}, declared={"series": series})
+
+
+_SERIES = Dispute(
+    topic="oft-series-before-0.18",
+    says="PEFT 0.18 changed the last term of OFT's series, so it turns older adapters by other angles than they were "
+    "trained with",
+    upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/oft/config.py",
+    holds="trained by PEFT 0.16 or 0.17, merged by PEFT 0.18 to 0.21.2",
+    peft="the series of PEFT 0.21.2",
+    strict="the series that it was trained with",
+    followed={},
+    declared={},
+)
+
+
 def _before_0_18(stated: JSON) -> bool:
     """Whether an older PEFT trained the adapter; PEFT writes its version since 0.18."""
     if stated is None:
@@ -114,6 +141,8 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
         CannotCarry: modules differ in what PEFT keeps once, an embedding's way round is not that of its role, no block
             size or number gives these shapes, or no number of terms gives the series.
     """
+    if other := sorted(name for name, group in groups.items() if any(group.options.get(each) for each in _OTHERS)):
+        raise CannotCarry(f"PEFT has no word for OneTrainer's way of OFT, scaled or with kernels: {', '.join(other)}")
     if wrong := sorted(name for name, group in groups.items() if turned(group) != (group.role == "embedding")):
         raise CannotCarry(
             f"PEFT turns embeddings one way and all else the other; otherwise on {', '.join(wrong)}",

@@ -1,6 +1,8 @@
 """Trainable tokens: single rows of an embedding replaced, as in PEFT (no paper; see ``source``).
 
-Files hold the new rows; which rows they are is said in the config alone.
+Files hold the new rows; which rows they are is said in the config alone.  PEFT has them as an adapter type and, under
+``trainable_token_indices``, beside LoRA.  Where the base ties the embedding to its output, PEFT keeps them tied: the
+rows are replaced in both.
 """
 
 from __future__ import annotations
@@ -121,7 +123,8 @@ def places_of(group: Group) -> tuple[int, ...]:
 def touches(group: Group) -> tuple[Touch, ...]:
     """The weight, which must have all the rows."""
     dims = f">{max(places_of(group), default=-1) + 1} width"
-    return (Touch(parameter="weight", dims=dims, slots=("values",), additive=False),)
+    tied = f"rows {', '.join(map(str, places_of(group)))}"
+    return (Touch(parameter="weight", dims=dims, slots=("values",), additive=False, tied=tied),)
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
@@ -164,6 +167,33 @@ def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorR
     return {"places": list(places)}
 
 
+def options_beside(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    """Which rows are replaced, beside LoRA: a list, for the input embedding, or a list for each of several modules.
+
+    Raises:
+        IntegrityError: ``trainable_token_indices`` names no rows for the module, or another number of them.
+    """
+    given = config.get(_BESIDE)
+    if isinstance(given, dict):
+        given = next((rows for name, rows in given.items() if module.endswith(name)), None)  # PEFT's rule
+    values = slots["values"]
+    places = given if isinstance(given, list) else []
+    known = all(isinstance(place, int) and not isinstance(place, bool) and place >= 0 for place in places)
+    if not places or not known or len({*map(str, places)}) != len(places):
+        raise IntegrityError(f"{module}: {_BESIDE} should list different rows, not be {str(given)[:80]}")
+    if len(places) != values.shape[0]:
+        raise IntegrityError(f"{module}: {_BESIDE} lists {len(places)} rows, and {values.key} has {values.shape[0]}")
+    return {"places": [*places]}
+
+
+def config_beside(groups: Mapping[str, Group]) -> dict[str, JSON]:
+    """The rows of each module."""
+    return {_BESIDE: {name: group.options["places"] for name, group in groups.items()}}
+
+
+_BESIDE = "trainable_token_indices"
+
+
 def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
     """The same rows for all modules.
 
@@ -193,6 +223,15 @@ TOKENS = Kind(
             fields=FIELDS,
             options=options,
             config=config,
+        ),
+        Spelling(
+            format="peft",
+            tag="LORA",
+            leaves=(Leaf(slot="values", suffix="token_adapter.trainable_tokens_delta"),),
+            fields=MappingProxyType({_BESIDE: USED}),
+            options=options_beside,
+            config=config_beside,
+            beside=True,
         ),
     ),
 )

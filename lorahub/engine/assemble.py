@@ -12,7 +12,7 @@ from typing import final
 
 from lorahub.bases.framework import Edits, Framework
 from lorahub.bases.index import BaseIndex, natural
-from lorahub.bases.layout import Piece, Region
+from lorahub.bases.layout import Piece, Region, Target
 from lorahub.deltas.delta import Index
 from lorahub.deltas.kind import JSON
 from lorahub.engine.notes import note
@@ -25,11 +25,12 @@ __all__ = ["Assembled", "Given", "assemble"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """An adapter with its weight, and where it lands."""
+    """An adapter with its weight, and where it lands; ``inside``: the weight goes where PEFT would have it."""
 
     name: str
     weight: float
     placement: Placement
+    inside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +119,18 @@ class _Assembly:
         return info.stored_as if info else name
 
     def _take(self, given: Given) -> None:
+        tied = _tied(given.placement)
         for placed in given.placement.placed:
             self.reads |= {piece.parameter: self._stored(piece.parameter) for piece in placed.siblings.values()}
             for number, piece in enumerate(placed.pieces):
                 source, name = piece.parameter, placed.target.name
-                out = name if name != source and self.index.stored(name) == source else source
-                term = self._term(given, placed, piece, placed.nbytes if number == 0 else 0)
+                twins = tied.get(source, [])
+                if placed.target in twins[1:]:
+                    continue  # said once, with the first of them
+                shares = name != source and self.index.stored(name) == source
+                out = name if shares and not twins else source
+                nbytes = placed.nbytes if number == 0 else 0
+                term = self._term(given, placed, piece, nbytes, tied=bool(twins), twins=tuple(twins[1:]))
                 self.terms.setdefault((source, out), []).append(term)
         for new in given.placement.created:
             self.created.setdefault(new.target.name, []).append((given, new))
@@ -131,11 +138,16 @@ class _Assembly:
                 self.whole.append(new.target.name)
         self._edit(given.placement.edits)
 
-    def _term(self, given: Given, placed: Placed, piece: Piece, nbytes: int) -> Term:
+    def _term(
+        self, given: Given, placed: Placed, piece: Piece, nbytes: int, *, tied: bool, twins: tuple[Target, ...]
+    ) -> Term:
         touch, weight = placed.touch, given.weight
         if weight != 1 and self.index.parameters[piece.parameter].dtype not in FLOATS:
             self.whole.append(placed.target.name)
             weight = 1.0
+        strength = 1.0
+        if given.inside and touch.inside:
+            weight, strength = 1.0, weight
         return Term(
             adapter=given.name,
             weight=weight,
@@ -147,6 +159,9 @@ class _Assembly:
             local=touch.local,
             rank=touch.rank,
             reads=touch.reads,
+            tied=tied,
+            twins=twins,
+            strength=strength,
             siblings=placed.siblings,
             nbytes=nbytes,
         )
@@ -214,7 +229,9 @@ class _Assembly:
         """Part the tied parameters that adapters change, or say why that cannot be."""
         groups = {group[0]: group for group in self.index.tied}
         changed = {
-            source: {out for of, out in self.terms if of == source} for source, _ in self.terms if source in groups
+            source: {out for of, out in self.terms if of == source}
+            for source, _ in self.terms
+            if source in groups and not self._together(source)
         }
         changed |= {name: {name} for name in self.created if name in groups}
         if not changed:
@@ -251,6 +268,10 @@ class _Assembly:
                     "to untie them knowingly: --allow tied-parameter",
                 )
             )
+
+    def _together(self, source: str) -> bool:
+        """Whether all that changes a parameter is meant for every name that it has."""
+        return all(term.tied for (of, _), terms in self.terms.items() if of == source for term in terms)
 
     def _group(self, name: str) -> tuple[str, ...]:
         return (name, *self.index.tied_with(name))
@@ -297,6 +318,15 @@ class _Assembly:
                 stored_as=info.stored_as if info else "",
                 saved_as=self.renamed.get(name, info.stored_as if info else name),
             )
+
+
+def _tied(placement: Placement) -> dict[str, list[Target]]:
+    """Parameter -> the targets under which an adapter changes it for all its names, where these all say the same."""
+    said: dict[str, dict[str, list[Target]]] = {}
+    for placed in placement.placed:
+        for piece in placed.pieces if placed.touch.tied else ():
+            said.setdefault(piece.parameter, {}).setdefault(placed.touch.tied, []).append(placed.target)
+    return {source: next(iter(each.values())) for source, each in said.items() if len(each) == 1}
 
 
 def _overlap(first: Piece, second: Piece, stored: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ from typing import final
 
 from lorahub.bases.framework import Edits, Framework
 from lorahub.bases.index import BaseIndex
-from lorahub.bases.layout import Layout, Piece, Target
+from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.delta import ALL, Index
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef, Touch
 from lorahub.engine.notes import Notes
@@ -134,6 +134,8 @@ def logical_shape(layout: Layout, index: BaseIndex) -> tuple[int, ...]:
         shape = piece.of_parameter.shape(index.parameters[piece.parameter].shape)
         axes = (piece.of_delta.rows, piece.of_delta.cols)
         extent = [_reach(at, size) for at, size in zip(axes, shape, strict=False)] + list(shape[2:])
+        if piece.of_delta.expert is not None:
+            extent.insert(0, piece.of_delta.expert + 1)
         sizes = [max(pair) for pair in zip(extent, sizes or extent, strict=True)]
     return tuple(sizes)
 
@@ -203,7 +205,7 @@ class _Placer:
             target=target,
             kind=group.kind,
             touch=touch,
-            pieces=layout.pieces,
+            pieces=self._apart(layout.pieces, touch),
             siblings={name: found.pieces[0] for name, found in siblings.items() if found},
             nbytes=self._nbytes(group, touch),
         )
@@ -282,12 +284,21 @@ class _Placer:
                 self.notes.refuse("storage-unsupported", f"{reason}: use the base in 16 bits", target)
                 return False
             cut = piece.of_delta
-            turned = cut.expert is not None or cut.transposed
+            turned = cut.transposed or (cut.expert is not None and not touch.stacks)
             if not touch.replaces and (turned or not (cut.whole or touch.local)):
                 reason = f"this base keeps it in several places and a {group.kind} change cannot be cut"
                 self.notes.refuse("layout-unsupported", reason, target)
                 return False
         return True
+
+    def _apart(self, pieces: tuple[Piece, ...], touch: Touch) -> tuple[Piece, ...]:
+        """One piece for each matrix where a stack lies whole in one parameter: each is then a low-rank change."""
+        whole = len(pieces) == 1 and pieces[0].of_delta.whole and pieces[0].of_parameter.whole
+        if not (touch.stacks and whole):
+            return pieces
+        name = pieces[0].parameter
+        of_each = (Region(expert=expert) for expert in range(self._index.parameters[name].shape[0]))
+        return tuple(Piece(parameter=name, of_delta=each, of_parameter=each) for each in of_each)
 
     def _nbytes(self, group: Group, touch: Touch) -> int:
         fresh = [ref for _, ref in self._slots(group, touch) if ref.key not in self._counted]

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.deltas.disputes import CHOSEN, Compat
 from lorahub.deltas.kind import JSON, Kind
 from lorahub.engine.assemble import Given, assemble
 from lorahub.engine.explain import explain
@@ -155,6 +156,7 @@ def plan(
     kinds: Mapping[str, Kind],
     *,
     allow: Collection[str] = (),
+    compat: Compat | None = None,
 ) -> Plan:
     """Work out what merging ``adapters`` into a base means; pure, and refuses nothing that findings can say.
 
@@ -164,6 +166,7 @@ def plan(
         adapters: name -> (header, weight), in the order in which changes are added.
         kinds: by name.
         allow: finding codes to accept.
+        compat: under "peft", a weight goes into the factors of changes that PEFT scales there.
 
     Raises:
         UsageError: no adapter, or a weight that is no finite number.
@@ -181,7 +184,7 @@ def plan(
             header.reading.groups, kinds, index, framework, shared=header.reading.shared, hints=header.reading.hints
         )
         findings += placement.findings
-        given.append(Given(name=name, weight=float(weight), placement=placement))
+        given.append(Given(name=name, weight=float(weight), placement=placement, inside=compat == "peft"))
         findings += _bent(given[-1])
     whole = assemble(given, index, framework)
     if not whole.steps and not any(each.level is Verdict.INCOMPATIBLE for each in findings):
@@ -220,11 +223,18 @@ def _bent(given: Given) -> list[Finding]:
     kinds = sorted(kind for kind, touch in touches.items() if not (touch.additive or touch.replaces))
     if given.weight == 1 or not kinds:
         return []
-    message = (
-        f"weight {given.weight:g} multiplies the whole change that '{given.name}' makes by {', '.join(kinds)}; tools "
-        "that scale its factors instead get other numbers"
-    )
-    return [_about("weight-is-linear", message)]
+    inside = [kind for kind in kinds if given.inside and touches[kind].inside]
+    found = []
+    if inside:
+        message = f"compat peft: weight {given.weight:g} multiplies the factors of '{given.name}' ({', '.join(inside)})"
+        found.append(_about(CHOSEN, f"{message}, inside the norm, and not its change"))
+    if linear := [kind for kind in kinds if kind not in inside]:
+        message = (
+            f"weight {given.weight:g} multiplies the whole change that '{given.name}' makes by {', '.join(linear)}; "
+            "tools that scale its factors instead get other numbers"
+        )
+        found.append(_about("weight-is-linear", message))
+    return found
 
 
 def _about(code: str, message: str, level: Verdict = Verdict.EXACT) -> Finding:

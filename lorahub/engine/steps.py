@@ -46,8 +46,11 @@ class Term:
         piece: which part of the change, and where it goes.
         kind: registered kind name.
         additive, replaces, local, rank, reads: as in ``Touch``.
+        tied: the change is that of every name that the parameter has.
+        twins: other targets under which the adapter says the same of this parameter.
         siblings: where the parameters named in ``reads`` lie.
         nbytes: bytes of the adapter's tensors for it.
+        strength: what its factors are multiplied with, where an adapter's weight goes there and not to the change.
     """
 
     adapter: str
@@ -60,6 +63,9 @@ class Term:
     local: bool
     rank: int | None
     reads: tuple[str, ...] = ()
+    tied: bool = False
+    twins: tuple[Target, ...] = ()
+    strength: float = 1.0
     siblings: Mapping[str, Piece] = field(default_factory=lambda: MappingProxyType({}))
     nbytes: int = 0
 
@@ -79,6 +85,7 @@ class Term:
             "kind": self.kind,
             "rank": self.rank,
             "nbytes": self.nbytes,
+            **({"strength": self.strength} if self.strength != 1 else {}),
             **_piece(self.piece),
             **({"siblings": {name: _piece(piece) for name, piece in self.siblings.items()}} if self.siblings else {}),
         }

@@ -10,15 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
-from lorahub.deltas.delta import Delta
-from lorahub.deltas.kind import JSON, Group, Kind, Touch
+from lorahub.deltas.delta import Delta, take
+from lorahub.deltas.kind import JSON, Group, Kind, TensorRef, Touch
+from lorahub.deltas.stacks import unstack
 from lorahub.errors import IntegrityError
+from lorahub.files.dtypes import DTYPES
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.format import Reading
 from lorahub.lazy import torch
 
-__all__ = ["account", "build_deltas", "touches"]
+__all__ = ["account", "as_slot", "build_deltas", "ill_typed", "touches"]
+
+_WHOLE = frozenset(code for code in DTYPES if code[0] in "IU")
+_REAL = frozenset(code for code in DTYPES if code[0] in "FB" and code != "BOOL")
+
+_NOT: Mapping[str, frozenset[str]] = {
+    "floats": frozenset(DTYPES) - _REAL,
+    "integers": frozenset(DTYPES) - _WHOLE,
+    "anything": frozenset(),
+}
+"""What a slot holds -> dtypes of another sort; those of other containers are for their readers to judge."""
 
 
 def account(reading: Reading, header: Header) -> None:
@@ -27,9 +39,11 @@ def account(reading: Reading, header: Header) -> None:
     refs += reading.shared.values()
     refs += [ref for part in reading.parts.values() for ref in part.tensors.values()]
     used = Counter(ref.key for ref in refs)
+    once = Counter((ref.key, ref.expert) for ref in refs)
+    twice = {key for (key, expert), count in once.items() if count > 1 or (expert is None and used[key] > 1)}
     said = {key for finding in reading.findings for key in finding.where}
     lost = [key for key in header.tensors if key not in used and key not in said]
-    wrong = lost + [key for key, count in used.items() if count > 1 or key not in header.tensors]
+    wrong = lost + [key for key in used if key in twice or key not in header.tensors]
     if wrong:
         raise IntegrityError(
             f"the format '{reading.format}' has not accounted for {len(wrong)} of {len(header.tensors)} tensors, "
@@ -60,6 +74,42 @@ def touches(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[dict[Ta
     return found, [finding]
 
 
+def ill_typed(reading: Reading, kinds: Mapping[str, Kind]) -> list[Finding]:
+    """A finding where factors are no real numbers, or places no whole ones; headers tell."""
+    used = [(group.kind, name, ref) for group in reading.groups for name, ref in group.slots.items()]
+    used += [(kind, name, ref) for (kind, name), ref in reading.shared.items()]
+    wrong: dict[str, str] = {}
+    for kind, name, ref in used:
+        slot = next((each for each in kinds[kind].slots if each.covers(name)), None)  # none for a format's own numbers
+        if slot is not None and ref.dtype in _NOT[slot.holds]:
+            wrong[ref.key] = f"{slot.name} of {kinds[kind].title} should be {slot.holds}, and {ref.key} is {ref.dtype}"
+    if not wrong:
+        return []
+    more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+    return [
+        Finding(
+            code="slot-dtype",
+            axis="integrity",
+            level=Verdict.INCOMPATIBLE,
+            message=f"tensors are of another sort than what they stand for: {next(iter(wrong.values()))}{more}",
+            where=tuple(wrong),
+            remedy="fetch the file again, or ask its author",
+        )
+    ]
+
+
+def as_slot(stored: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    """A tensor from a file, the way round and in the shape that its slot has."""
+    if ref.expert is not None:
+        stored = stored[ref.expert if stored.shape[0] > 1 else 0]
+    if ref.reshaped:
+        stored = stored.reshape(ref.shape)
+    if ref.stacked:
+        return unstack(stored, ref.stacked, ref.shape)
+    turned = stored.transpose(0, 1) if ref.transposed else stored
+    return take(turned, ref.rows, 0) if ref.rows else turned
+
+
 def build_deltas(
     reading: Reading, tensor: Callable[[str], torch.Tensor], kinds: Mapping[str, Kind], index: BaseIndex | None
 ) -> tuple[dict[Target, Delta], list[JSON]]:
@@ -69,9 +119,7 @@ def build_deltas(
     for group in reading.groups:
         kind = kinds[group.kind]
         refs = {slot: ref for (name, slot), ref in reading.shared.items() if name == kind.name} | dict(group.slots)
-        slots = {
-            slot: tensor(ref.key).transpose(0, 1) if ref.transposed else tensor(ref.key) for slot, ref in refs.items()
-        }
+        slots = {slot: as_slot(tensor(ref.key), ref) for slot, ref in refs.items()}
         for touch in kind.touches(group):
             name = Target(group.component, group.module, touch.parameter).name
             if touch.replaces and index and name in index.parameters and index.parameters[name].transposed:

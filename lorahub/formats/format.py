@@ -14,6 +14,7 @@ from typing import Protocol
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
+from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding
@@ -28,11 +29,12 @@ class AdapterFiles:
 
     Attributes:
         folder: where it lies.
-        headers: safetensors file name -> header.
+        headers: weights file name -> header, in whatever container it is.
         configs: JSON file name -> parsed object (``adapter_config.json``, ``lorahub.json``).
         others: every other file name.
         numbers: weights file -> tensor of one element -> its bytes, for files that are not on disk yet; a format that
             keeps numbers as tensors reads those of all other files from ``folder``.
+        compat: whose result counts where PEFT's is not the declared one; None: nobody chose.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class AdapterFiles:
     configs: Mapping[str, Mapping[str, JSON]]
     others: tuple[str, ...] = ()
     numbers: Mapping[str, Mapping[str, bytes]] = field(default_factory=lambda: MappingProxyType({}))
+    compat: Compat | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +88,17 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What a format wants on disk: the weights file's name and tensors by key (in order), and JSON files by name."""
+    """What a format wants on disk: the weights file's name and tensors by key (in order), and JSON files by name.
+
+    The file's suffix says which container it is (see ``lorahub.files.containers``).  ``index`` is what the spelling
+    took for granted of the base, its names and config, where the files read back as the same deltas only with it.
+    """
 
     file: str
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
     configs: Mapping[str, Mapping[str, JSON]]
+    index: BaseIndex | None = None
 
 
 class Format(Protocol):

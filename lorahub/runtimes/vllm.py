@@ -54,10 +54,14 @@ def _changed_base(subject: Subject) -> Case | None:
     return Case(value=title, where=("init_lora_weights",)) if title else None
 
 
+_OF_THEIR_OWN = frozenset({"alora", "lora", "dora", "bdlora", "pissa", "replace"})
+
+
 def _other_kinds(subject: Subject) -> Case | None:
-    """Kinds beside LoRA; DoRA, BD-LoRA, trained biases and replaced modules have rules of their own."""
-    others = [group for group in subject.reading.groups if group.kind not in {"lora", "dora", "bdlora", "replace"}]
-    kinds = sorted({group.kind for group in others} | {part.kind for part in subject.reading.parts.values()})
+    """Kinds beside LoRA; those of ``_OF_THEIR_OWN`` have rules of their own, as trained biases have."""
+    others = [group for group in subject.reading.groups if group.kind not in _OF_THEIR_OWN]
+    parts = {part.kind for part in subject.reading.parts.values()} - _OF_THEIR_OWN
+    kinds = sorted({group.kind for group in others} | parts)
     return Case(value=", ".join(kinds), where=tuple(group.module for group in others)) if kinds else None
 
 
@@ -81,7 +85,7 @@ def _dora(subject: Subject) -> Case | None:
 def _factors(subject: Subject) -> Iterator[tuple[Group, int]]:
     """Every group of PEFT's factors with its rank, as the tensors have it."""
     for group in subject.reading.groups:
-        if group.kind in {"lora", "dora"} and subject.reading.format == "peft":
+        if group.kind in {"lora", "dora", "pissa"} and subject.reading.format == "peft":
             yield group, group.slots["down"].shape[0]
 
 

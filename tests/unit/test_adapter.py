@@ -382,9 +382,9 @@ def test_a_file_that_contradicts_itself_is_not_loaded_at_all(tmp_path: Path, reg
 
 def test_a_kind_nobody_reads_is_opened_for_a_look_and_refused_for_use(tmp_path: Path, registry: Registry) -> None:
     tensors = {f"{PREFIX}q.no_such_factor": torch.ones(2, 2)}
-    header = open_header(write(tmp_path, tensors, {"peft_type": "OSF"}), registry)
+    header = open_header(write(tmp_path, tensors, {"peft_type": "ADAMSS"}), registry)
     assert header.kinds == ()
-    with pytest.raises(UnsupportedKind, match="OSF"):
+    with pytest.raises(UnsupportedKind, match="AdaMSS"):
         load(header, registry)
 
 

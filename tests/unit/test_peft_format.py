@@ -418,7 +418,7 @@ def test_an_unknown_field_with_a_value_blocks_until_allowed_and_is_named(kinds: 
     assert "use_magic = " in found.message
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "lora_ga", "loftq"])
 def test_an_initialisation_that_moved_the_base_is_refused_with_the_way_to_convert_it(
     kinds: tuple[Kind, ...], init: str
 ) -> None:
@@ -437,17 +437,22 @@ def test_harmless_values_and_inert_fields_say_nothing(kinds: tuple[Kind, ...]) -
 def test_every_unhonoured_field_has_a_finding_of_its_own(kinds: tuple[Kind, ...]) -> None:
     config = lora(
         use_qalora=True,
+        use_bdlora=None,
         layer_replication=[[0, 4]],
-        target_parameters=["experts.down_proj"],
-        trainable_token_indices=[3],
     )
     refused = [each for each in read(kinds, PAIR, config).findings if each.code == "config-refused"]
     assert {each.where[0] for each in refused} == {
         "use_qalora",
         "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
     }
+
+
+@pytest.mark.parametrize("fields", [{"target_parameters": ["experts.down_proj"]}, {"trainable_token_indices": [3]}])
+def test_a_field_that_speaks_of_tensors_the_file_does_not_have_is_refused(
+    kinds: tuple[Kind, ...], fields: dict[str, JSON]
+) -> None:
+    found = finding(read(kinds, PAIR, lora(target_modules=["q"], **fields)), "slot-missing")
+    assert (found.level, found.where) == (Verdict.INCOMPATIBLE, tuple(fields))
 
 
 # --- adapter types ---------------------------------------------------------------------------------------------------
@@ -563,7 +568,10 @@ def test_saved_modules_keep_the_name_they_were_saved_under(kinds: tuple[Kind, ..
     [
         ({at("q", component="unet"): example()}, "components: unet:q.weight"),
         ({at("q"): Full(torch.ones(6, 4))}, "no word for full on these parameters: q.weight"),
-        ({at("q", "in_proj_weight"): example()}, "no word for lora on these parameters: q.in_proj_weight"),
+        (
+            {at("q", "one"): example(), at("q", "other"): example()},
+            "in which it registers them, which is not known: q.one, q.other",
+        ),
         ({at("q"): example(), at("q", "scale"): Replace(torch.ones(6))}, "beside factors: q.scale"),
         ({at("q"): example(), at("", "cls_token"): Replace(torch.ones(6))}, "modules by name: cls_token"),
         ({at("head"): Replace(torch.ones(6, 4))}, "without factors: head.weight"),

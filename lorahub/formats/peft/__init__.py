@@ -13,16 +13,22 @@ from typing import final
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
+from lorahub.deltas.disputes import Choice
 from lorahub.deltas.kind import JSON, Group, Kind
 from lorahub.errors import UnsupportedFormat
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
 from lorahub.formats.peft.bare import group_bare
+from lorahub.formats.peft.completion import complete
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
 from lorahub.formats.peft.groups import group_factors, suffixes, tensor_ref
 from lorahub.formats.peft.keys import PREFIX, Names, Stems, take_apart
-from lorahub.formats.peft.types import TYPES
+from lorahub.formats.peft.lookalikes import lookalike
+from lorahub.formats.peft.owner import Owner
+from lorahub.formats.peft.parameters import attention_outputs, in_order, owners
+from lorahub.formats.peft.types import PeftType, type_of
 from lorahub.formats.peft.write import FILE, write
+from lorahub.formats.peft.written import written_choice
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["PeftFormat", "lorahub_formats"]
@@ -45,7 +51,9 @@ class PeftFormat:
         if not files.headers:
             return None
         if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
-            return Claim(1.0, f"{CONFIG} has a peft_type")
+            other = bool(lookalike(files.headers.values()))
+            early = bool(files.configs[CONFIG].get("enable_lora"))  # a layout of its own: ``peft_merged``
+            return Claim(0.5 if other or early else 1.0, f"{CONFIG} has a peft_type")
         keys = (key for header in files.headers.values() for key in header.tensors)
         if any(key.startswith(PREFIX) and key.endswith(_TELLING) for key in keys):
             return Claim(0.5, f"tensor names begin with {PREFIX}")
@@ -68,18 +76,26 @@ class PeftFormat:
                 "it the adapter's alpha, and so its strength, cannot be known",
                 f"put the {CONFIG} that was saved with it into the same folder",
             )
+        about = type_of(tag, config)
         ways = [
             (kind, spelling)
             for kind in kinds
             for spelling in kind.spellings
-            if (spelling.format, spelling.tag) == (self.name, tag) and spelling.when(config)
+            if not (about and about.part)
+            and (spelling.format, spelling.tag) == (self.name, tag)
+            and spelling.when(config)
         ]
         stems = Stems(index)
         found = take_apart(header.tensors, suffixes(ways, shared=False), suffixes(ways, shared=True), stems)
-        factors = group_factors(found, ways, header, config, stems)
+        attentions = attention_outputs(found)
+        owned = owners(found, header, config, stems, index, attentions)
+        choice = Choice(files.compat or written_choice(header))
+        factors = group_factors(found, ways, header, config, stems, owned, choice)
         whole = group_bare(found, header, config, stems, index)
-        groups = (*factors.groups, *whole.groups)
-        findings = [*factors.findings, *whole.findings, *_about_names(found)]
+        completed = complete(factors, ways, config, index)
+        groups = (*completed.groups, *whole.groups)
+        findings = [*factors.findings, *completed.findings, *whole.findings, *_about_names(found)]
+        findings += _unfulfilled(config, found, owned)
         left = [*whole.unknown, *found.foreign]
         parts: dict[str, Part] = {}
         if ways:
@@ -88,8 +104,7 @@ class PeftFormat:
             findings += field_findings(config, spellings, [way for kind, way in ways if kind.name in present])
             findings += _unknown(left)
         else:
-            findings.append(_no_kind(tag, left, others=bool(groups)))
-            about = TYPES.get(tag)
+            findings.append(_no_kind(tag, about, left, others=bool(groups)))
             if about and about.part and left:
                 tensors = {key: tensor_ref(header, key) for key in left}
                 parts[about.part] = Part(kind=about.part, reason=about.reason, tensors=tensors)
@@ -98,12 +113,12 @@ class PeftFormat:
             format=self.name,
             file=file,
             groups=groups,
-            shared=factors.shared,
+            shared=completed.shared,
             parts=parts,
             findings=(*findings, *notes),
             base_repo=repo,
             base_revision=revision,
-            hints=_hints(config, groups),
+            hints=_hints(config, groups) | in_order(owned) | choice.hint(),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
@@ -122,9 +137,8 @@ def _weights_file(files: AdapterFiles) -> str:
     )
 
 
-def _no_kind(tag: str, keys: Sequence[str], *, others: bool) -> Finding:
+def _no_kind(tag: str, about: PeftType | None, keys: Sequence[str], *, others: bool) -> Finding:
     """A ``peft_type`` that no registered kind reads, by name, and why."""
-    about = TYPES.get(tag)
     if about is None:
         message = f"peft_type {tag!r} is none that PEFT 0.21 or lorahub knows"
     elif about.part:
@@ -159,6 +173,29 @@ def _unknown(keys: Sequence[str]) -> list[Finding]:
             allowable=True,
         )
     ]
+
+
+def _unfulfilled(config: Mapping[str, JSON], found: Names, owned: Mapping[str, Owner]) -> list[Finding]:
+    """Fields that speak of tensors of their own, which the file does not have."""
+    lacking = {
+        "target_parameters": not any(owner.named != owner.module and not owner.twice for owner in owned.values()),
+        "trainable_token_indices": not any(_TOKENS in suffixes for suffixes in found.factors.values()),
+    }
+    return [
+        Finding(
+            code="slot-missing",
+            axis="integrity",
+            level=Verdict.INCOMPATIBLE,
+            message=f"{CONFIG} has {name}, and the file has no tensors for it",
+            where=(name,),
+            remedy="fetch the file again, or ask its author",
+        )
+        for name, missing in lacking.items()
+        if missing and config.get(name) and found.factors
+    ]
+
+
+_TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def _about_names(found: Names) -> list[Finding]:

@@ -6,7 +6,7 @@ changed vocabulary.  The config tells them apart; a tensor that it does not expl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lorahub.bases.index import BaseIndex, natural
@@ -21,6 +21,14 @@ __all__ = ["Bared", "group_bare"]
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole, without a word in the config, where the vocabulary was resized."""
+
+
+_HEADS: Mapping[str, tuple[str, ...]] = {
+    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+}
+"""``task_type`` -> what PEFT adds to ``modules_to_save`` when it wraps a model; early configs do not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ def group_bare(
     Raises:
         IntegrityError: ``modules_to_save`` is no list of names.
     """
-    entries, biases = names(config, "modules_to_save"), trains_biases(config)
+    entries, biases = (*names(config, "modules_to_save"), *_heads(config)), trains_biases(config)
     plain = {(bare.module, bare.parameter) for bare in found.bare.values() if not bare.wrapper}
     reasons: dict[str, list[str]] = {}
     groups: dict[tuple[str, str], Group] = {}
@@ -60,18 +68,25 @@ def group_bare(
     return Bared(tuple(groups.values()), tuple(findings), tuple(reasons.get("", ())))
 
 
+def _heads(config: Mapping[str, JSON]) -> tuple[str, ...]:
+    """The modules that PEFT's model class for the task keeps, whether or not the config lists them."""
+    task = config.get("task_type")
+    return _HEADS.get(task, ()) if isinstance(task, str) else ()
+
+
 _TAKEN = ("saved", "saved-infix", "embedding")
 
 
 def _explain(
-    bare: Bare, targeted: Iterable[str], entries: tuple[str, ...], *, biases: bool, plain: set[tuple[str, str]]
+    bare: Bare, targeted: Collection[str], entries: tuple[str, ...], *, biases: bool, plain: set[tuple[str, str]]
 ) -> str:
     """What a tensor is there for; "" where nothing says so."""
     if bare.wrapper == ORIGINAL:
         return "original-module"
     if bare.wrapper == SAVED:
         return "saved-twice" if (bare.module, bare.parameter) in plain else "saved-infix"
-    if bare.parameter == "bias" and biases and not any(bare.module.startswith(f"{stem}.") for stem in targeted):
+    inside = any(bare.module.startswith(f"{stem}.") for stem in targeted) and bare.module not in targeted
+    if bare.parameter == "bias" and biases and not inside:
         return "saved"
     if bare.wrapper == WRAPPED:
         return "base-weight" if bare.parameter == "weight" and bare.module in targeted else ""

@@ -49,6 +49,9 @@ COMMON: Mapping[str, Field] = MappingProxyType(
 )
 """Fields that mean the same for every adapter type."""
 
+_FOUR_BIT = ("-unsloth-bnb-4bit", "-bnb-4bit")
+"""Ends of the names of unsloth's 4-bit repositories."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
@@ -152,8 +155,17 @@ def untargeted(modules: Collection[str], config: Mapping[str, JSON]) -> list[str
 
 
 def trains_biases(config: Mapping[str, JSON]) -> bool:
-    """Whether the base's own biases were trained and are saved along ("all", "lora_only", ...)."""
-    return config.get("bias") not in (None, False, "none")
+    """Whether the base's own biases were trained and are saved along ("all", "lora_only", ...).
+
+    Raises:
+        IntegrityError: it is no word.
+    """
+    value = config.get("bias")
+    if value is None or value is False:
+        return False
+    if not isinstance(value, str):
+        raise IntegrityError(f"{CONFIG}: bias should be none, all or one kind's own, not {_show(value)}")
+    return value != "none"
 
 
 def ancestors(module: str) -> Iterator[str]:
@@ -167,12 +179,32 @@ def kept_by(module: str, entries: Sequence[str]) -> str | None:
     return next((entry for around in ancestors(module) for entry in entries if around.endswith(entry)), None)
 
 
+def _sixteen_bit(name: str) -> str:
+    """The repository that a 4-bit one of unsloth's was made from, which it publishes beside it; "" for all others."""
+    end = next((each for each in _FOUR_BIT if name.endswith(each)), "")
+    return name.removesuffix(end) if end and name.startswith("unsloth/") else ""
+
+
 def base_claim(config: Mapping[str, JSON]) -> tuple[str, str, tuple[Finding, ...]]:
-    """What the config says of the base: (repository, revision, findings); a path on somebody's machine says nothing."""
+    """What the config says of the base: (repository, revision, findings); a path on somebody's machine says nothing.
+
+    A 4-bit repository of unsloth's stands for the 16-bit one it was made from, and a finding says so.
+    """
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         return "", "", ()
     if _HUB_NAME.fullmatch(name):
+        if plain := _sixteen_bit(name):
+            note = Finding(
+                code="base-is-quantised",
+                axis="base",
+                level=Verdict.EXACT,
+                message=f"it was trained on {name}, a copy in 4 bits; {plain}, the same weights in 16 bits, is taken "
+                "for its base",
+                where=("base_model_name_or_path",),
+                remedy=f"if that is not so: --base BASE, or lorahub record FOLDER --base {name}",
+            )
+            return plain, "", (note,)
         return name, revision if isinstance(revision, str) else "", ()
     note = Finding(
         code="base-is-a-local-path",

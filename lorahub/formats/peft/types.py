@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["TYPES", "PeftType"]
+from lorahub.deltas.kind import JSON
+
+__all__ = ["BY_FIELD", "TYPES", "PeftType", "type_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,11 @@ TYPES: Mapping[str, PeftType] = MappingProxyType(
         ),
         "LORA": PeftType("LoRA"),
         "ADALORA": PeftType("AdaLoRA"),
-        "ADAMSS": PeftType("AdaMSS"),
+        "ADAMSS": PeftType(
+            "AdaMSS",
+            reason="its factors act in groups of the base's singular directions that scikit-learn's KMeans put together"
+            " from a random start, and the groups are not in the file",
+        ),
         "BOFT": PeftType("BOFT"),
         "IA3": PeftType("IA3"),
         "BEFT": PeftType("BEFT"),
@@ -79,16 +85,8 @@ TYPES: Mapping[str, PeftType] = MappingProxyType(
         "OSF": PeftType("OSF"),
         "DELORA": PeftType("DeLoRA"),
         "GRALORA": PeftType("GraLoRA"),
-        "TINYLORA": PeftType(
-            "TinyLoRA",
-            reason="which of its shared vectors belongs to which module follows from the order of the base's modules,"
-            " which is not in the file",
-        ),
-        "PSOFT": PeftType(
-            "PSOFT",
-            reason="its factors are singular vectors of the base, whose signs differ between machines and libraries"
-            " and are not in the file",
-        ),
+        "TINYLORA": PeftType("TinyLoRA"),
+        "PSOFT": PeftType("PSOFT"),
         "PEANUT": PeftType("PEANuT"),
         "SUPERTUNING": PeftType("SuperTuning"),
         "DEFT": PeftType("DEFT"),
@@ -100,3 +98,19 @@ TYPES: Mapping[str, PeftType] = MappingProxyType(
     }
 )
 """Every type of PEFT 0.21.2, and BONE, which earlier releases wrote."""
+
+BY_FIELD: Mapping[str, PeftType] = MappingProxyType(
+    {
+        "alora_invocation_tokens": PeftType(
+            "aLoRA", "alora", "it acts only on tokens after an invocation string, which no change of weights can do"
+        ),
+        "arrow_config": PeftType("Arrow", "arrow", _ROUTED),
+    }
+)
+"""Fields of a ``LORA`` config that make something else of its factors, where they are set."""
+
+
+def type_of(tag: str, config: Mapping[str, JSON]) -> PeftType | None:
+    """What an adapter is by its ``peft_type`` and the fields that change its meaning; None where nobody knows."""
+    changed = (about for name, about in BY_FIELD.items() if tag == "LORA" and config.get(name))
+    return next(changed, TYPES.get(tag))

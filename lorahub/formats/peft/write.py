@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorahub.bases.index import natural
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
+from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Spelling, TensorRef
+from lorahub.deltas.stacks import stack
 from lorahub.errors import CannotCarry
 from lorahub.files.dtypes import from_torch
 from lorahub.formats.format import Written
 from lorahub.formats.peft.config import CONFIG, kept_by
 from lorahub.formats.peft.keys import MODEL, PREFIX, WRAPPED
+from lorahub.formats.peft.units import Unit, described, layouts
+from lorahub.formats.peft.written import COMPAT
 from lorahub.lazy import torch
 
 __all__ = ["FILE", "write"]
@@ -36,11 +40,12 @@ _FROM_HINTS: Mapping[str, str] = {
 
 @dataclass(slots=True)
 class _Draft:
-    """What has been spelled so far, and what could not be."""
+    """What has been spelled so far, and what could not be; groups under the names by which the config means them."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     spellings: dict[str, Spelling] = field(default_factory=dict)
+    choices: dict[Compat, list[str]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     biases: list[str] = field(default_factory=list)
     lost: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -53,7 +58,8 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
         deltas: what the adapter does.
         kinds: every registered kind.
         hints: ``roles`` (target name -> role of its module, such as "embedding"), ``base_repo`` and ``base_revision``,
-            ``modules_to_save`` (names to keep modules under), ``fan_in_fan_out``, ``task_type``, ``auto_mapping``.
+            ``modules_to_save`` (names to keep modules under), ``fan_in_fan_out``, ``task_type``, ``auto_mapping``,
+            ``parameter_order`` (module -> its adapted parameters in the order in which it registers them).
 
     Raises:
         CannotCarry: listing every target that PEFT has no word for, by reason.
@@ -67,6 +73,8 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
             modules.setdefault(target.module, {})[target.parameter] = delta
     roles = hints.get("roles")
     spelled = {kind.name for kind in kinds for spelling in kind.spellings if spelling.format == "peft"}
+    laid = layouts(modules, hints, draft.lost)
+    units: list[tuple[Unit, list[_Way]]] = []
     for module, parameters in modules.items():
         whole = {
             name: delta
@@ -77,21 +85,30 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
         if rest:
             named = roles if isinstance(roles, dict) else {}
             role = next((str(named[name]) for each in rest if (name := _name(module, each)) in named), "")
-            _spell_factors(draft, kinds, module, rest, role)
+            own = laid.get(module) or (Unit(stem=module, named=module, deltas=rest, role=role),)
+            units += [(unit, _ways(draft, kinds, unit)) for unit in own]
         if whole:
-            _spell_whole(draft, module, whole, hints, adapted=bool(rest))
+            stem = laid[module][0].stem if laid.get(module) else module
+            _spell_whole(draft, stem, whole, hints, adapted=bool(rest))
+    tag = next(iter(_common(units)), "")
+    for unit, ways in units:
+        for way in ways:
+            if way.spelling.tag == tag or not tag:
+                _spell_factors(draft, unit, way)
+                break
     if not draft.lost and not draft.groups:
         draft.lost["PEFT has no adapter without factors"] += [target.name for target in deltas]
-    if len(draft.spellings) > 1:
+    if len([kind for kind, spelling in draft.spellings.items() if not _stands_beside(spelling)]) > 1:
         names = ", ".join(sorted(draft.spellings))
         draft.lost[f"a PEFT adapter is of one kind, and these are {names}"] += sorted(draft.groups, key=natural)
     if draft.lost:
         raise _cannot_carry(draft.lost)
+    config = _config(draft, hints)
     return Written(
         file=FILE,
         tensors={key: draft.tensors[key] for key in sorted(draft.tensors)},
-        metadata={"format": "pt"},
-        configs={CONFIG: _config(draft, hints)},
+        metadata={"format": "pt", **described(unit for unit, _ in units), **_chosen(draft, config)},
+        configs={CONFIG: config},
     )
 
 
@@ -99,48 +116,113 @@ def _name(module: str, parameter: str) -> str:
     return Target("", module, parameter).name
 
 
-def _spell_factors(
-    draft: _Draft, kinds: Sequence[Kind], module: str, parameters: Mapping[str, Delta], role: str
-) -> None:
-    names = [_name(module, name) for name in parameters]
-    taken = next(
-        (
-            (kind, spelling, *apart)
-            for kind in kinds
-            for spelling in kind.spellings
-            if spelling.format == "peft" and (apart := kind.dissolve(parameters)) is not None
-        ),
-        None,
-    )
-    if taken is None:
-        found = " and ".join(sorted({delta.kind for delta in parameters.values()}))
-        draft.lost[f"PEFT has no word for {found} on these parameters"] += names
-        return
-    kind, spelling, tensors, options = taken
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One kind's spelling of a unit: its tensors by slot, and its options."""
+
+    kind: Kind
+    spelling: Spelling
+    tensors: Mapping[str, torch.Tensor]
+    options: Mapping[str, JSON]
+
+
+def _ways(draft: _Draft, kinds: Sequence[Kind], unit: Unit) -> list[_Way]:
+    """Every way in which PEFT could spell a unit; what has none is noted as lost."""
+    found = [
+        _Way(kind, spelling, *apart)
+        for kind in kinds
+        for spelling in kind.spellings
+        if spelling.format == "peft" and (apart := kind.dissolve(unit.deltas)) is not None
+    ]
+    if not found:
+        kind = " and ".join(sorted({delta.kind for delta in unit.deltas.values()}))
+        draft.lost[f"PEFT has no word for {kind} on these parameters"] += _parameters(unit)
+    return found
+
+
+def _common(units: Sequence[tuple[Unit, Sequence[_Way]]]) -> list[str]:
+    """The values of ``peft_type`` under which all units can be spelled, in the order of the first unit's ways."""
+    tags = [[way.spelling.tag for way in ways] for _, ways in units if ways]
+    return [tag for tag in tags[0] if all(tag in each for each in tags)] if tags else []
+
+
+def _stands_beside(spelling: Spelling) -> bool:
+    """Whether a kind may be in one adapter with another: by what it declares, or since it is on parameters."""
+    return spelling.beside or any(leaf.stacked for leaf in spelling.leaves)
+
+
+def _parameters(unit: Unit) -> list[str]:
+    return [_name(unit.module or unit.stem, unit.parameter or name) for name in unit.deltas]
+
+
+def _spell_factors(draft: _Draft, unit: Unit, way: _Way) -> None:
+    names = _parameters(unit)
     slots: dict[str, TensorRef] = {}
-    for slot, tensor in tensors.items():
-        leaf = _leaf(spelling, slot, role)
+    for slot, tensor in way.tensors.items():
+        leaf = _leaf(way.spelling, slot, unit.role)
         if leaf is None:
-            draft.lost[f"PEFT has no word for {slot} of a {role or 'linear'} module"] += names
+            draft.lost[f"PEFT has no word for {slot} of a {unit.role or 'linear'} module"] += names
             return
-        shared = kind.slot(slot).shared
-        key = f"{MODEL}{leaf.suffix}" if shared else f"{PREFIX}{module}.{leaf.suffix}"
-        stored = tensor.transpose(0, 1) if leaf.transposed else tensor
+        shared = way.kind.slot(slot).shared
+        key = f"{MODEL}{leaf.suffix}" if shared else f"{PREFIX}{unit.stem}.{leaf.suffix}"
+        stored = stack(tensor, leaf.stacked) if leaf.stacked else tensor
+        stored = stored.transpose(0, 1) if leaf.transposed else stored
         if shared and key in draft.tensors and not torch.equal(draft.tensors[key], stored):
             draft.lost[f"PEFT has one {slot} for all modules, and these differ"] += names
             return
         draft.tensors[key] = stored
         slots[slot] = TensorRef(
-            key=key, shape=tuple(tensor.shape), dtype=from_torch(tensor.dtype), transposed=leaf.transposed
+            key=key,
+            shape=tuple(tensor.shape),
+            dtype=from_torch(tensor.dtype),
+            transposed=leaf.transposed,
+            stacked=leaf.stacked,
         )
-    draft.spellings[kind.name] = spelling
-    draft.groups[module] = Group(module=module, kind=kind.name, role=role, slots=slots, options=options)
+    if unit.choice:
+        draft.choices.setdefault(unit.choice, []).extend(names)
+    if not unit.named:
+        return
+    draft.spellings[way.kind.name] = way.spelling
+    draft.groups[unit.named] = Group(
+        module=unit.stem,
+        parameter=unit.parameter or "weight",
+        kind=way.kind.name,
+        role=unit.role,
+        slots=slots,
+        options=way.options,
+    )
+
+
+def _chosen(draft: _Draft, config: Mapping[str, JSON]) -> dict[str, str]:
+    """Whose result the factors are for, as a file says it; empty where that makes no difference.
+
+    Raises:
+        CannotCarry: part of them are for PEFT's result, and part for the declared one.
+    """
+    for name, group in draft.groups.items():
+        dispute = draft.spellings[group.kind].disputed(config, name, group.slots, group.options)
+        if dispute is not None:
+            compat: Compat = "strict" if _agree(dispute.declared, group.options) else "peft"
+            draft.choices.setdefault(compat, []).append(name)
+    if len(draft.choices) > 1:
+        says = "PEFT's own result is meant for a part of the adapter, and the declared one for"
+        raise _cannot_carry({says: [name for names in draft.choices.values() for name in names]})
+    return {COMPAT: next(iter(draft.choices))} if draft.choices else {}
+
+
+def _agree(wanted: Mapping[str, JSON] | None, options: Mapping[str, JSON]) -> bool:
+    return wanted is not None and all(options.get(name) == value for name, value in wanted.items())
 
 
 def _leaf(spelling: Spelling, slot: str, role: str) -> Leaf | None:
     """How a slot is spelled for a module of that role: its own spelling, else the one for any."""
     leaves = [leaf for leaf in spelling.leaves if leaf.slot == slot]
-    return next((leaf for wanted in (role, "", "linear") for leaf in leaves if leaf.role == wanted), None)
+    if not leaves:  # one of many
+        name, _, which = slot.partition(".")
+        many = (leaf for leaf in spelling.leaves if leaf.slot == name)
+        leaves = [replace(leaf, suffix=leaf.suffix.replace("*", which)) for leaf in many]
+    wanted_roles = (role, "", "linear", leaves[0].role) if len(leaves) == 1 else (role, "", "linear")
+    return next((leaf for wanted in wanted_roles for leaf in leaves if leaf.role == wanted), None)
 
 
 def _spell_whole(
@@ -164,15 +246,22 @@ def _spell_whole(
 
 
 def _config(draft: _Draft, hints: Mapping[str, JSON]) -> dict[str, JSON]:
-    ((_, spelling),) = draft.spellings.items()
-    own = spelling.config(draft.groups)
+    spelling = next(each for each in draft.spellings.values() if not each.beside or len(draft.spellings) == 1)
+    own: dict[str, JSON] = {}
+    for writes in {each.config: None for each in draft.spellings.values()}:
+        kinds = {kind for kind, each in draft.spellings.items() if each.config is writes}
+        own |= writes({name: group for name, group in draft.groups.items() if group.kind in kinds})
+    adapted = {name: group for name, group in draft.groups.items() if not draft.spellings[group.kind].beside}
+    parameters = [name for name, group in adapted.items() if name != group.module]
     config: dict[str, JSON] = {name: hints.get(hint) or None for name, hint in _FROM_HINTS.items()}
     config |= {
         "inference_mode": True,
         "modules_to_save": _list(draft.kept) or None,
         "peft_type": spelling.tag,
-        "target_modules": _list(draft.groups),
+        "target_modules": _list(name for name in adapted if name not in parameters),
     }
+    if parameters:
+        config["target_parameters"] = _list(parameters)
     config |= own
     if draft.biases:
         everywhere = any(module not in draft.groups for module in draft.biases)
