@@ -19,10 +19,10 @@ from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON, Group, Kind, Touch
 from lorahub.errors import CannotCarry
 from lorahub.files.atomic import atomic_write, new_staging, put_in_place, replace_dir, write_failed
+from lorahub.files.containers import read_weights_header
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.files.dtypes import from_torch, stored_shape
-from lorahub.files.header import parse_header, read_header
-from lorahub.files.writer import encode_header, save_file
+from lorahub.files.emit import lay_out, save_weights
 from lorahub.findings import Verdict
 from lorahub.formats.assembly import account, build_deltas
 from lorahub.formats.format import AdapterFiles, Format, Written
@@ -64,7 +64,7 @@ def write_folder(
     metadata = {**written.metadata, "lorahub": strict_json.compact(described.maths())}
     staging = new_staging(folder)
     try:
-        save_file(staging / written.file, written.tensors, metadata)
+        save_weights(staging / written.file, written.tensors, metadata)
         for name, config in written.configs.items():
             text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             atomic_write(staging / name, text.encode())  # not sorted: the order of patterns decides which is found
@@ -114,17 +114,15 @@ def _prove(
     for key, tensor in written.tensors.items():
         code = from_torch(tensor.dtype)
         entries[key] = (code, stored_shape(code, tensor.shape))
-    encoded = encode_header(entries, written.metadata)
-    size = len(encoded) + sum(tensor.numel() * tensor.element_size() for tensor in written.tensors.values())
-    header = parse_header(lambda at, length: encoded[at : at + length].ljust(length, b"\0"), size, where=written.file)
+    header = lay_out(written.file, entries, written.metadata)
     numbers = {key: _bytes(tensor) for key, tensor in written.tensors.items() if tensor.numel() == 1}
     files = AdapterFiles(
         folder=Path(), headers={written.file: header}, configs=written.configs, numbers={written.file: numbers}
     )
-    reading = carrier.read(files, tuple(kinds.values()), None)
+    reading = carrier.read(files, tuple(kinds.values()), written.index)
     account(reading, header)
     worrying = [each.show() for each in reading.findings if each.level > Verdict.EXACT]
-    again, _ = build_deltas(reading, written.tensors.__getitem__, kinds, None)
+    again, _ = build_deltas(reading, written.tensors.__getitem__, kinds, written.index)
     changed = [target.name for target in {**deltas, **again} if not _equal(deltas.get(target), again.get(target))]
     if worrying or changed:
         what = worrying or [f"{len(changed)} targets would read back changed, first: {', '.join(changed[:3])}"]
@@ -191,7 +189,7 @@ def _with_digests(record: AdapterRecord, folder: Path, written: Written) -> Adap
         sha256, size = file_digest(folder / name)
         files[name] = FileRecord(size=size, sha256=sha256)
     weights = folder / written.file
-    return record.changed(files=files, digest={"tensors": tensors_digest(weights, read_header(weights))})
+    return record.changed(files=files, digest={"tensors": tensors_digest(weights, read_weights_header(weights))})
 
 
 def _put(staging: Path, folder: Path) -> None:

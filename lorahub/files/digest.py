@@ -84,7 +84,8 @@ def digest_tensors(tensors: Mapping[str, TensorInfo], chunks: Callable[[str], It
     """``sha256:`` over sorted (name, dtype, shape, raw bytes).
 
     For each name, in code point order: the line ``["name","DTYPE",[shape],bytes]`` as compact JSON in UTF-8, a
-    newline, and the raw bytes.  The count in the line makes the encoding unambiguous.
+    newline, and the raw bytes; that of a tensor whose axes are reversed ends in ``"turned"``.  The count in the line
+    makes the encoding unambiguous.
 
     Args:
         tensors: name -> dtype, shape, size.
@@ -93,7 +94,7 @@ def digest_tensors(tensors: Mapping[str, TensorInfo], chunks: Callable[[str], It
     sha = hashlib.sha256()
     for name in sorted(tensors):
         info = tensors[name]
-        line = [name, info.dtype, list(info.shape), info.nbytes]
+        line = [name, info.dtype, list(info.shape), info.nbytes, *(["turned"] if info.turned else [])]
         sha.update(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         for chunk in chunks(name):
             sha.update(chunk)

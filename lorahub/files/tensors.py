@@ -1,4 +1,4 @@
-"""Tensors by name, read when asked for: from one safetensors file, from shards with an index, or from memory.
+"""Tensors by name, read when asked for: from one weights file, from shards with an index, or from memory.
 
 Nothing is mapped into memory: what ``read`` gives is the caller's own, and a file that is cut while it is read is an
 ``IntegrityError``, never a crash.  Sources may be read from several threads.  Knows nothing of adapters or bases.
@@ -15,10 +15,12 @@ from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Self, final
 
 from lorahub.errors import IntegrityError, NotFound, Unavailable, UnsupportedFormat, UsageError
+from lorahub.files.containers import weights_header_of
 from lorahub.files.digest import digest_tensors
-from lorahub.files.dtypes import from_torch, stored_shape, to_torch, torch_shape
+from lorahub.files.dtypes import DTYPES, from_torch, stored_shape, to_torch, torch_shape
+from lorahub.files.gguf import dequantise
 from lorahub.files.grammar import show
-from lorahub.files.header import Header, Limits, TensorInfo, header_of
+from lorahub.files.header import Header, Limits, TensorInfo
 from lorahub.files.raw import CHUNK, Bytes, as_bytes, open_regular, read_into
 from lorahub.files.shards import check_shards, read_index, shard_paths
 from lorahub.lazy import torch
@@ -97,10 +99,12 @@ class TensorSource(ABC):
         self.read_into(name, 0, raw.numpy().data)
         if info.dtype == "BOOL" and int(raw.max()) > 1:  # torch's behaviour is undefined for such a truth value
             raise IntegrityError(f"tensor {show(name)} of {self._label} is BOOL and holds bytes other than 0 and 1")
+        if info.turned:
+            return raw.view(dtype).reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
         return raw.view(dtype).reshape(shape)
 
     def read_into(self, name: str, start: int, buffer: Bytes) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``start`` on (little-endian, row-major).
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on (little-endian, row-major unless ``turned``).
 
         Raises:
             NotFound: there is no such tensor.
@@ -165,21 +169,35 @@ class TensorSource(ABC):
 
 @final
 class FileSource(TensorSource):
-    """The tensors of one safetensors file, which stays open until the source is closed."""
+    """The tensors of one weights file in any container, which stays open until the source is closed."""
 
     def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
         """Open the file and check its header.
 
         Raises:
-            HeaderError, NotFound, AccessDenied: as ``read_header``.
+            HeaderError, NotFound, AccessDenied: as ``read_weights_header``.
         """
         self.path = Path(path)
         with ExitStack() as undo:
             self._file = undo.enter_context(open_regular(self.path))
-            self.header = header_of(self._file, limits)
+            self.header = weights_header_of(self._file, limits)
             undo.pop_all()
         self.headers = MappingProxyType({self.path: self.header})
         super().__init__(str(self.path), self.header.tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """As any source; of a quantised element type, the values as float32 where those are exact.
+
+        Raises:
+            NotFound, UsageError, IntegrityError, UnsupportedFormat: as any source.
+            MissingDependency: what unpacks it is not installed.
+        """
+        info = self.info(name)
+        if info.dtype in DTYPES:
+            return super().read(name)
+        raw = bytearray(info.nbytes)
+        self.read_into(name, 0, raw)
+        return dequantise(info, bytes(raw), f"tensor {show(name)} of {self.path}")
 
     def close(self) -> None:
         """Close the file."""

@@ -38,6 +38,9 @@ Role: TypeAlias = Literal[
 
 MIB, GIB = 1 << 20, 1 << 30
 
+_WEIGHTS = (".safetensors", ".gguf", ".npz")
+"""Endings of files that can hold an adapter's weights."""
+
 MOST_FILES = 2000
 SCANNED = MIB
 """Bytes at the start of every file that are searched for secrets."""
@@ -81,7 +84,7 @@ RULES: tuple[Rule, ...] = (
     _files("leftover", 0, "latest zero_to_fp32.py .gitattributes .gitignore .ds_store thumbs.db desktop.ini *.log"),
     _files("base", 0, "model.safetensors model.*.safetensors model-*-of-*.safetensors model.safetensors.index.json"),
     _files("base", 0, "diffusion_pytorch_model* consolidated*.safetensors pytorch_model* tf_model.h5 *.msgpack"),
-    _files("behaviour", 64 * GIB, "*.safetensors"),
+    _files("behaviour", 64 * GIB, "*.safetensors *lora*.gguf *adapter*.gguf adapters.npz"),
     _files("behaviour", 16 * MIB, "adapter_config.json lorahub.json"),
     _files("companion", 256 * MIB, "tokenizer*.json tokenizer.model* special_tokens_map.json added_tokens.json"),
     _files("companion", 256 * MIB, "vocab*.json vocab*.txt vocab.bpe merges.txt bpe.codes *.tiktoken"),
@@ -118,7 +121,7 @@ _REFUSALS: Mapping[str, tuple[str, str]] = {
     "not-a-file": ("pipes, sockets or devices", "Remove them."),
     "unreadable": ("files that cannot be read", "Look at their permissions: ls -l"),
     "too-many-files": (f"more than {MOST_FILES} files", "Publish the adapter's folder alone."),
-    "no-weights": ("no weights: not one .safetensors file", "Save the adapter there first."),
+    "no-weights": ("no weights: not one .safetensors or .gguf file", "Save the adapter there first."),
 }
 _CODE_OF: Mapping[Role, str] = {
     "secret": "secret-file",
@@ -151,7 +154,7 @@ def is_safetensors(path: str) -> bool:
 
 def is_weights(path: str) -> bool:
     """Whether the file holds an adapter's weights."""
-    return is_safetensors(path) and is_behaviour(path)
+    return path.lower().endswith(_WEIGHTS) and is_behaviour(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

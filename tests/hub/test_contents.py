@@ -31,6 +31,9 @@ def codes(folder: Path) -> dict[str, tuple[str, ...]]:
 
 ROLES = {
     "behaviour": [
+        "adapter_model.gguf",
+        "Llama-3-LoRA-F16.gguf",
+        "adapters.npz",
         "adapter_config.json",
         "lorahub.json",
         "adapter_model.safetensors",

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lorahub.adapter import Adapter, load, open_header, save
+from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.dora import DoRA
@@ -116,13 +118,50 @@ def test_kernels_of_full_fine_tuning_are_said_to_be_left_out(registry: Registry,
     assert (finding.code, finding.level, finding.where) == ("key-unknown", Verdict.DEGRADED, ("conv.weight",))
 
 
-def test_stacks_of_experts_are_refused_by_name(registry: Registry, tmp_path: Path) -> None:
-    tensors = {"mlp.up.lora_a": torch.ones(3, 2, 6), "mlp.up.lora_b": torch.ones(3, 4, 2)}
-    header = open_header(write(tmp_path / "a", tensors, lora_parameters={"rank": 2, "scale": 1.0}), registry)
-    (finding,) = header.findings
-    assert finding.code == "kind-unsupported"
-    assert finding.level is Verdict.INCOMPATIBLE
-    assert "LoRASwitchLinear" in finding.message
+def experts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "mlp.switch_mlp.up_proj.lora_a": torch.randn(3, 2, 6, generator=generator),
+        "mlp.switch_mlp.up_proj.lora_b": torch.randn(3, 4, 2, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("woven", [False, True], ids=["[E, r, in]", "[E * r, in]"])
+def test_stacks_of_experts_are_a_product_for_each(registry: Registry, tmp_path: Path, *, woven: bool) -> None:
+    a, b = experts().values()
+    tensors = experts() | ({"mlp.switch_mlp.up_proj.lora_a": a.reshape(6, 6)} if woven else {})
+    header = open_header(write(tmp_path / "a", tensors, lora_parameters={"rank": 2, "scale": 3.0}), registry)
+    assert (header.kinds, header.ranks, header.findings) == (("expert-lora",), (2,), ())
+    (delta,) = load(header, registry).deltas.values()
+    expected = torch.stack([3 * b[each] @ a[each] for each in range(3)])
+    torch.testing.assert_close(delta.delta(torch.zeros(3, 4, 6)), expected)
+
+
+@pytest.mark.parametrize("name", ["up_proj", "w3"])
+def test_in_a_base_with_a_module_for_each_expert_each_is_a_lora_of_its_own(
+    registry: Registry, tmp_path: Path, name: str
+) -> None:
+    known = [f"mlp.experts.{at}.{name}" for at in range(3)]
+    parameters = {
+        f"{module}.weight": ParameterInfo(shape=(4, 6), dtype="F32", stored_as=f"{module}.weight") for module in known
+    }
+    index = BaseIndex(ref=BaseRef(), framework="test", parameters=parameters)
+    folder = write(tmp_path / "a", experts(), lora_parameters={"rank": 2, "scale": 3.0})
+    deltas = load(open_header(folder, registry, index=index), registry).deltas
+    assert [target.module for target in deltas] == known
+    a, b = experts().values()
+    for at, delta in enumerate(deltas.values()):
+        torch.testing.assert_close(delta.delta(torch.zeros(4, 6)), 3 * b[at] @ a[at])
+
+
+def test_stacks_of_experts_are_written_as_they_are_read(registry: Registry, tmp_path: Path) -> None:
+    adapter = load(
+        open_header(write(tmp_path / "a", experts(), lora_parameters={"rank": 2, "scale": 3.0}), registry), registry
+    )
+    place = save(adapter, tmp_path / "o", registry=registry, format="mlx")
+    with safe_open(place / "adapters.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in experts().items())
+    assert json.loads((place / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
 
 
 @pytest.mark.parametrize(
@@ -148,11 +187,36 @@ def test_what_does_not_add_up_is_a_finding(
     assert [each.code for each in header.findings] == [code]
 
 
-def test_without_its_config_the_strength_is_unknown(registry: Registry, tmp_path: Path) -> None:
+def test_without_its_config_the_scale_is_assumed_and_has_to_be_allowed(registry: Registry, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", factors())
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(UnsupportedFormat, match="strength"):
-        open_header(folder, registry)
+    header = open_header(folder, registry)
+    (finding,) = header.findings
+    assert (finding.code, finding.level, finding.allowable) == ("scale-assumed", Verdict.DEGRADED, True)
+    assert header.reading.groups[0].options["scale"] == 20.0
+
+
+def test_the_npz_of_the_first_trainer_is_read_with_the_number_it_always_used(
+    registry: Registry, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "adapters.npz", **{key: value.numpy() for key, value in factors().items()})
+    header = open_header(tmp_path, registry)
+    assert (header.format, header.reading.file) == ("mlx", "adapters.npz")
+    assert [(each.code, each.level) for each in header.findings] == [("scale-assumed", Verdict.UNVERIFIED)]
+    (delta,) = load(header, registry).deltas.values()
+    a, b = factors().values()
+    torch.testing.assert_close(delta.delta(torch.zeros(4, 6)), 20 * (a @ b).T)
+
+
+def test_the_last_of_several_npz_files_is_the_adapter(registry: Registry, tmp_path: Path) -> None:
+    for name in ("0000100_adapters.npz", "adapters.npz"):
+        np.savez(tmp_path / name, **{key: value.numpy() for key, value in factors().items()})
+    assert open_header(tmp_path, registry).reading.file == "adapters.npz"
+
+
+def test_a_way_of_tuning_that_nobody_knows_is_refused(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFormat, match="'new'"):
+        open_header(write(tmp_path / "a", factors(), fine_tune_type="new"), registry)
 
 
 @pytest.mark.parametrize("given", [{"scale": "2"}, {"scale": True}, {"rank": [2]}, 7])

@@ -1,26 +1,31 @@
-"""MLX's folder: ``adapters.safetensors`` beside an ``adapter_config.json`` with ``lora_parameters``.
+"""MLX's adapters: ``adapters.safetensors`` beside an ``adapter_config.json``, or the ``adapters.npz`` that came before.
 
 Factors are stored for ``x @ lora_a @ lora_b``, so a linear layer's are the transposes of everybody else's, and those of
 an embedding are not.  ``lora_parameters.scale`` multiplies the product as it is: it is no alpha and knows no rank.
-Which modules are embeddings, only their names or the base tell.  Convolutions and stacks of experts have shapes of
-their own here, and are refused by name.  No number is computed.
+Which modules are embeddings, only their names or the base tell.  The first trainer kept no config and always multiplied
+by 20; a later file without its config is read with that number too, and it is said.  Convolutions have shapes of their
+own here, and are refused by name.  No number is computed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import final
 
-from lorahub.bases.index import BaseIndex, natural
+from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
+from lorahub.deltas.stacks import ROWS, stacked_shape
 from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
+from lorahub.formats.experts import in_base
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
-from lorahub.formats.mlx.tables import CONFIG, DEFAULT_SCALE, EMBEDDING, EMBEDDINGS, FILE, LINEAR
+from lorahub.formats.mlx.tables import CONFIG, DEFAULT_SCALE, EMBEDDING, EMBEDDINGS, EXPERTS, FILES, LINEAR, MIXTRAL
 from lorahub.formats.mlx.write import write
 from lorahub.formats.peft.config import base_claim
 from lorahub.formats.peft.keys import Stems
@@ -50,8 +55,8 @@ class MlxFormat:
     """Reads and writes mlx-lm's adapters."""
 
     name = "mlx"
-    rows = (*LINEAR, *EMBEDDING)
-    writes = frozenset({"lora", "dora", "replace"})
+    rows = (*LINEAR, *EMBEDDING, *EXPERTS)
+    writes = frozenset({"lora", "dora", "expert-lora", "replace"})
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Sure by its config; by the endings of names where there is none."""
@@ -68,18 +73,12 @@ class MlxFormat:
         """Account for every key.
 
         Raises:
-            UnsupportedFormat: there is no config, or several files could hold the weights.
+            UnsupportedFormat: several files could hold the weights, or it is tuned in a way that is not known.
             IntegrityError: a field of the config has a type that mlx-lm never writes.
         """
         file = _weights_file(files)
         header = files.headers[file]
-        config = files.configs.get(CONFIG)
-        if config is None:
-            raise UnsupportedFormat(
-                f"{files.folder / file} holds MLX tensors, but no {CONFIG} lies beside it; without it the scale, "
-                "and so the adapter's strength, cannot be known",
-                f"put the {CONFIG} that was saved with it into the same folder",
-            )
+        config = files.configs.get(CONFIG, {})
         tuned = config.get("fine_tune_type") or "lora"
         stems = Stems(index)
         if tuned == "full":
@@ -99,7 +98,7 @@ class MlxFormat:
             format=self.name,
             file=file,
             groups=groups,
-            findings=(*findings, *_about_config(config), *notes),
+            findings=(*findings, *_about_config(config), *_about_scale(config, file, groups), *notes),
             base_repo=repo,
             base_revision=revision,
             hints={"roles": roles} if roles else {},
@@ -115,8 +114,8 @@ class MlxFormat:
 
 
 def _weights_file(files: AdapterFiles) -> str:
-    if FILE in files.headers:
-        return FILE
+    if named := next((name for name in FILES if name in files.headers), ""):
+        return named
     if len(files.headers) == 1:
         return next(iter(files.headers))
     raise UnsupportedFormat(
@@ -139,37 +138,58 @@ def _factors(
     scale, rank = _number(given, "scale"), _number(given, "rank")
 
     def options(_kind: str, module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
-        found = slots["down"].shape[0]
+        found = slots["down"].shape[-2]
         if rank is not None and rank != found:
             raise IntegrityError(f"{CONFIG} says rank = {rank:g}, and the factors of {module} have {found}")
         rule = "absolute" if scale is not None else f"absolute, mlx-lm's default {DEFAULT_SCALE:g}"
         return {"scale": DEFAULT_SCALE if scale is None else scale, "scale_rule": rule, "rank": found}
 
-    stacked = {key for key, info in header.tensors.items() if key.endswith(_ENDS) and len(info.shape) > 2}
-    keys = {key: key for key in header.tensors if key not in stacked}
+    logical, woven = _unwoven(header)
     said = "dora" if config.get("use_dora") is True else config.get("fine_tune_type")
 
     def rows(module: str) -> list[Row]:
+        up = logical.tensors.get(f"{module}.lora_b")
+        if up and len(up.shape) > 2 and said != "dora":
+            return [*EXPERTS]
         table = EMBEDDING if _is_embedding(module, index, stems) else LINEAR
         return [row for row in table if said in (None, row.kind)]
 
-    grouped = group_suffixes(header, keys, rows, kinds, stems, options)
+    grouped = group_suffixes(logical, {key: key for key in header.tensors}, rows, kinds, stems, options)
     findings = [*grouped.findings, *unknown_keys(grouped.unknown, f"are no factors, and {CONFIG} explains none")]
-    if stacked:
-        findings.append(
-            Finding(
-                code="kind-unsupported",
-                axis="format",
-                level=Verdict.INCOMPATIBLE,
-                message=f"{len(stacked)} factors are stacks of an expert each (LoRASwitchLinear), which no kind reads",
-                where=tuple(sorted(stacked, key=natural)),
-                remedy="fuse them with mlx-lm, where the model's experts are known",
-            )
-        )
-    return grouped.groups, findings
+    stored = (_as_stored(group, woven) for group in grouped.groups)
+    return tuple(each for group in stored for each in _in_base(group, index)), findings
 
 
-_ENDS = (".lora_a", ".lora_b")
+def _unwoven(header: Header) -> tuple[Header, frozenset[str]]:
+    """The header as it reads, and which down factors of experts are stored as one matrix, [E * r, in], as at first."""
+    shapes = {}
+    for key, info in header.tensors.items():
+        up = header.tensors.get(f"{key.removesuffix('.lora_a')}.lora_b")
+        if key.endswith(".lora_a") and len(info.shape) == 2 and up and len(up.shape) == 3:
+            shapes[key] = stacked_shape(info.shape, ROWS, up.shape[0])
+    tensors = {
+        key: replace(info, shape=shape) if (shape := shapes.get(key)) else info for key, info in header.tensors.items()
+    }
+    return replace(header, tensors=MappingProxyType(tensors)), frozenset(key for key, shape in shapes.items() if shape)
+
+
+def _in_base(group: Group, index: BaseIndex | None) -> list[Group]:
+    """A stack of experts as the base has them: one module for each, or one parameter for all; else as it is."""
+    around, _, projection = group.module.rpartition(".")
+    if group.kind != EXPERTS[0].kind or index is None or around.rpartition(".")[2] != "switch_mlp":
+        return [group]
+    module = around.removesuffix("switch_mlp") + "experts"
+    for name in (projection, MIXTRAL.get(projection, "")):
+        renamed = replace(group, module=module, parameter=name)
+        found = in_base(renamed, index)
+        if found != [renamed] or f"{module}.{name}" in index.parameters:
+            return found
+    return [group]
+
+
+def _as_stored(group: Group, woven: frozenset[str]) -> Group:
+    slots = {slot: replace(ref, stacked=ROWS) if ref.key in woven else ref for slot, ref in group.slots.items()}
+    return replace(group, slots=slots)
 
 
 def _whole(header: Header, stems: Stems) -> tuple[tuple[Group, ...], list[Finding]]:
@@ -200,6 +220,26 @@ def _number(given: Mapping[str, JSON], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise IntegrityError(f"{CONFIG}: {name} is {value!r}, not a number", "fetch it again, or ask its author")
     return float(value)
+
+
+def _about_scale(config: Mapping[str, JSON], file: str, groups: Sequence[Group]) -> list[Finding]:
+    """What is to be said where no config tells the scale."""
+    if config or not groups:
+        return []
+    first = file.lower().endswith(".npz")
+    why = "as the trainer that wrote .npz files always did" if first else "mlx-lm's default"
+    return [
+        Finding(
+            code="scale-assumed",
+            axis="format",
+            level=Verdict.UNVERIFIED if first else Verdict.DEGRADED,
+            message=f"no {CONFIG} lies beside {file}, so the scale, and with it the adapter's strength, is taken to be "
+            f"{DEFAULT_SCALE:g}, {why}",
+            where=(file,),
+            remedy=f"put the {CONFIG} that was saved with it into the same folder",
+            allowable=not first,
+        )
+    ]
 
 
 def _about_config(config: Mapping[str, JSON]) -> list[Finding]:

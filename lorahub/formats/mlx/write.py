@@ -10,7 +10,7 @@ from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON, Kind
 from lorahub.errors import CannotCarry
 from lorahub.formats.format import Written
-from lorahub.formats.mlx.tables import CONFIG, EMBEDDING, EMBEDDINGS, FILE, LINEAR
+from lorahub.formats.mlx.tables import CONFIG, EMBEDDING, EMBEDDINGS, EXPERTS, FILE, LINEAR
 from lorahub.lazy import torch
 
 __all__ = ["write"]
@@ -37,7 +37,7 @@ def write(deltas: Mapping[Target, Delta], kinds: Mapping[str, Kind], hints: Mapp
         embedding = module.rpartition(".")[2] in EMBEDDINGS
         if isinstance(roles, dict) and any(roles.get(name) == "embedding" for name in names) and not embedding:
             raise CannotCarry(f"MLX tells embeddings by their names, and {module} would be taken for a linear layer")
-        rows = EMBEDDING if embedding else LINEAR
+        rows = EMBEDDING if embedding else (*LINEAR, *(EXPERTS if parameters.keys() == {"weight"} else ()))
         fits = ((row, kinds[row.kind].dissolve(parameters)) for row in rows if row.kind in kinds)
         found = next(((row, *apart) for row, apart in fits if apart is not None), None)
         if found is None:
@@ -47,14 +47,18 @@ def write(deltas: Mapping[Target, Delta], kinds: Mapping[str, Kind], hints: Mapp
         leaves = {leaf.slot: leaf for leaf in row.leaves}
         if (
             not slots.keys() <= leaves.keys()
-            or slots["down"].dim() > 2
+            or slots["down"].dim() > (3 if row in EXPERTS else 2)
             or any(options.get(name, value) != value for name, value in row.options.items())
         ):
             raise CannotCarry(f"MLX has linear layers and embeddings with lengths of rows only, and no bias: {module}")
         for slot, tensor in slots.items():
             key = f"{module}.{leaves[slot].suffix}"
             tensors[key] = tensor.transpose(0, 1) if leaves[slot].transposed else tensor
-        for name, said_here in (("kind", row.kind), ("scale", options["scale"]), ("rank", options["rank"])):
+        for name, said_here in (
+            ("kind", _TUNED.get(row.kind, row.kind)),
+            ("scale", options["scale"]),
+            ("rank", options["rank"]),
+        ):
             assert isinstance(said_here, str | int | float)  # the kinds of LoRA's family say no other
             said[name].add(said_here)
     for name, values_said in said.items():
@@ -65,6 +69,10 @@ def write(deltas: Mapping[Target, Delta], kinds: Mapping[str, Kind], hints: Mapp
     keys: list[JSON] = [*sorted({_key(module) for module in modules}, key=natural)]
     given: dict[str, JSON] = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     return _written(tensors, {"fine_tune_type": kind, "lora_parameters": given, **model, "num_layers": -1})
+
+
+_TUNED = {"expert-lora": "lora"}
+"""Kind -> its ``fine_tune_type``, where that is not its name."""
 
 
 def _key(module: str) -> str:
