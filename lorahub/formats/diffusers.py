@@ -3,15 +3,14 @@
 A key is a component of the pipeline, a module's dotted path and a suffix: ``unet.mid_block.to_q.lora_A.weight``.
 Releases before 0.22 spelled the suffixes in other ways, and those before 0.18 wrote no component.  Alpha comes from a
 tensor or from ``lora_adapter_metadata`` in the header; where both speak they must agree, and without either the scale
-is 1, as diffusers has it.
+is 1, as diffusers has it.  ai-toolkit, SimpleTuner and OneTrainer write further kinds behind the same names.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import final
 
@@ -19,18 +18,17 @@ from lorahub.bases.index import BaseIndex, natural
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON, Group, Kind, Spelling, TensorRef
-from lorahub.deltas.peft_config import chosen
-from lorahub.errors import CannotCarry, IntegrityError, UnsupportedFormat, UnsupportedKind
+from lorahub.errors import CannotCarry, UnsupportedFormat
 from lorahub.files.dtypes import from_torch
 from lorahub.files.header import Header
 from lorahub.findings import Claim
-from lorahub.formats.dotted_metadata import METADATA, configs_of, field_notes
-from lorahub.formats.dotted_spellings import FORMAT, PAIRS, SPELLINGS
+from lorahub.formats.dotted import Endings, hints_of, read_dotted
+from lorahub.formats.dotted_metadata import METADATA, Statements, field_notes
+from lorahub.formats.dotted_spellings import EVERY, FORMAT, PAIRS, SPELLINGS
+from lorahub.formats.flat_names import take_apart
 from lorahub.formats.flat_spellings import WHOLE
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
-from lorahub.formats.gather import Stem, Trouble, Ways, gather, ways_of
-from lorahub.formats.modules import Modules
-from lorahub.formats.numbers import read_numbers
+from lorahub.formats.gather import Ways, ways_of
 from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.suffixes import Row
 from lorahub.hookspecs import hookimpl
@@ -41,9 +39,12 @@ __all__ = ["DiffusersFormat", "lorahub_formats"]
 FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = frozenset(
     {
+        "clip_g",
+        "clip_l",
         "connectors",
         "controlnet",
         "prior",
+        "t5",
         "text_conditioner",
         "text_encoder",
         "text_encoder_2",
@@ -68,23 +69,35 @@ _PROCESSORS: Mapping[str, str] = MappingProxyType(
 )
 """What attention processors called their own layers -> the attention's module that they change."""
 
-_ALPHA = "alpha"
+_ORIGINAL: Mapping[str, str] = MappingProxyType(
+    {"clip_g": "text_encoder_2", "clip_l": "text_encoder", "t5": "text_encoder_3"}
+)
+"""Components under the original models' names, as OneTrainer writes them -> what a pipeline calls them."""
+
 _FOREIGN = ("base_model.model.", "diffusion_model.")
 """How keys of other formats begin."""
+
+_ENDS = tuple(
+    f".{leaf.suffix}"
+    for kind, spelling in EVERY.items()
+    for leaf in spelling.leaves
+    if kind not in ("full", "lycoris-ia3", "replace") and not leaf.role
+) + tuple(f".{processor}.down.weight" for processor in _PROCESSORS)
+"""Ends of keys that are factors, and so tell the format."""
+
+_WHOLE = tuple(f".{suffix}" for suffix in WHOLE)
+_EMPTY = Header(tensors=MappingProxyType({}), metadata=MappingProxyType({}), data_start=0, size=0)
 
 _CONTROL = (".key_norm.scale", ".query_norm.scale")
 """Ends of keys that only control adapters in Black Forest Labs' own spelling have."""
 
-_TOLERANCE = 1e-3
-"""Relative; alphas are stored in half precision."""
-
 
 @final
 class DiffusersFormat:
-    """Reads every spelling that diffusers has had for LoRA and DoRA, and writes the present one."""
+    """Reads every spelling that diffusers has had, and LyCORIS's behind such names; writes the present one."""
 
     name = FORMAT
-    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in SPELLINGS.items())
+    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in EVERY.items())
     writes = frozenset(SPELLINGS)
 
     def claims(self, files: AdapterFiles) -> Claim | None:
@@ -102,35 +115,23 @@ class DiffusersFormat:
             IntegrityError: an alpha is no single number, or the header's JSON is none.
         """
         file = _weights_file(files)
-        header = files.headers[file]
-        ways = ways_of(self.name, SPELLINGS, kinds)
-        configs = configs_of(header)
-        trouble = Trouble()
-        split = _Splitter(ways, configs)
-        modules: dict[tuple[str, str], dict[str, str]] = {}
-        unknown: list[str] = []
-        for key in header.tensors:
-            component, module, suffix = split(key)
-            if not suffix:
-                unknown.append(key)
-            elif suffix in (found := modules.setdefault((component, module), {})):
-                trouble.add("key-twice", [key], f"{key} and {found[suffix]}")
-            else:
-                found[suffix] = key
-        alphas = read_numbers(files, file, [keys[_ALPHA] for keys in modules.values() if _ALPHA in keys])
-        place = _places(modules, index)
-        stems = [
-            _stem(which, place(*which), keys, configs.get(which[0], {}), alphas, trouble)
-            for which, keys in modules.items()
-        ]
-        groups = gather(stems, ways, header, trouble)
-        if unknown:
-            trouble.add("key-unknown", unknown, unknown[0])
+        statements = Statements(files.headers[file])
+        found = read_dotted(
+            files,
+            file,
+            index,
+            ways=ways_of(self.name, EVERY, kinds),
+            apart=_Apart(statements.configs),
+            statements=statements,
+        )
+        present = {group.kind for group in found.groups}
         return Reading(
             format=self.name,
             file=file,
-            groups=groups,
-            findings=(*trouble.findings(), *field_notes(configs, {group.kind for group in groups})),
+            groups=found.groups,
+            parts=found.parts,
+            findings=(*found.findings, *field_notes(statements.configs, present)),
+            hints=hints_of(found.groups),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
@@ -140,7 +141,7 @@ class DiffusersFormat:
             CannotCarry: listing every target that there is no word for, by reason.
         """
         ways = ways_of(self.name, SPELLINGS, kinds)
-        split = _Splitter(ways, {})
+        endings, apart = Endings(ways, _EMPTY), _Apart({})
         lost: dict[str, list[str]] = defaultdict(list)
         modules: dict[tuple[str, str], dict[str, Delta]] = {}
         for target, delta in sorted(deltas.items(), key=lambda item: natural(item[0].name)):
@@ -151,7 +152,8 @@ class DiffusersFormat:
         for (component, module), parameters in modules.items():
             stem = f"{component}.{module}" if component else module
             first = PAIRS[0].suffix
-            if not module or split(f"{stem}.{first}") != (component, module, first):
+            part, path = apart(f"{stem}.{first}")
+            if not module or (part, *endings.split(path)) != (component, module, first):
                 reason = f"the component {component!r} and such a module cannot be told apart again"
                 lost[reason] += [Target(component, module, name).name for name in parameters]
                 continue
@@ -182,12 +184,11 @@ class DiffusersFormat:
 
 
 def _claim(header: Header) -> float:
-    ends = tuple(f".{leaf.suffix}" for leaf in PAIRS)
-    ends += tuple(f".{processor}.down.weight" for processor in _PROCESSORS)
-    keys = [key for key in header.tensors if key.endswith(ends) and not key.startswith(_FOREIGN)]
-    if any(key.partition(".")[0] in COMPONENTS for key in keys):
+    keys = [key for key in header.tensors if key.endswith(_ENDS) and not key.startswith(_FOREIGN)]
+    if any(key.partition(".")[0] in COMPONENTS and key.endswith((*_ENDS, *_WHOLE)) for key in header.tensors):
         return 0.8
-    return 0.5 if keys and not any(key.endswith(_CONTROL) for key in header.tensors) else 0.0
+    control = any(key.endswith(_CONTROL) for key in header.tensors)
+    return 0.5 if any(not take_apart(key)[0] for key in keys) and not control else 0.0
 
 
 def _weights_file(files: AdapterFiles) -> str:
@@ -205,84 +206,28 @@ def _weights_file(files: AdapterFiles) -> str:
 
 
 @final
-class _Splitter:
-    """Keys -> (component, module, suffix); the suffix is empty for a key of another form."""
+class _Apart:
+    """Keys -> (component, path); both empty for a key of another format."""
 
-    def __init__(self, ways: Ways, configs: Iterable[str]) -> None:
-        suffixes = {leaf.suffix for _, spelling in ways for leaf in spelling.leaves}
-        self._suffixes = sorted({*suffixes, *WHOLE, _ALPHA}, key=lambda each: (-len(each), each))
-        self._components = COMPONENTS | {name for name in configs if name}
+    def __init__(self, configs: Iterable[str]) -> None:
+        self._components = {**dict.fromkeys(COMPONENTS), **{name: None for name in configs if name}}
 
-    def __call__(self, key: str) -> tuple[str, str, str]:
+    def __call__(self, key: str) -> tuple[str, str]:
         if key.startswith(_FOREIGN):
-            return "", "", ""
+            return "", ""
         first, _, rest = key.partition(".")
-        component, path = (first, rest) if first in self._components else ("", key)
-        return component, *self._module(path)
-
-    def _module(self, path: str) -> tuple[str, str]:
-        for processor, module in _PROCESSORS.items():
-            before, found, after = path.partition(f".{processor}.")
-            if found and after in ("down.weight", "up.weight", _ALPHA):
-                return f"{before}.{module}", after if after == _ALPHA else f"lora.{after}"
-        suffix = next((each for each in self._suffixes if path.endswith(f".{each}")), "")
-        return (path.removesuffix(f".{suffix}"), suffix) if suffix else ("", "")
+        if first in self._components:
+            return _ORIGINAL.get(first, first), _unprocessed(rest)
+        return "", _unprocessed(key)
 
 
-def _places(
-    modules: Mapping[tuple[str, str], object], index: BaseIndex | None
-) -> Callable[[str, str], tuple[str, str]]:
-    """(component, module) as spelled -> the base's where it has them."""
-    known = Modules(index)
-    named: dict[str, list[str]] = {}
-    for component, module in modules:
-        named.setdefault(component, []).append(module)
-    parts = known.parts(named)
-
-    def place(component: str, module: str) -> tuple[str, str]:
-        found = known.find(parts[component], module)
-        return (parts[component], found[0]) if len(found) == 1 else (component, module)
-
-    return place
-
-
-def _stem(
-    spelled: tuple[str, str],
-    placed: tuple[str, str],
-    keys: Mapping[str, str],
-    config: Mapping[str, JSON],
-    alphas: Mapping[str, float],
-    trouble: Trouble,
-) -> Stem:
-    """What a module's keys are, and the numbers that hold for it: a tensor's alpha before the header's."""
-    whole = [(WHOLE[suffix], "full", "diff", key) for suffix, key in keys.items() if suffix in WHOLE]
-    factors = {suffix: key for suffix, key in keys.items() if suffix != _ALPHA and suffix not in WHOLE}
-    numbers: dict[str, JSON] = dict(config)
-    number_keys = {}
-    try:
-        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")) if factors else ():
-            numbers[field] = chosen(config, pattern, field, spelled[1])[0]
-            numbers.pop(pattern, None)
-    except (IntegrityError, UnsupportedKind) as error:
-        trouble.add("slot-misfit", keys.values(), f"{METADATA} in the header: {error.message}")
-        factors = {}
-    stated = numbers.get("lora_alpha")
-    if stated == 0:
-        trouble.add("alpha-void", [], f"lora_alpha of {spelled[1]} in the header is 0")
-        stated = numbers["lora_alpha"] = None
-    key = keys.get(_ALPHA)
-    value = alphas[key] if key else 0.0
-    if key and math.isinf(value):
-        trouble.add("slot-misfit", [key], f"{key} is {value}")
-    elif key and (math.isnan(value) or not value):
-        trouble.add("alpha-void", [key], f"{key} is {value}")
-    elif key:
-        if isinstance(stated, int | float) and abs(stated - value) > _TOLERANCE * abs(value):
-            trouble.add("alpha-conflict", [key], f"{METADATA} in the header says {stated:g}, and {key} says {value:g}")
-        numbers["lora_alpha"], number_keys = value, {_ALPHA: key}
-    return Stem(
-        component=placed[0], module=placed[1], keys=factors, whole=whole, numbers=numbers, number_keys=number_keys
-    )
+def _unprocessed(path: str) -> str:
+    """A processor's own layer as the attention's module that it changes."""
+    for processor, module in _PROCESSORS.items():
+        before, found, after = path.partition(f".{processor}.")
+        if found and after in ("down.weight", "up.weight", "alpha"):
+            return f"{before}.{module}.{after if after == 'alpha' else f'lora.{after}'}"
+    return path
 
 
 def _spell(ways: Ways, parameters: Mapping[str, Delta]) -> tuple[Spelling, Group, dict[str, torch.Tensor]]:

@@ -1,28 +1,38 @@
-"""``lora_adapter_metadata``: the PEFT configs that diffusers keeps in a header, one for each component.
+"""What headers of files under dotted names say of alpha: ``lora_adapter_metadata``, and numbers by themselves.
 
-Reads the object and says what its fields mean; knows no tensors.
+The first is a JSON object with one PEFT config for each component, as diffusers and SimpleTuner write it; the others
+are plain strings (``lora_alpha``, ``network_alpha``, ``alpha``).  Says what they mean for a module; knows no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import final
 
 from lorahub import strict_json
 from lorahub.deltas.kind import JSON
-from lorahub.errors import IntegrityError
+from lorahub.deltas.peft_config import chosen
+from lorahub.errors import IntegrityError, UnsupportedKind
 from lorahub.files.header import Header
 from lorahub.findings import Finding
 from lorahub.formats.dotted_spellings import SPELLINGS
+from lorahub.formats.gather import Trouble
 from lorahub.formats.peft.config import CONFIG, field_findings
+from lorahub.formats.stems import NOTHING, TOLERANCE, Stated
 
-__all__ = ["METADATA", "configs_of", "field_notes"]
+__all__ = ["METADATA", "Statements", "configs_of", "field_notes"]
 
 METADATA = "lora_adapter_metadata"
 """Header key: JSON object, ``component.field`` -> value, the fields being those of PEFT's ``LoraConfig``."""
 
 _LARGEST = 1 << 20
 """Bytes of that object; a header holds no more."""
+
+
+_PLAIN = ("lora_alpha", "network_alpha", "alpha")
+"""Header keys that are an alpha for all modules, as text."""
 
 
 def configs_of(header: Header) -> dict[str, dict[str, JSON]]:
@@ -55,3 +65,68 @@ def field_notes(configs: Mapping[str, Mapping[str, JSON]], present: set[str]) ->
         for finding in field_findings(config, [*SPELLINGS.values()], spelled):
             where = tuple(f"{component}.{name}" if component else name for name in finding.where)
             yield replace(finding, message=finding.message.replace(CONFIG, f"{METADATA} in the header"), where=where)
+
+
+@final
+class Statements:
+    """What a header says of each module.
+
+    Args:
+        header: of the weights file.
+        aliases: component as the keys have it -> others under which the header may speak of it.
+
+    Raises:
+        IntegrityError: the header's JSON is no object.
+    """
+
+    def __init__(self, header: Header, aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.configs = configs_of(header)
+        self._aliases = aliases or {}
+        self._plain = {name: text for name in _PLAIN if (text := header.metadata.get(name)) is not None}
+
+    def of(self, component: str, module: str, keys: Sequence[str], trouble: Trouble) -> Stated:
+        """What holds for a module, a pattern's number before a config's, and that before a plain one.
+
+        Args:
+            component: as the keys have it.
+            module: as the keys have it.
+            keys: what is wrong with it concerns these.
+            trouble: takes what contradicts itself or cannot be read.
+        """
+        if not self.configs and not self._plain:
+            return NOTHING
+        config = self._config(component)
+        numbers: dict[str, JSON] = dict(config)
+        where = METADATA
+        try:
+            for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+                value, said = chosen(config, pattern, field, module)
+                numbers[field] = value
+                numbers.pop(pattern, None)
+                where = f"{METADATA} ({said})" if field == "lora_alpha" else where
+        except (IntegrityError, UnsupportedKind) as error:
+            trouble.add("slot-misfit", keys, f"{METADATA} in the header: {error.message}")
+        alpha = numbers.pop("lora_alpha", None)
+        stated = float(alpha) if isinstance(alpha, int | float) else None
+        for name, text in self._plain.items():
+            value = _number(text)
+            if value is None:
+                continue  # words, such as "auto": nothing is stated
+            if stated is None:
+                stated, where = value, name
+            elif abs(stated - value) > TOLERANCE * max(abs(value), abs(stated)):
+                trouble.add("alpha-conflict", [], f"{where} in the header says {stated:g}, and {name} says {value:g}")
+        return Stated(alpha=stated, source=f"{where} in the header", numbers=numbers)
+
+    def _config(self, component: str) -> Mapping[str, JSON]:
+        names = (component, *self._aliases.get(component, ()))
+        found = [self.configs[name] for name in names if name in self.configs]
+        return found[0] if found else {}
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,6 +1,7 @@
-"""How diffusers spells LoRA and DoRA: the suffixes of every release, and what PEFT's ``LoraConfig`` says of them.
+"""Suffixes behind dotted names: those of LoRA and DoRA in every release of diffusers, and LyCORIS's for other kinds.
 
-Tables and the arithmetic of scales.  Knows neither files nor how modules are named.
+What PEFT's ``LoraConfig`` says of the first two, where a header has one, decides their scale.  Tables and the
+arithmetic of scales.  Knows neither files nor how modules are named.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lorahub.deltas import peft_lora
-from lorahub.deltas.kind import JSON, Leaf, Spelling, TensorRef
+from lorahub.deltas.kind import JSON, Group, Leaf, Spelling, TensorRef
+from lorahub.formats.flat_spellings import SPELLINGS as FLAT
 from lorahub.formats.flat_spellings import dora_axis
 
-__all__ = ["FORMAT", "PAIRS", "SPELLINGS"]
+__all__ = ["EVERY", "FORMAT", "PAIRS", "SPELLINGS"]
 
 FORMAT = "diffusers"
 
@@ -37,13 +39,19 @@ def _with_alpha(numbers: Mapping[str, JSON], slots: Mapping[str, TensorRef]) -> 
 
 
 def _ruled(options: dict[str, JSON], numbers: Mapping[str, JSON]) -> dict[str, JSON]:
-    return options if numbers.get("lora_alpha") is not None else {**options, "scale_rule": "default"}
+    """The options with the rule that gave the scale, which a trained scalar multiplies."""
+    said = options if numbers.get("lora_alpha") is not None else {**options, "scale_rule": "default"}
+    scalar, scale = numbers.get("scalar"), said["scale"]
+    if not isinstance(scalar, int | float) or not isinstance(scale, int | float):
+        return said
+    return {**said, "scale": scale * scalar, "scale_rule": f"{said['scale_rule']} * scalar"}
 
 
 PAIRS = tuple(
     Leaf(slot=slot, suffix=f"{before}{name}.weight")
     for before, names in (
         ("", {"down": "lora_A", "up": "lora_B"}),
+        ("", {"down": "lora_down", "up": "lora_up"}),
         ("lora.", {"down": "down", "up": "up"}),
         ("lora_linear_layer.", {"down": "down", "up": "up"}),
     )
@@ -51,14 +59,19 @@ PAIRS = tuple(
 )
 """The spelling that is written comes first."""
 
-_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale")
+_EMBEDDINGS = tuple(leaf for leaf in peft_lora.LEAVES if leaf.role)
+_BIAS = (Leaf(slot="bias", suffix="lora_B.bias"), Leaf(slot="bias", suffix="lora_up.bias"))
+_MAGNITUDES = tuple(
+    Leaf(slot="magnitude", suffix=suffix)
+    for suffix in ("lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale")
+)
 
 SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
     {
         "lora": Spelling(
             format=FORMAT,
             tag="LORA",
-            leaves=(*PAIRS, Leaf(slot="bias", suffix="lora_B.bias")),
+            leaves=(*PAIRS, *_EMBEDDINGS, *_BIAS),
             fields=peft_lora.FIELDS,
             options=_lora,
             config=peft_lora.config,
@@ -66,7 +79,7 @@ SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
         "dora": Spelling(
             format=FORMAT,
             tag="LORA",
-            leaves=(*PAIRS, *(Leaf(slot="magnitude", suffix=suffix) for suffix in _MAGNITUDES)),
+            leaves=(*PAIRS, *_EMBEDDINGS, *_MAGNITUDES),
             fields=peft_lora.FIELDS,
             options=_dora,
             config=peft_lora.config,
@@ -74,3 +87,23 @@ SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
     }
 )
 """Kind -> its spelling; ``options`` and ``config`` deal in the fields of PEFT's ``LoraConfig``."""
+
+
+def _nothing(_numbers: Mapping[str, JSON], _module: str, _slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
+    return {}
+
+
+def _unwritten(_groups: Mapping[str, Group]) -> dict[str, JSON]:
+    return {}
+
+
+_VALUE = Spelling(
+    format=FORMAT,
+    tag="",
+    leaves=(Leaf(slot="value", suffix="set_weight"),),
+    options=_nothing,
+    config=_unwritten,
+)
+
+EVERY: Mapping[str, Spelling] = MappingProxyType({**FLAT, **SPELLINGS, "replace": _VALUE})
+"""Kind -> how it is spelled behind dotted names, by whatever tool: all but LoRA and DoRA as LyCORIS has it."""

@@ -19,6 +19,9 @@ PREFIXES: Mapping[str, str] = MappingProxyType(
         "lora_te1": "text_encoder",
         "lora_te2": "text_encoder_2",
         "lora_te3": "text_encoder_3",
+        "lora_te4": "text_encoder_4",
+        "lora_prior_te": "text_encoder",
+        "lora_prior_unet": "prior",
         "lora_transformer": "transformer",
         "lycoris": "",
     }
@@ -26,11 +29,16 @@ PREFIXES: Mapping[str, str] = MappingProxyType(
 """How a key begins -> the part of a pipeline."""
 
 
+_BEGINNINGS = tuple(f"{prefix}_" for prefix in PREFIXES)
+
+
 def take_apart(key: str) -> tuple[str, str, str]:
     """(prefix, module as spelled, suffix); empty strings for a key of another form."""
     stem, _, suffix = key.partition(".")
+    if not suffix or not stem.startswith(_BEGINNINGS):
+        return "", "", ""
     prefix = next((each for each in PREFIXES if stem.startswith(f"{each}_") and len(stem) > len(each) + 1), "")
-    return (prefix, stem.removeprefix(f"{prefix}_"), suffix) if prefix and suffix else ("", "", "")
+    return (prefix, stem.removeprefix(f"{prefix}_"), suffix) if prefix else ("", "", "")
 
 
 def usual_prefixes(components: set[str], hinted: JSON) -> dict[str, str]:

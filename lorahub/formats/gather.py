@@ -75,6 +75,12 @@ class Trouble:
             "lorahub plugins",
         ),
         "module-ambiguous": ("format", Verdict.INCOMPATIBLE, "one name means several modules of the base", ""),
+        "oft-scale-assumed": (
+            "format",
+            Verdict.UNVERIFIED,
+            "the angles of scaled OFT are divided by 2 sqrt(b - 1), as OneTrainer does; drafts used another number",
+            "",
+        ),
         "slot-misfit": ("integrity", Verdict.INCOMPATIBLE, "tensors of one module do not fit together", ""),
         "slot-missing": (
             "integrity",
@@ -122,8 +128,9 @@ def ways_of(format_name: str, own: Mapping[str, Spelling], kinds: Sequence[Kind]
 def gather(stems: Iterable[Stem], ways: Ways, header: Header, trouble: Trouble) -> tuple[Group, ...]:
     """The groups of all modules, in natural order; modules that make none become ``trouble``."""
     groups: list[Group] = []
+    choices: _Choices = {}  # the modules of a file have the same few sets of suffixes
     for stem in sorted(stems, key=lambda each: (each.component, natural(each.module))):
-        factors = _factors(stem, ways, header, trouble) if stem.keys else None
+        factors = _factors(stem, ways, header, trouble, choices) if stem.keys else None
         if factors:
             groups.append(factors)
         elif not stem.keys and stem.number_keys:
@@ -140,9 +147,16 @@ def gather(stems: Iterable[Stem], ways: Ways, header: Header, trouble: Trouble) 
     return tuple(groups)
 
 
-def _factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble) -> Group | None:
+_Choices: TypeAlias = "dict[tuple[tuple[int, ...], frozenset[str]], tuple[Kind, Spelling, Mapping[str, Leaf]] | str]"
+
+
+def _factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: _Choices) -> Group | None:
     keys = [*stem.keys.values(), *stem.number_keys.values()]
-    chosen = _choose(ways, stem.keys)
+    usable = tuple(at for at, (_, spelling) in enumerate(ways) if spelling.when(stem.numbers))
+    which = (usable, frozenset(stem.keys))
+    if which not in choices:
+        choices[which] = _choose([ways[at] for at in usable], stem.keys)
+    chosen = choices[which]
     if isinstance(chosen, str):
         trouble.add("slot-missing", keys, f"{stem.module} {chosen}")
         return None

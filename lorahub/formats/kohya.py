@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import final
 
 from lorahub import strict_json
@@ -20,14 +21,17 @@ from lorahub.deltas.kind import JSON, Group, Kind
 from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.findings import Claim
+from lorahub.formats.dotted_metadata import Statements
+from lorahub.formats.fitting import fit_factors
 from lorahub.formats.flat_names import PREFIXES, take_apart, usual_prefixes
-from lorahub.formats.flat_spellings import FORMAT, REFUSED, SPELLINGS, WHOLE
+from lorahub.formats.flat_spellings import FORMAT, NUMBERS, REFUSED, SPELLINGS
 from lorahub.formats.flat_writing import Draft
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
-from lorahub.formats.gather import Stem, Trouble, Ways, gather, ways_of
+from lorahub.formats.gather import Trouble, gather, ways_of
 from lorahub.formats.modules import Modules, flat
-from lorahub.formats.numbers import read_numbers
+from lorahub.formats.stems import TOLERANCE, Stems, note_unused
 from lorahub.formats.suffixes import Row
+from lorahub.formats.token_vectors import bundled, left_out
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["KohyaFormat", "lorahub_formats"]
@@ -46,21 +50,29 @@ _KEPT = (
 )
 """Header keys that say what the base is."""
 
+_SYNONYMS: Mapping[str, str] = MappingProxyType(
+    {"text_encoder_3": "text_encoder_2", "transformer": "unet", "unet": "transformer"}
+)
+"""Component of a prefix -> another that a pipeline may have instead; Flux files call its second text encoder te3."""
+
+_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"": ("transformer", "unet"), "transformer": ("unet", ""), "unet": ("transformer", "")}
+)
+"""Component of a prefix -> others under which a header may state its alpha."""
+
 _LARGEST = 1 << 20
 """Bytes of that object; a header holds no more."""
 
 _ALPHA = "alpha"
-_TOLERANCE = 1e-3
-"""Relative; alphas are stored in half precision."""
 
 
 @final
 class KohyaFormat:
-    """Reads and writes LoRA, DoRA, LoHa, LoKr and differences in kohya's and LyCORIS's spelling."""
+    """Reads and writes every algorithm of LyCORIS, and OneTrainer's OFT, in kohya's spelling."""
 
     name = FORMAT
     rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in SPELLINGS.items())
-    writes = frozenset({"dora", "locon", "loha", "lokr", "lora"})  # and "full" where its scale is 1
+    writes = frozenset(SPELLINGS) - {"full", "oft"}  # those where they have no scale, and are OneTrainer's
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Where a key has one of the prefixes, and a suffix that is known or known to be refused."""
@@ -80,29 +92,34 @@ class KohyaFormat:
         ways = ways_of(self.name, SPELLINGS, kinds)
         trouble = Trouble()
         modules: dict[tuple[str, str], dict[str, str]] = {}
-        unknown: list[str] = []
+        parts = bundled(header)
+        taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
+        stems = Stems(files, file, ways, trouble)
         for key in header.tensors:
             prefix, spelled, suffix = take_apart(key)
             if prefix:
                 modules.setdefault((prefix, spelled), {})[suffix] = key
-            else:
-                unknown.append(key)
+            elif key not in taken:
+                stems.unknown.append(key)
         found = _place(modules, header, index, trouble)
-        alphas = read_numbers(files, file, [keys[_ALPHA] for keys in modules.values() if _ALPHA in keys])
-        stems = [
-            stem
-            for which, keys in modules.items()
-            if (stem := _stem(*found[which], keys, ways, alphas, trouble, unknown)) is not None
-        ]
-        groups = gather(stems, ways, header, trouble)
+        stems.read(modules.values())
+        statements = Statements(header, _ALIASES)
+        made = []
+        for which, keys in modules.items():
+            stated = statements.of(PREFIXES[which[0]], found[which][1], [*keys.values()], trouble)
+            if (stem := stems.make(*found[which], keys, stated)) is not None:
+                made.append(stem)
+        groups = tuple(fit_factors(group, index) for group in gather(made, ways, header, trouble))
+        note_unused(groups, trouble)
         _compare(groups, header, trouble)
-        if unknown:
-            trouble.add("key-unknown", unknown, unknown[0])
+        if stems.unknown:
+            trouble.add("key-unknown", stems.unknown, stems.unknown[0])
         return Reading(
             format=self.name,
             file=file,
             groups=groups,
-            findings=trouble.findings(),
+            parts=parts,
+            findings=(*trouble.findings(), *left_out(parts, others=bool(groups))),
             hints=_hints(header, modules, found),
         )
 
@@ -139,7 +156,7 @@ class KohyaFormat:
 
 def _suffixes() -> frozenset[str]:
     own = (leaf.suffix for spelling in SPELLINGS.values() for leaf in spelling.leaves)
-    return frozenset([*own, *REFUSED, _ALPHA])
+    return frozenset([*own, *REFUSED, *NUMBERS])
 
 
 _SUFFIXES = _suffixes()
@@ -169,7 +186,7 @@ def _place(
 ) -> dict[tuple[str, str], tuple[str, str]]:
     """(prefix, name) -> (component, module): the base's, or those the file itself lists, or as spelled."""
     declared = _declared(header)
-    known = Modules(index, flat, synonyms={"unet": "transformer", "transformer": "unet"})
+    known = Modules(index, flat, synonyms=_SYNONYMS)
     named: dict[str, list[str]] = {}
     for prefix, spelled in modules:
         named.setdefault(PREFIXES[prefix], []).append(spelled)
@@ -208,44 +225,6 @@ def _declared(header: Header) -> dict[str, str]:
     return result
 
 
-def _stem(
-    component: str,
-    module: str,
-    keys: Mapping[str, str],
-    ways: Ways,
-    alphas: Mapping[str, float],
-    trouble: Trouble,
-    unknown: list[str],
-) -> Stem | None:
-    """What a module's keys are, or None where they are refused as a whole."""
-    known = {leaf.suffix for _, spelling in ways for leaf in spelling.leaves}
-    refused = sorted({REFUSED[suffix] for suffix in keys if suffix in REFUSED and suffix not in known})
-    if "dora_scale" in keys and ("lora_mid.weight" in keys or not any(suffix.startswith("lora_") for suffix in keys)):
-        refused.append("DoRA over another kind than LoRA")
-    if refused:
-        trouble.add("kind-unsupported", keys.values(), f"{module} is {' and '.join(refused)}")
-        return None
-    unknown += [key for suffix, key in keys.items() if suffix not in known and suffix != _ALPHA]
-    numbers: dict[str, JSON] = {}
-    number_keys = {}
-    if alpha := keys.get(_ALPHA):
-        value = alphas[alpha]
-        if value and math.isfinite(value):
-            numbers, number_keys = {_ALPHA: value}, {_ALPHA: alpha}
-        elif math.isinf(value):
-            trouble.add("slot-misfit", [alpha], f"{alpha} is {value}")
-        else:
-            trouble.add("alpha-void", [alpha], f"{alpha} is {value}")
-    return Stem(
-        component=component,
-        module=module,
-        keys={suffix: key for suffix, key in keys.items() if suffix in known and suffix not in WHOLE},
-        whole=[(WHOLE[suffix], "full", "diff", key) for suffix, key in keys.items() if suffix in WHOLE],
-        numbers=numbers,
-        number_keys=number_keys,
-    )
-
-
 def _compare(groups: Sequence[Group], header: Header, trouble: Trouble) -> None:
     """Linear LoRA layers against ``ss_network_alpha``, where training had one alpha for all of them."""
     if header.metadata.get("ss_network_module", "networks.lora") != "networks.lora" or header.metadata.get(
@@ -262,7 +241,7 @@ def _compare(groups: Sequence[Group], header: Header, trouble: Trouble) -> None:
         alpha, down = group.options.get(_ALPHA), group.slots.get("down")
         if not isinstance(alpha, int | float) or down is None or len(down.shape) != 2:
             continue
-        if abs(alpha - stated) > _TOLERANCE * abs(stated):
+        if abs(alpha - stated) > TOLERANCE * abs(stated):
             where = group.slots.get(_ALPHA, down)
             said = "has no alpha, which means" if group.options.get("scale_rule") == "default" else "says"
             trouble.add(

@@ -24,6 +24,7 @@ _CODES: Mapping[str, str] = {
     "I16": "<h",
     "I8": "<b",
     "U8": "<B",
+    "BOOL": "<?",
 }
 """safetensors dtype -> how ``struct`` calls it; BF16 is the upper half of an F32."""
 

@@ -1,40 +1,60 @@
-"""Factors as PEFT has them in memory, saved as they are: ``<module>.lora_A.default.weight`` and no config.
+"""Factors as PEFT has them in memory, saved as they are and without a config: ``<module>.lora_A.default.weight``.
 
 DiffSynth-Studio saves such files, and so does whoever saves a PEFT model's state dict by hand.  The adapter's name
-stands inside each key, nothing stands before it, and alpha is in no file: it is taken for the rank, so the scale for
-1, and a finding says so.  Read only.
+stands inside each key.  Others (fal's Kontext, Krea) keep PEFT's ``base_model.model.`` before modules of a diffusion
+model, and are told from PEFT's own by those modules.  No config lies beside them: alpha is in the header or in a
+tensor, or else taken for the rank, so the scale for 1, and a finding says so.  Read only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
-from lorahub.deltas.kind import JSON, Kind, Leaf, TensorRef
+from lorahub.deltas.kind import JSON, Group, Kind
 from lorahub.errors import CannotCarry
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.comfy import PREFIX as COMFY
 from lorahub.formats.comfy import only_file
+from lorahub.formats.diffusers import COMPONENTS
+from lorahub.formats.dotted import hints_of, read_dotted
+from lorahub.formats.dotted_metadata import Statements, field_notes
+from lorahub.formats.dotted_spellings import EVERY, PAIRS
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.gather import ways_of
 from lorahub.formats.peft.config import CONFIG
-from lorahub.formats.peft.keys import MODEL, Stems
-from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
+from lorahub.formats.peft.keys import MODEL, PREFIX
+from lorahub.formats.suffixes import Row
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["StateDictFormat", "lorahub_formats"]
 
-_LINEAR = (
-    Leaf(slot="down", suffix="lora_A.default.weight"),
-    Leaf(slot="up", suffix="lora_B.default.weight"),
+_DUMPED = (".lora_A.default.weight", ".lora_embedding_B.default")
+"""Ends of keys with an adapter's name inside."""
+
+_FACTORS = tuple(f".{leaf.suffix}" for leaf in PAIRS)
+
+_DIFFUSION = frozenset(
+    {
+        *("double_blocks", "joint_blocks", "single_blocks", "single_transformer_blocks", "transformer_blocks"),
+        *("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks"),
+        *("img_in", "txt_in", "x_embedder", "context_embedder", "context_refiner", "noise_refiner", "patch_embedding"),
+        *("time_text_embed", "vector_in", "guidance_in", "final_layer", "diffusion_model"),
+        *("blocks.*.cross_attn", "blocks.*.self_attn", "blocks.*.attn1", "blocks.*.attn2"),
+        *("layers.*.attention.qkv", "layers.*.attention.to_q", "layers.*.attention.to_out"),
+    }
 )
-_EMBEDDING = (
-    Leaf(slot="down", suffix="lora_embedding_B.default", transposed=True, role="embedding"),
-    Leaf(slot="up", suffix="lora_embedding_A.default", transposed=True, role="embedding"),
-)
-_LENGTHS = Leaf(slot="magnitude", suffix="lora_magnitude_vector.default.weight")
+"""How modules of diffusion models begin, and of no language model; a star is a number."""
+
+
+_PIPES = ("pipe.dit.", "pipe.dit2.", "pipe.vace.")
+"""How keys begin that DiffSynth's trainer saved with the pipeline's own attributes."""
+
+_SURE = frozenset({"text_encoder", "text_encoder_2", "text_encoder_3", "transformer_2", "unet"})
+"""Components whose names no model has for a module of its own."""
 
 
 @final
@@ -42,22 +62,21 @@ class StateDictFormat:
     """Reads raw state dicts of PEFT factors."""
 
     name = "state-dict"
-    rows = (
-        Row(kind="dora", leaves=(*_LINEAR, _LENGTHS)),
-        Row(kind="lora", leaves=(*_LINEAR, Leaf(slot="bias", suffix="lora_B.default.bias"))),
-        Row(kind="dora", leaves=(*_EMBEDDING, _LENGTHS)),
-        Row(kind="lora", leaves=_EMBEDDING),
-    )
+    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in EVERY.items())
     writes: frozenset[str] = frozenset()
 
     def claims(self, files: AdapterFiles) -> Claim | None:
-        """By the adapter's name inside the keys, where no prefix and no config says more."""
+        """By the adapter's name inside the keys, or by modules of a diffusion model behind PEFT's prefix."""
         if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
             return None
-        ends = (_LINEAR[0].suffix, _EMBEDDING[0].suffix)
-        keys = [key for header in files.headers.values() for key in header.tensors if key.endswith(ends)]
-        if keys and not any(key.startswith((MODEL, COMFY)) for key in keys):
+        keys = [key for header in files.headers.values() for key in header.tensors]
+        dumped = [key for key in keys if key.endswith(_DUMPED)]
+        if dumped and not any(key.startswith((MODEL, COMFY)) for key in dumped):
             return Claim(0.7, "tensor names have an adapter's name inside and no prefix")
+        if _draws(key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and key.endswith(_FACTORS)):
+            return Claim(
+                0.7, f"tensor names begin with {PREFIX} and go on as a diffusion model's, and no config is there"
+            )
         return None
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
@@ -65,20 +84,25 @@ class StateDictFormat:
 
         Raises:
             UnsupportedFormat: several files could hold the weights.
+            IntegrityError: an alpha is no single number, or the header's JSON is none.
         """
         file = only_file(files)
-        header = files.headers[file]
-        paths = {key: key for key in header.tensors}
-        grouped = group_suffixes(header, paths, lambda _: self.rows, kinds, Stems(index), _options)
-        roles: dict[str, JSON] = {
-            Target("", group.module, group.parameter).name: group.role for group in grouped.groups if group.role
-        }
+        statements = Statements(files.headers[file], {"": ("", "transformer", "unet")})
+        found = read_dotted(
+            files, file, index, ways=ways_of(self.name, EVERY, kinds), apart=_apart, statements=statements
+        )
+        present = {group.kind for group in found.groups}
         return Reading(
             format=self.name,
             file=file,
-            groups=grouped.groups,
-            findings=(*grouped.findings, *unknown_keys(grouped.unknown, "are no slot of any kind"), _unscaled(file)),
-            hints={"roles": roles} if roles else {},
+            groups=found.groups,
+            parts=found.parts,
+            findings=(
+                *found.findings,
+                *field_notes(statements.configs, present),
+                *_unscaled(file, found.groups),
+            ),
+            hints=hints_of(found.groups),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
@@ -90,19 +114,39 @@ class StateDictFormat:
         raise CannotCarry("the format 'state-dict' is read only: it has no place for a scale", "write another: peft")
 
 
-def _options(_kind: str, _module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
-    return {"scale": 1.0, "scale_rule": "1, alpha is unknown", "rank": slots["down"].shape[0]}
+def _apart(key: str) -> tuple[str, str]:
+    """(component, path): a component only where what follows is no model's own ``transformer``."""
+    path = key
+    for beginning in (PREFIX, COMFY, *_PIPES):
+        path = path.removeprefix(beginning)
+    first, _, rest = path.partition(".")
+    if first in _SURE or (first in COMPONENTS and _draws([rest])):
+        return first, rest
+    return "", path
 
 
-def _unscaled(file: str) -> Finding:
-    return Finding(
-        code="alpha-unknown",
-        axis="format",
-        level=Verdict.UNVERIFIED,
-        message=f"{file} holds no alpha and no config lies beside it: alpha is taken for the rank, so the scale for 1",
-        where=(file,),
-        remedy=f"if it was trained with another alpha, put PEFT's {CONFIG} beside it, or merge it with a weight",
-    )
+def _draws(paths: Iterable[str]) -> bool:
+    """Whether one of the paths is in a diffusion model."""
+    for path in paths:
+        parts = ["*" if part.isdigit() else part for part in path.split(".")]
+        if any(".".join(parts[:length]) in _DIFFUSION for length in (1, 3, 4)):
+            return True
+    return False
+
+
+def _unscaled(file: str, groups: Sequence[Group]) -> list[Finding]:
+    if not any(str(group.options.get("scale_rule", "")).startswith("default") for group in groups):
+        return []
+    return [
+        Finding(
+            code="alpha-unknown",
+            axis="format",
+            level=Verdict.UNVERIFIED,
+            message=f"{file} holds no alpha and no config lies beside it: it is taken for the rank, so the scale for 1",
+            where=(file,),
+            remedy=f"if it was trained with another alpha, put PEFT's {CONFIG} beside it, or merge it with a weight",
+        )
+    ]
 
 
 @hookimpl

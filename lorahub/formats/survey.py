@@ -9,43 +9,115 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath
 
 from lorahub import strict_json
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError, LorahubError, NotFound, UnsupportedFormat, UnsupportedKind, UsageError
 from lorahub.files.atomic import is_partial
-from lorahub.files.header import Header, read_header
+from lorahub.files.containers import CONTAINERS, read_weights_header
+from lorahub.files.header import Header, Known
 from lorahub.files.raw import open_regular, read_into
 from lorahub.formats.format import AdapterFiles
 
-__all__ = ["explain", "header_fault", "survey"]
+__all__ = ["LARGEST", "Seen", "as_config", "explain", "header_fault", "survey", "survey_in"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONFIG = "adapter_config.json"
 _RECORD = "lorahub.json"
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 """Bytes of a JSON file that can still be a config; tokenizers are larger."""
 
 _SCALAR = 8
 """Bytes of the widest single number."""
 
+_WHOLE = (".weight", ".bias")
+"""How the names of nearly all parameters of models end, and no change's where no format knows it."""
+
 _LFS = b"version https://git-lfs"
+_GGLA = (b"algg", b"ggla")
 
 
-def survey(path: str | os.PathLike[str], *, weight_name: str = "", subfolder: str = "") -> AdapterFiles:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """The files of a folder.
+
+    Attributes:
+        configs: parsed JSON objects by name.
+        others: the names of all other files, sorted.
+    """
+
+    configs: Mapping[str, Mapping[str, JSON]]
+    others: tuple[str, ...]
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file besides the configs."""
+        at = bisect_left(self.others, name)
+        return self.others[at : at + 1] == (name,)
+
+    def without(self, names: Sequence[str]) -> tuple[str, ...]:
+        """``others`` but for a few."""
+        if len(names) != 1 or not self.holds(names[0]):
+            return tuple(name for name in self.others if name not in names)
+        at = bisect_left(self.others, names[0])  # a folder of thousands is cut for each of them
+        return self.others[:at] + self.others[at + 1 :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What surveys of many adapters share: each folder is listed once, headers of one structure are scanned once.
+
+    Attributes:
+        folders: folder -> its files.
+        headers: see ``parse_header``.
+    """
+
+    folders: dict[Path, Listed] = field(default_factory=dict)
+    headers: Known = field(default_factory=dict)
+
+    def listed(self, folder: Path) -> Listed:
+        """The files of a folder; its configs are read the first time.
+
+        Raises:
+            IntegrityError: ``adapter_config.json`` is no JSON object.
+        """
+        found = self.folders.get(folder)
+        if found is None:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries if _is_file(entry) and not is_partial(entry.name))
+            read = ((name, _config(folder / name)) for name in names if name.endswith(".json"))
+            configs = {name: config for name, config in read if config is not None}
+            found = Listed(configs=configs, others=tuple(name for name in names if name not in configs))
+            self.folders[folder] = found
+        return found
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link that leads to one."""
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def survey(
+    path: str | os.PathLike[str], *, weight_name: str = "", subfolder: str = "", seen: Seen | None = None
+) -> AdapterFiles:
     """Read the headers and configs of an adapter's folder.
 
     Args:
         path: the folder, or one weights file in it.
         weight_name: the file meant, where the folder holds several.
         subfolder: a folder inside ``path``.
+        seen: one for many surveys in a row, empty at first; files that change meanwhile may go unnoticed.
 
     Raises:
         NotFound: nothing is there, or not the file that was named.
         UsageError: a name that leads out of the folder.
-        HeaderError: a safetensors file is malformed, empty, or a Git LFS pointer.
+        HeaderError: a weights file is malformed, empty, or a Git LFS pointer.
         IntegrityError: ``adapter_config.json`` is no JSON object.
     """
     folder = Path(path) / _inside(subfolder) if subfolder else Path(path)
@@ -62,15 +134,29 @@ def survey(path: str | os.PathLike[str], *, weight_name: str = "", subfolder: st
         folder, weight_name = named.parent, named.name
         if not named.is_file():
             raise NotFound(f"{folder} holds no {weight_name}", _listed(folder))
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not is_partial(entry.name))
-    weights = [name for name in ([weight_name] if weight_name else names) if name.endswith(".safetensors")]
-    configs = {name: parsed for name in names if (parsed := _config(folder / name)) is not None}
+    return survey_in(folder, weight_name, seen or Seen())
+
+
+def survey_in(folder: Path, weight_name: str, seen: Seen) -> AdapterFiles:
+    """As ``survey``, of a folder that is known to be there: the named weights file, or all that it has.
+
+    Raises:
+        HeaderError, IntegrityError: as ``survey``.
+    """
+    listed = seen.listed(folder)
+    weights = _weights([weight_name] if weight_name else listed.others)
     return AdapterFiles(
         folder=folder,
-        headers={name: read_header(folder / name) for name in weights},
-        configs=configs,
-        others=tuple(name for name in names if name not in weights and name not in configs),
+        headers={name: read_weights_header(folder / name, known=seen.headers) for name in weights},
+        configs=listed.configs,
+        others=listed.without(weights),
     )
+
+
+def _weights(names: Sequence[str]) -> list[str]:
+    """The files that hold weights: those of the first container in the table of which there is any."""
+    every = ([name for name in names if name.lower().endswith(suffix)] for suffix in CONTAINERS)
+    return next((found for found in every if found), [])
 
 
 def _inside(name: str) -> str:
@@ -86,7 +172,7 @@ def _listed(folder: Path) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", *_PICKLES))
+    return name.lower().endswith((*CONTAINERS, *_PICKLES))
 
 
 def _config(path: Path) -> dict[str, JSON] | None:
@@ -94,9 +180,17 @@ def _config(path: Path) -> dict[str, JSON] | None:
     if path.suffix != ".json" or path.name == _RECORD:
         return None
     with open_regular(path) as file:
-        text = file.read(_LARGEST + 1) or b""
+        return as_config(file.read(LARGEST + 1) or b"", path)
+
+
+def as_config(text: bytes, path: PurePath) -> dict[str, JSON] | None:
+    """The JSON object in the text of a file, or None for what is none.
+
+    Raises:
+        IntegrityError: it is ``adapter_config.json``, which has to be one.
+    """
     try:
-        value = strict_json.read(text, limit=_LARGEST)
+        value = strict_json.read(text, limit=LARGEST)
         if isinstance(value, dict):
             return value
         fault = "it is no object"
@@ -110,8 +204,8 @@ def _config(path: Path) -> dict[str, JSON] | None:
 def explain(files: AdapterFiles) -> LorahubError:
     """Why no format claims these files: the error to raise."""
     config = files.configs.get(_CONFIG, {})
-    if isinstance(config.get("config"), dict) and ("model_type" in config or "model_name" in config):
-        return _adapter_hub(files, config)
+    if bottleneck := _bottleneck(files, config):
+        return bottleneck
     for name, header in files.headers.items():
         if fault := header_fault(header):
             return UnsupportedFormat(
@@ -125,6 +219,12 @@ def explain(files: AdapterFiles) -> LorahubError:
     if files.headers:
         keys = [key for header in files.headers.values() for key in header.tensors]
         shown = ", ".join(keys[:3])
+        if all(key.endswith(_WHOLE) for key in keys):
+            return UnsupportedFormat(
+                f"{', '.join(files.headers)} in {files.folder} holds whole parameters of a model ({len(keys)} of them, "
+                f"first {shown}) and no change of any: a tuned checkpoint or a part of one, no adapter",
+                f"to make an adapter of what was tuned: lorahub extract {files.folder} --base BASE --out FOLDER",
+            )
         return UnsupportedFormat(
             f"no format knows {', '.join(files.headers)} in {files.folder}: {len(keys)} tensors, first {shown}",
             "lorahub plugins   (formats that are installed)",
@@ -134,9 +234,12 @@ def explain(files: AdapterFiles) -> LorahubError:
         peft = " (a PEFT adapter, by its config)" if "peft_type" in config else ""
         what = " and ".join(f"{name} {_peek(files.folder / name)}" for name in pickles[:3])
         pointer = any(_is_pointer(files.folder / name) for name in pickles)
+        convert = (
+            f"to read its tensors and run nothing: lorahub convert {files.folder / pickles[0]} --to peft --out FOLDER"
+        )
+        readable = convert if "is a Python pickle" in what else "fetch it again, or ask its author"
         return UnsupportedFormat(
-            f"{files.folder}{peft} holds no safetensors file; {what}",
-            "git lfs pull" if pointer else "ask its author for safetensors, or convert it where you trust it",
+            f"{files.folder}{peft} holds no safetensors file; {what}", "git lfs pull" if pointer else readable
         )
     found = ", ".join([*files.configs, *files.others][:5]) or "nothing"
     return UnsupportedFormat(
@@ -154,17 +257,16 @@ def header_fault(header: Header) -> str:
     return ""
 
 
-def _adapter_hub(files: AdapterFiles, config: Mapping[str, JSON]) -> LorahubError:
-    inner = config["config"]
-    assert isinstance(inner, dict)
-    where = f"{files.folder} holds an AdapterHub adapter for {config.get('model_name') or config.get('model_type')}"
-    if "reduction_factor" in inner and "r" not in inner:
-        return UnsupportedKind(
-            f"{where}: bottleneck layers, which are new layers with a non-linearity and no change of weights",
-            "use it with AdapterHub's own library, adapters",
-        )
-    return UnsupportedFormat(
-        f"{where}, which no installed format reads", "lorahub plugins   (formats that are installed)"
+def _bottleneck(files: AdapterFiles, config: Mapping[str, JSON]) -> LorahubError | None:
+    """What to say of AdapterHub's first kind of adapter, which its config tells whatever holds the weights."""
+    inner = config.get("config")
+    if not isinstance(inner, dict) or "reduction_factor" not in inner or "r" in inner:
+        return None
+    base = config.get("model_name") or config.get("model_type") or "an unnamed base"
+    return UnsupportedKind(
+        f"{files.folder} holds an AdapterHub adapter for {base}: bottleneck layers, which are new layers with a "
+        "non-linearity and no change of weights",
+        "use it with AdapterHub's own library, adapters",
     )
 
 
@@ -175,6 +277,11 @@ def _peek(path: Path) -> str:
         return "is a Git LFS pointer, not the file itself"
     if not size:
         return "is empty (0 bytes)"
+    if _starts(path, 4) in _GGLA:
+        return (
+            "is an adapter of llama.cpp before GGUF (magic ggla), which llama.cpp itself reads no more: convert the "
+            "PEFT folder it came from again, with convert_lora_to_gguf.py"
+        )
     sizes = list(_storages(path))
     if sizes and max(sizes) <= _SCALAR:
         return f"holds single numbers only ({len(sizes)} of them): no factors, so nothing that changes a weight"
@@ -182,10 +289,15 @@ def _peek(path: Path) -> str:
 
 
 def _is_pointer(path: Path) -> bool:
+    return _starts(path, len(_LFS)) == _LFS
+
+
+def _starts(path: Path, length: int) -> bytes:
+    """The first bytes of a file, fewer where it has fewer."""
     with open_regular(path) as file:
-        start = bytearray(min(len(_LFS), path.stat().st_size))
+        start = bytearray(min(length, path.stat().st_size))
         read_into(file, 0, start)
-    return start == _LFS
+    return bytes(start)
 
 
 def _storages(path: Path) -> Iterator[int]:

@@ -111,7 +111,7 @@ def test_no_format_spells_two_slots_alike(carrier: Format, registry: Registry) -
         for spelling in kind.spellings
         if spelling.format == carrier.name
     ]
-    assert spellings or getattr(carrier, "rows", ())
+    assert spellings or hasattr(carrier, "rows")  # empty where all that it reads is no weight change
     for row in getattr(carrier, "rows", ()):  # a format with a table of its own
         endings = [leaf.suffix for leaf in row.leaves]
         assert len(set(endings)) == len(endings), row.kind
@@ -121,5 +121,8 @@ def test_no_format_spells_two_slots_alike(carrier: Format, registry: Registry) -
         assert len(set(suffixes)) == len(suffixes), kind.name
         for other, theirs in spellings:
             if other.name != kind.name and theirs.tag == spelling.tag:
-                shared = {leaf.suffix: leaf for leaf in theirs.leaves}
-                assert all(shared.get(leaf.suffix, leaf) == leaf for leaf in spelling.leaves), (kind.name, other.name)
+                # Whether a module's factors are for a stack of experts, the config says and no name.
+                shared = {leaf.suffix: (leaf.slot, leaf.transposed) for leaf in theirs.leaves}
+                ours = {leaf.suffix: (leaf.slot, leaf.transposed) for leaf in spelling.leaves}
+                both = shared.keys() & ours.keys()
+                assert {suffix: shared[suffix] for suffix in both} == {suffix: ours[suffix] for suffix in both}

@@ -67,6 +67,14 @@ def lokr(t: Tensors, at: tuple[int, ...]) -> float:
     return first(at[0] // 3, at[1] // 2) * second(at[0] % 3, at[1] % 2, at[2:])
 
 
+def sparse(t: Tensors, at: tuple[int, ...]) -> float:
+    """The factors' product, and what is listed for that place of the flattened weight."""
+    column = at[1] if len(at) == 2 else (at[1] * CONV[2] + at[2]) * CONV[3] + at[3]
+    places = t["bias_indices"].T.tolist()
+    listed = sum(float(t["bias_values"][n]) for n, place in enumerate(places) if place == [at[0], column])
+    return (locon if "lora_mid.weight" in t else lora)(t, at) + listed
+
+
 def diff(t: Tensors, at: tuple[int, ...]) -> float:
     return float(t["diff"][at])
 
@@ -158,6 +166,124 @@ def test_a_change_is_what_its_tensors_mean_element_by_element(tmp_path: Path, re
     expected = by_hand(rule, tensors, shape, scale)
     assert float(expected.abs().max()) > 0.1
     found = read(tmp_path, registry, tensors, torch.zeros(shape, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scalar_that_was_not_folded_in_multiplies_the_change(tmp_path: Path, registry: Registry) -> None:
+    """LyCORIS before 1.8 kept ``scalar`` beside the factors, which a trained one multiplies."""
+    for name in ("lora", "loha", "lokr", "lokr whole", "locon tucker"):
+        rule, shapes, shape, alpha, scale = CASES[name]
+        tensors = stored(shapes, alpha) | {"scalar": torch.tensor(0.25)}
+        expected = by_hand(rule, tensors, shape, scale * 0.25)
+        found = read(tmp_path, registry, tensors, torch.zeros(shape, dtype=torch.float64))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "shape"),
+    [
+        ({"lora_down.weight": (2, 4), "lora_up.weight": (6, 2)}, LINEAR),
+        ({"lora_down.weight": (2, 4, 3, 2), "lora_up.weight": (6, 2, 1, 1)}, CONV),
+        (
+            {"lora_down.weight": (2, 4, 1, 1), "lora_mid.weight": (2, 2, 3, 2), "lora_up.weight": (6, 2, 1, 1)},
+            CONV,
+        ),
+    ],
+)
+def test_a_sparse_rest_is_added_at_its_places(
+    tmp_path: Path, registry: Registry, shapes: dict[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> None:
+    columns = math.prod(shape[1:])
+    places = torch.tensor([[0, 5, 5], [1, 0, columns - 1]], dtype=torch.int16)
+    rest = {"bias_indices": places, "bias_values": torch.tensor([3.0, -2.0, 0.5]), "bias_size": torch.tensor([6, 24])}
+    tensors = stored(shapes, 2.0) | rest
+    expected = by_hand(sparse, tensors, shape, 1.0)
+    found = read(tmp_path, registry, tensors, torch.zeros(shape, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def glora(t: Tensors, weight: torch.Tensor, at: tuple[int, ...]) -> float:
+    """sum over j of W[o, j, *k] A[j, i], and B[o, i, *k]; all pairs left to right."""
+    a1, a2, b1, b2 = (t[name] for name in ("left a", "right a", "left b", "right b"))
+    ranks = range(a1.shape[1])
+    moved = sum(
+        float(weight[at[0], j, *at[2:]]) * float(a1[j, r]) * float(a2[r, at[1]])
+        for j in range(weight.shape[1])
+        for r in ranks
+    )
+    if (core := t.get("core")) is not None:
+        pairs = itertools.product(ranks, ranks)
+        return moved + sum(float(b1[at[0], p]) * float(core[p, q, *at[2:]]) * float(b2[q, at[1]]) for p, q in pairs)
+    return moved + sum(float(b1[at[0], r]) * float(b2[r, *at[1:]]) for r in ranks)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "cored"), [((6, 4), False), ((4, 4), False), ((6, 4, 3, 2), False), ((6, 4, 3, 2), True)]
+)
+def test_glora_is_read_in_either_order_of_its_factors(
+    tmp_path: Path, registry: Registry, shape: tuple[int, ...], cored: bool, old: bool
+) -> None:
+    """ComfyUI's loader names the layout before LyCORIS 2.0, in which every pair stands the other way round."""
+    out, width, *kernel = shape
+    generator, ones = torch.Generator().manual_seed(6), [1 for _ in kernel]
+    sizes = {
+        "left a": (width, 2, *ones),
+        "right a": (2, width, *ones),
+        "left b": (out, 2, *ones),
+        "right b": (2, width, *(ones if cored else kernel)),
+    } | ({"core": (2, 2, *kernel)} if cored else {})
+    tensors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    names = (
+        {"left a": "a2", "right a": "a1", "left b": "b2", "right b": "b1"}
+        if old
+        else {
+            "left a": "a1",
+            "right a": "a2",
+            "left b": "b1",
+            "right b": "b2",
+        }
+    )
+    spelled = {f"{ {**names, 'core': 'bm'}[name] }.weight": each for name, each in tensors.items()}
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    flat = {
+        name: each.flatten(1) if name in ("left a", "right a", "left b") else each for name, each in tensors.items()
+    }
+    if cored:
+        flat["right b"] = flat["right b"].flatten(1)
+    expected = torch.empty(shape, dtype=torch.float64)
+    for at in itertools.product(*map(range, shape)):
+        expected[at] = 1.5 * glora(flat, weight, at)
+    found = read(tmp_path, registry, spelled | {"alpha": torch.tensor(3.0)}, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("n", "shape"), [(2, (5, 6)), (1, (5, 6)), (2, (5, 2, 3, 1)), (1, (5, 2, 3, 1))])
+def test_onetrainers_oft_turns_inputs_by_its_series_and_kernels_the_other_way(
+    tmp_path: Path, registry: Registry, n: int, shape: tuple[int, ...], scaled: bool
+) -> None:
+    """``oft_R``: x @ R before a linear layer, W @ R for a convolution; R = I + 2Q + 2Q^2 + 2Q^3 + Q^4."""
+    b, inputs = 3, math.prod(shape[1:])
+    generator = torch.Generator().manual_seed(7)
+    angles = torch.randn((n, 3), generator=generator, dtype=torch.float64) * 0.3
+    turn = torch.zeros(inputs, inputs, dtype=torch.float64)
+    for block in range(inputs // b):
+        own = angles[block % n] / (2 * math.sqrt(b - 1) if scaled else 1)
+        q = torch.zeros(b, b, dtype=torch.float64)
+        for (row, column), value in zip(itertools.combinations(range(b), 2), own.tolist(), strict=True):
+            q[row, column], q[column, row] = value, -value
+        powers = [torch.eye(b, dtype=torch.float64)]
+        for _ in range(4):
+            powers.append(powers[-1] @ q)
+        r = powers[0] + 2 * powers[1] + 2 * powers[2] + 2 * powers[3] + powers[4]
+        turn[block * b : block * b + b, block * b : block * b + b] = r
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    flat = weight.flatten(1)
+    expected = (flat @ (turn if len(shape) > 2 else turn.T)).reshape(shape) - weight
+    assert float(expected.norm() / weight.norm()) > 1e-2
+    flag = {"oft_R.scaled_oft": torch.tensor(True)} if scaled else {}
+    found = read(tmp_path, registry, {"oft_R.weight": angles, **flag}, weight)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -118,27 +119,102 @@ def test_the_shape_of_dora_scale_says_which_lengths_are_kept(
     torch.testing.assert_close(lengths, torch.full_like(lengths, 2.0))
 
 
-@pytest.mark.parametrize("end", ["lora_mid.weight", "oft_blocks", "a1.weight", "reshape_weight"])
+@pytest.mark.parametrize("end", ["oft_diag", "initial_norm", "reshape_weight"])
 def test_what_changes_weights_in_ways_not_read_here_makes_it_unusable(
     registry: Registry, tmp_path: Path, end: str
 ) -> None:
-    header = opened(tmp_path, registry, pair() | {f"{Q}.{end}": torch.ones(2, 2)})
-    (finding,) = header.findings
-    assert (finding.code, finding.level, finding.where) == (
-        "kind-unsupported",
-        Verdict.INCOMPATIBLE,
-        (f"{Q}.{end}",),
-    )
-
-
-def test_an_alpha_of_what_is_not_read_is_said_with_it(registry: Registry, tmp_path: Path) -> None:
-    tensors = pair() | {
-        "diffusion_model.b.oft_blocks": torch.ones(2, 2, 2),
-        "diffusion_model.b.alpha": torch.tensor(1.0),
-    }
+    tensors = pair() | {f"{Q}.{end}": torch.ones(2, 2), f"{Q}.alpha": torch.tensor(1.0)}
     (finding,) = opened(tmp_path, registry, tensors).findings
-    assert finding.code == "kind-unsupported"
-    assert len(finding.where) == 2
+    assert (finding.code, finding.level) == ("kind-unsupported", Verdict.INCOMPATIBLE)
+    assert sorted(finding.where) == sorted(tensors)
+
+
+OTHERS: dict[str, tuple[dict[str, tuple[int, ...] | float], str]] = {
+    "locon": ({"lora_down.weight": (2, 6, 1), "lora_mid.weight": (2, 2, 3), "lora_up.weight": (4, 2, 1)}, "locon"),
+    "diag-oft": ({"oft_blocks": (2, 2, 2), "alpha": 0.0}, "diag-oft"),
+    "boft": ({"oft_blocks": (2, 2, 2, 2), "rescale": (4, 1), "alpha": 0.01}, "lycoris-boft"),
+    "glora": ({"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (4, 2), "b2.weight": (2, 6)}, "lycoris-glora"),
+    "ia3": ({"weight": (6,), "on_input": 1.0}, "lycoris-ia3"),
+    "DoRA over LoKr": ({"lokr_w1": (2, 3), "lokr_w2": (2, 2), "dora_scale": (4, 1)}, "dora-lokr"),
+    "OneTrainer's OFT": ({"oft_R.weight": (3, 1)}, "oft"),
+}
+"""Case -> ending -> shape or number, and the kind."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_lycoris_is_read_behind_dotted_names(registry: Registry, tmp_path: Path, name: str) -> None:
+    entries, kind = OTHERS[name]
+    tensors = {
+        f"{Q}.{end}": torch.tensor(each) if isinstance(each, float) else torch.ones(each)
+        for end, each in entries.items()
+    }
+    header = opened(tmp_path, registry, tensors)
+    assert (header.format, header.kinds, header.findings) == ("comfy", (kind,), ())
+    assert {ref.key for group in header.reading.groups for ref in group.slots.values()} == set(tensors)
+
+
+def test_a_weight_without_a_flag_is_no_ia3(registry: Registry, tmp_path: Path) -> None:
+    (finding,) = opened(tmp_path, registry, pair() | {"diffusion_model.norm.weight": torch.ones(3)}).findings
+    assert (finding.code, finding.where) == ("key-unknown", ("diffusion_model.norm.weight",))
+
+
+@pytest.mark.parametrize("beginning", ["diffusion_model", "transformer", "unet", ""])
+def test_alpha_in_the_header_alone_is_honoured(registry: Registry, tmp_path: Path, beginning: str) -> None:
+    """SimpleTuner keeps it nowhere else; ComfyUI and others that overlook it use a scale of 1."""
+    said = {f"{beginning}.{name}" if beginning else name: value for name, value in {"r": 2, "lora_alpha": 8}.items()}
+    save_file(tmp_path / "a.safetensors", pair(), {"lora_adapter_metadata": json.dumps(said)})
+    header = open_header(tmp_path, registry)
+    options = header.reading.groups[0].options
+    assert (options["scale"], options["scale_rule"], options["alpha"]) == (4.0, "alpha/r", 8)
+    assert header.findings == ()
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", "network_alpha", "alpha"])
+def test_a_plain_alpha_in_the_header_is_honoured_too(registry: Registry, tmp_path: Path, name: str) -> None:
+    save_file(tmp_path / "a.safetensors", pair(), {name: "8.0"})
+    assert open_header(tmp_path, registry).reading.groups[0].options["scale"] == 4.0
+
+
+def test_alpha_in_the_header_holds_for_lycoris_kinds_too(registry: Registry, tmp_path: Path) -> None:
+    tensors = {f"{Q}.lokr_w1": torch.ones(2, 3), f"{Q}.lokr_w2_a": torch.ones(4, 2), f"{Q}.lokr_w2_b": torch.ones(2, 5)}
+    said = json.dumps({"transformer.lora_alpha": 8})
+    save_file(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": said})
+    assert open_header(tmp_path, registry).reading.groups[0].options["scale"] == 4.0
+
+
+def test_two_alphas_that_differ_are_an_error_with_both(registry: Registry, tmp_path: Path) -> None:
+    tensors = pair() | {f"{Q}.alpha": torch.tensor(2.0)}
+    for metadata in ({"lora_alpha": "16"}, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16})}):
+        save_file(tmp_path / "a.safetensors", tensors, metadata)
+        (finding,) = open_header(tmp_path, registry).findings
+        assert (finding.code, finding.level) == ("alpha-conflict", Verdict.INCOMPATIBLE)
+        assert "16" in finding.message
+        assert "says 2" in finding.message
+    metadata = {"lora_alpha": "16", "lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4})}
+    save_file(tmp_path / "a.safetensors", pair(), metadata)
+    assert "alpha-conflict" in {each.code for each in open_header(tmp_path, registry).findings}
+
+
+def test_alphas_that_agree_but_for_half_precision_are_one(registry: Registry, tmp_path: Path) -> None:
+    tensors = pair() | {f"{Q}.alpha": torch.tensor(0.1, dtype=torch.float16)}
+    save_file(tmp_path / "a.safetensors", tensors, {"lora_alpha": "0.1"})
+    header = open_header(tmp_path, registry)
+    assert header.findings == ()
+    assert header.reading.groups[0].options["alpha"] == float(torch.tensor(0.1, dtype=torch.float16))
+
+
+def test_a_void_alpha_gives_way_to_the_header(registry: Registry, tmp_path: Path) -> None:
+    save_file(tmp_path / "a.safetensors", pair() | {f"{Q}.alpha": torch.tensor(0.0)}, {"lora_alpha": "8"})
+    header = open_header(tmp_path, registry)
+    assert [each.code for each in header.findings] == ["alpha-void"]
+    assert header.reading.groups[0].options["scale"] == 4.0
+
+
+def test_text_encoders_under_comfys_names_are_parts_of_the_pipeline(registry: Registry, tmp_path: Path) -> None:
+    tensors = pair() | pair(module="text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj")
+    header = opened(tmp_path, registry, tensors)
+    assert header.findings == ()
+    assert {group.component for group in header.reading.groups} == {"", "text_encoder_2"}
 
 
 @pytest.mark.parametrize(("whole", "scale"), [(True, 1.0), (False, 4.0)])
@@ -171,9 +247,9 @@ def test_loha_is_the_product_of_two_products(registry: Registry, tmp_path: Path)
     torch.testing.assert_close(delta.delta(torch.zeros(4, 6).double()), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_half_a_lokr_and_lengths_beside_one_make_it_unusable(registry: Registry, tmp_path: Path) -> None:
+def test_half_a_lokr_and_lengths_that_do_not_fit_make_it_unusable(registry: Registry, tmp_path: Path) -> None:
     whole = {f"{Q}.lokr_w1": torch.ones(2, 3), f"{Q}.lokr_w2": torch.ones(2, 2)}
-    for tensors in ({f"{Q}.lokr_w1": torch.ones(2, 3)}, whole | {f"{Q}.dora_scale": torch.ones(4, 1)}):
+    for tensors in ({f"{Q}.lokr_w1": torch.ones(2, 3)}, whole | {f"{Q}.dora_scale": torch.ones(5, 1)}):
         assert max(each.level for each in opened(tmp_path, registry, tensors).findings) is Verdict.INCOMPATIBLE
 
 
@@ -201,7 +277,7 @@ def test_two_spellings_of_one_module_are_not_both_used(registry: Registry, tmp_p
     header = opened(tmp_path, registry, pair() | pair("lora_down.weight", "lora_up.weight"))
     (finding,) = header.findings
     assert finding.level is Verdict.INCOMPATIBLE
-    assert len(header.reading.groups) == 1
+    assert header.reading.groups == ()
 
 
 def test_it_is_read_only(registry: Registry) -> None:

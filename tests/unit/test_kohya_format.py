@@ -311,15 +311,11 @@ def test_a_module_with_factors_and_a_whole_difference_of_the_same_weight_is_refu
 @pytest.mark.parametrize(
     ("entries", "text"),
     [
-        ({**PAIR, "lora_mid.weight": (2, 2, 3, 3), "dora_scale": (6, 1)}, "DoRA over another kind"),
-        ({"oft_blocks": (2, 3, 3), "alpha": 1.0}, "LyCORIS OFT"),
-        ({"oft_R.weight": (2, 3)}, "OneTrainer OFT"),
-        ({"a1.weight": (2, 2), "a2.weight": (2, 2), "b1.weight": (2, 2), "b2.weight": (2, 2)}, "GLoRA"),
-        ({"weight": (6,), "on_input": ()}, "IA3"),
-        (
-            {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4), "dora_scale": (6, 1)},
-            "DoRA over another kind",
-        ),
+        ({"oft_diag": (2, 3, 3)}, "LyCORIS OFT of a release before 2.0"),
+        ({"q_layer.weight": (2, 4), "p_layer.weight": (6, 2), "lambda_layer": (1, 2), "alpha": 1.0}, "T-LoRA"),
+        ({"oft_R.weight": (2, 1), "dora_scale": (6, 1), "initial_norm": (6, 1)}, "DoRA over OneTrainer's OFT"),
+        ({"oft_R.weight": (2, 1), "oft_R.cans_exp": (0,)}, "Newton-Schulz"),
+        ({**PAIR, "reshape_weight": (2,)}, "another shape"),
     ],
 )
 def test_what_is_not_read_is_refused_by_its_name(
@@ -530,8 +526,8 @@ def test_whatever_the_names_and_shapes_are_every_key_is_placed_or_named(
     files = AdapterFiles(folder=Path("none"), headers={"a": header}, configs={}, numbers={"a": numbers})
     index = base("q.weight", "k.weight") if named else None
     reader, kinds = KohyaFormat(), tuple(registry.kinds.values())
-    if any(key.endswith(".alpha") and math.prod(shape) != 1 for key, shape in shapes.items()):
-        with suppress(IntegrityError):  # an alpha of several numbers, where it is one
+    if any(key.endswith((".alpha", ".on_input")) and math.prod(shape) != 1 for key, shape in shapes.items()):
+        with suppress(IntegrityError):  # an alpha or a flag of several numbers, where it is one
             reader.read(files, kinds, index)
         return
     reading = reader.read(files, kinds, index)
