@@ -1,0 +1,128 @@
+"""Converting an adapter to another layout, for scripts: every key accounted for, the change proven unchanged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorahub.adapter import load as load_tensors
+from lorahub.conversion.approximate import approximator
+from lorahub.conversion.carry import Carrier, fit
+from lorahub.conversion.change import Change
+from lorahub.conversion.naming import as_part, choose_component, respell_hints
+from lorahub.conversion.report import ConversionReport
+from lorahub.converting.opened import Opened
+from lorahub.converting.request import DTYPES, Request, budget_of, dtype_of, plain_of
+from lorahub.converting.unpacking import Unpacked, unpacked
+from lorahub.converting.writing import stored_as, write
+from lorahub.deltas.kind import JSON
+from lorahub.errors import UsageError
+from lorahub.plugins import load_registry
+from lorahub.registry import Registry
+from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["DTYPES", "convert"]
+
+
+def convert(
+    source: Given,
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    base: Source | nn.Module | Base | None = None,
+    component: str = "",
+    kind: Literal["", "lora"] = "",
+    compat: str | None = None,
+    approximate: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    verify: bool | None = None,
+    dtype: str = "",
+    allow: Collection[str] = (),
+    hub: str | None = None,
+    progress: Progress = quiet,
+) -> ConversionReport:
+    """Write an adapter in another layout; what there is no exact word for is refused by name.
+
+    Args:
+        source: a folder, a file, a reference, or an adapter that is open.
+        to: the format ("peft", "diffusers", "kohya", "mlx", ...).
+        out: a new folder, or a file where the format is a single file (``x.safetensors``).
+        base: the base, where names, sizes or weights are needed.
+        component: of an adapter for several models, the one to keep; else what to call the one it is for.
+        kind: "lora" rewrites everything that is LoRA in another dress, also where the format has a word for it.
+        compat: "peft" or "strict": whose result counts where PEFT's is not the declared one; see ``lorahub.load``.
+        approximate: allow changes of full rank to become LoRA of a lower one, within the budget of the next three.
+        rank: at most this.
+        energy: at least this share of the squared norm.
+        error: at most this relative error.
+        verify: compare every target; None compares all that were only renamed, and the others where that is cheap.
+        dtype: store floating tensors as this; as they are by default, and float32 where something was computed.
+        allow: finding codes to accept.
+        hub: path of a folder hub.
+        progress: called with (targets done, in all).
+
+    Raises:
+        CannotCarry: the format has no word for part of it, and ``findings`` list every target; nothing was written.
+        Degraded, IntegrityError, UnsupportedKind: the source cannot be read without doubt.
+        UsageError: ``out`` exists, or options contradict each other.
+    """
+    request = Request(
+        to=to,
+        out=Path(out),
+        component=component,
+        plain=plain_of(kind),
+        budget=budget_of(approximate, rank, energy, error),
+        verify=verify,
+        dtype=dtype_of(dtype),
+        allow=tuple(allow),
+    )
+    registry = load_registry()
+    registry.format(to)
+    if request.out.exists() and not (request.out.is_dir() and not any(request.out.iterdir())):
+        raise UsageError(f"{request.out} exists", "name a new folder, or remove it yourself")
+    with ExitStack() as held:
+        opened = open_base(base) if base is not None else None
+        if opened is not None:
+            opened = replace(opened, index=as_part(opened.index, component))
+        given = held.enter_context(unpacked(source, hub))
+        with given.named():
+            index = opened.index if opened else None
+            header = header_of(given.source, registry, hub=hub, progress=quiet, index=index, compat=compat)
+            header = replace(header, label=given.label) if given.label else header
+            return _convert(request, registry, Opened(request, registry, header, opened, held), given, progress)
+
+
+def _convert(
+    request: Request, registry: Registry, source: Opened, given: Unpacked, progress: Progress
+) -> ConversionReport:
+    """From what was opened to what is written."""
+    source.demand()
+    adapter = load_tensors(source.header, registry)
+    changes = source.changes(adapter)
+    hints = source.hints(adapter, changes)
+
+    def hinted(some: Sequence[Change]) -> Mapping[str, JSON]:
+        return respell_hints(hints, some)
+
+    carrier = Carrier(registry.format(request.to), tuple(registry.kinds.values()), hinted)
+    chosen = choose_component(changes, request.component, carrier.takes, request.to)
+    fitted = fit(
+        chosen.changes,
+        carrier,
+        plain=request.plain,
+        weight=source.weight,
+        approximate=approximator(request.budget, source.weight) if request.budget else None,
+        leave_out="cannot-carry" in request.allow,
+    )
+    if request.dtype:
+        fitted = replace(fitted, changes=tuple(stored_as(change, request.dtype) for change in fitted.changes))
+    return write(source, given, adapter, chosen, fitted, carrier, progress)
