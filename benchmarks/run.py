@@ -33,6 +33,7 @@ CASES = {
     "memory-llama": ("memory", "llama"),
     "disk-warm": ("disk", "warm"),
     "disk-cold": ("disk", "cold"),
+    "listing": ("listing", "listing"),
 }
 """Name -> the module here, and its function; each takes ``quick`` and returns JSON-ready results."""
 

@@ -43,17 +43,26 @@ def _case(result: dict[str, Any]) -> str:
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    machine, agreement = result["machine"], result["agreement"]
+    machine, agreement = result["machine"], result.get("agreement")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     sentences = [
         f"{result['repeats']} repeats, interleaved.",
-        f"The merge changed {agreement['changed']:.1%} of the weights in question;",
-        f"lorahub's result differs from PEFT's (both with fp32 factors) in a share of {agreement['different']:.2g}.",
+        *_agreement(agreement),
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB,",
         f"load {machine['load']} before and {machine['load_after']} after;",
         f"{versions}; {result['when'][:10]}; `{result['command']}`",
     ]
     return " ".join(sentences)
+
+
+def _agreement(agreement: dict[str, float] | None) -> list[str]:
+    """What the sides' results have in common; nothing where they make none."""
+    if agreement is None:
+        return []
+    return [
+        f"The merge changed {agreement['changed']:.1%} of the weights in question;",
+        f"lorahub's result differs from PEFT's (both with fp32 factors) in a share of {agreement['different']:.2g}.",
+    ]
 
 
 def _sides(sides: dict[str, Any]) -> list[str]:

@@ -19,6 +19,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
+    from lorahub.comparing import diff as diff
+    from lorahub.converting import convert as convert
+    from lorahub.deriving import extract as extract
+    from lorahub.deriving import resize as resize
     from lorahub.errors import LorahubError as LorahubError
     from lorahub.findings import Finding as Finding
     from lorahub.findings import Verdict as Verdict
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from lorahub.sources import load as load
     from lorahub.sources import open_base as open_base
     from lorahub.sources import pull as pull
+    from lorahub.sources import weigh as weigh
+    from lorahub.tagging import tag as tag
 
 _HOME = {
     "Adapter": "adapter",
@@ -41,6 +47,9 @@ _HOME = {
     "Ref": "names",
     "Verdict": "findings",
     "check": "merging",
+    "convert": "converting",
+    "diff": "comparing",
+    "extract": "deriving",
     "hookimpl": "hookspecs",
     "inspect": "sources",
     "load": "sources",
@@ -50,7 +59,10 @@ _HOME = {
     "pull": "sources",
     "push": "publishing",
     "record": "publishing",
+    "resize": "deriving",
     "save": "adapter",
+    "tag": "tagging",
+    "weigh": "sources",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the table is the list

@@ -12,15 +12,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple, final
 
-from lorahub.adapter import open_header
+from lorahub.adapter import AdapterHeader, open_header, recognise
 from lorahub.bases.index import natural
 from lorahub.errors import LorahubError, Unavailable
 from lorahub.files.atomic import is_partial
+from lorahub.files.containers import CONTAINERS
 from lorahub.files.digest import data_digest, file_digest, tensors_digest
 from lorahub.files.header import read_header
 from lorahub.findings import Verdict
-from lorahub.inspection import inspect
+from lorahub.formats.format import AdapterFiles
+from lorahub.formats.survey import Seen, survey, survey_in
+from lorahub.inspection import base_of
+from lorahub.lineage import guess, modules_of
+from lorahub.recall import Recall
 from lorahub.records import FILENAME
 from lorahub.registry import Registry
 
@@ -28,7 +34,10 @@ __all__ = ["COLUMNS", "Entry", "as_csv", "hashes", "is_collection", "list_folder
 
 _CONFIG = "adapter_config.json"
 _MODEL = ("config.json", "model_index.json")
-_WEIGHTS = ".safetensors"
+_PLACE = "\0"
+"""Stands for a file's path in what is said of many."""
+
+_WEIGHTS = tuple(CONTAINERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,7 @@ class Entry:
         scales: every scale, ascending.
         nbytes: of its weights file; None where there is none.
         base: what it says of its base.
+        looks_like: what the base may be, from its metadata or shapes.
         findings: how many things there are to say, notes not counted; codes says which.
         same_as: the first entry with the very same tensors, where that was looked for.
         error: why it cannot be read, or "".
@@ -56,6 +66,7 @@ class Entry:
     scales: tuple[float, ...] = ()
     nbytes: int | None = None
     base: str = ""
+    looks_like: str = ""
     codes: tuple[str, ...] = ()
     same_as: str = ""
     error: str = ""
@@ -76,6 +87,7 @@ class Entry:
             "scales": list(self.scales),
             "bytes": self.nbytes,
             "base": self.base,
+            "looks_like": self.looks_like,
             "findings": list(self.codes),
             "same_as": self.same_as,
             "error": self.error,
@@ -90,7 +102,7 @@ COLUMNS: Mapping[str, Callable[[Entry], object]] = MappingProxyType(
         "ranks": lambda each: each.ranks,
         "scale": lambda each: each.scales,
         "size": lambda each: each.nbytes,
-        "base": lambda each: each.base,
+        "base": lambda each: each.base or each.looks_like,
         "findings": lambda each: each.findings,
     }
 )
@@ -101,7 +113,7 @@ def is_collection(path: Path) -> bool:
     """Whether a folder is no adapter or base itself, but holds several adapters, or folders with some."""
     if not path.is_dir() or any((path / name).is_file() for name in (_CONFIG, FILENAME, *_MODEL)):
         return False
-    direct = sum(1 for name in _files(path) if name.endswith(_WEIGHTS))
+    direct = sum(1 for name in _files(path) if name.lower().endswith(_WEIGHTS))
     return direct > 1 or (direct == 0 and next(_items(path), None) is not None)
 
 
@@ -120,58 +132,118 @@ def list_folder(
         duplicates: also read all tensors and say which files hold the same.
         progress: called with (entries done, entries in all).
     """
-    items = sorted(_items(folder), key=lambda item: natural(item.relative_to(folder).as_posix()))
+    items = sorted(_items(folder), key=lambda item: natural(item.name))
+    lister = _Lister(registry, {} if duplicates else None)
     entries: list[Entry] = []
-    seen: dict[str, str] = {}
     for done, item in enumerate(items):
         progress(done, len(items))
-        entries.append(_entry(item, item.relative_to(folder).as_posix(), registry, seen if duplicates else None))
+        entries.append(lister.entry(item))
     progress(len(items), len(items))
     return tuple(entries)
 
 
-def _items(folder: Path) -> Iterator[Path]:
+class _Item(NamedTuple):
+    """One adapter to look at: its folder, its weights file where that lies loose, and its name below the whole."""
+
+    folder: Path
+    file: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file, or the folder."""
+        return self.folder / self.file if self.file else self.folder
+
+
+def _items(folder: Path) -> Iterator[_Item]:
     """Folders with a config or a record, weights files in other folders but a base's, and folders that are shut."""
     shut: list[OSError] = []
     for place, inner, names in os.walk(folder, onerror=shut.append):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and not is_partial(name))
         here = Path(place)
-        if {_CONFIG, FILENAME} & set(names) and here != folder:
-            yield here
+        below = here.relative_to(folder).as_posix() if here != folder else ""
+        if {_CONFIG, FILENAME} & set(names) and below:
+            yield _Item(here, "", below)
         elif not set(_MODEL) & set(names):
-            yield from (here / name for name in names if name.endswith(_WEIGHTS) and not is_partial(name))
-    yield from (Path(os.fsdecode(each.filename)) for each in shut if each.filename)
+            loose = (name for name in names if name.lower().endswith(_WEIGHTS) and not is_partial(name))
+            yield from (_Item(here, name, f"{below}/{name}" if below else name) for name in loose)
+    for each in shut:
+        if each.filename:
+            closed = Path(os.fsdecode(each.filename))
+            yield _Item(closed, "", closed.relative_to(folder).as_posix())
 
 
 def _files(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if entry.is_file() and not is_partial(entry.name)]
 
 
-def _entry(item: Path, name: str, registry: Registry, seen: dict[str, str] | None) -> Entry:
-    bare = Entry(name=name, nbytes=item.stat().st_size if item.is_file() else None)
-    try:
-        header = open_header(item, registry, label=name)
-        found = inspect(header, registry)
-        stored = header.files.headers[found.file]
-        digest = "" if seen is None else tensors_digest(header.folder / found.file, stored)
-    except LorahubError as error:
-        return replace(bare, error=error.message, exit_code=error.exit_code)
-    except OSError as error:  # a folder that may not be listed
-        return replace(bare, error=f"{name}: {error.strerror or error}", exit_code=Unavailable.exit_code)
-    entry = Entry(
-        name=name,
-        format=found.format,
-        kinds=tuple(sorted({row.kind for row in found.rows})),
-        ranks=header.ranks,
-        scales=tuple(sorted({row.scale for row in found.rows if row.scale is not None})),
-        nbytes=stored.size,
-        base=found.base,
-        codes=tuple(each.code for each in found.findings if each.level >= Verdict.UNVERIFIED),
-    )
-    if seen is None:
-        return entry
-    first = seen.setdefault(digest, name)
-    return entry if first == name else replace(entry, same_as=first)
+@final
+class _Lister:
+    """Makes entries, and remembers what they have in common."""
+
+    def __init__(self, registry: Registry, digests: dict[str, str] | None) -> None:
+        self._registry = registry
+        self._digests = digests
+        self._seen = Seen()
+        self._recall = Recall(self._said)
+
+    def entry(self, item: _Item) -> Entry:
+        """The row of one adapter."""
+        name = item.name
+        try:
+            if not item.file or self._seen.listed(item.folder).holds(item.file):
+                files = survey_in(item.folder, item.file, self._seen)
+            else:  # a link to nothing, or what is no file: to be told as for one adapter
+                files = survey(item.path, seen=self._seen)
+            recorded = self._seen.listed(files.folder).holds(FILENAME)  # and held against its files, each time
+            found = self._recorded(item.path) if recorded else self._recall.of(files)
+            if isinstance(found, Entry):
+                return _unread(item, found.error.replace(_PLACE, str(item.path)), found.exit_code)
+            file, entry = found
+            file = file if file in files.headers else next(iter(files.headers))
+            digest = "" if self._digests is None else tensors_digest(files.folder / file, files.headers[file])
+        except LorahubError as error:
+            return _unread(item, error.message, error.exit_code)
+        except OSError as error:  # a folder that may not be listed
+            return _unread(item, f"{name}: {error.strerror or error}", Unavailable.exit_code)
+        same = name if self._digests is None else self._digests.setdefault(digest, name)
+        return replace(entry, name=name, nbytes=files.headers[file].size, same_as="" if same == name else same)
+
+    def _recorded(self, item: Path) -> tuple[str, Entry] | Entry:
+        return self._facts(open_header(item, self._registry, seen=self._seen))
+
+    def _said(self, files: AdapterFiles) -> tuple[str, Entry] | Entry:
+        """What is remembered of a file: its facts, or why it cannot be read where the words would fit another too."""
+        try:
+            return self._facts(recognise(files, self._registry))
+        except LorahubError as error:
+            name = next(iter(files.headers)) if len(files.headers) == 1 else ""
+            said = error.message.replace(str(files.folder / name), _PLACE)
+            if name and name not in said and str(files.folder) not in said:
+                return Entry(name="", error=said, exit_code=error.exit_code)
+            raise
+
+    def _facts(self, header: AdapterHeader) -> tuple[str, Entry]:
+        """The weights file, and what its header says: all of a row that other files may share."""
+        groups = header.reading.groups
+        scales = {float(scale) for each in groups if isinstance(scale := each.options.get("scale"), int | float)}
+        metadata = header.files.headers[header.reading.file].metadata
+        maybe = guess(metadata, modules_of(groups, self._registry.kinds))
+        return header.reading.file, Entry(
+            name="",
+            format=header.format,
+            kinds=header.kinds,
+            ranks=header.ranks,
+            scales=tuple(sorted(scales)),
+            base=base_of(header),
+            looks_like=maybe.label if maybe else "",
+            codes=tuple(each.code for each in header.findings if each.level >= Verdict.UNVERIFIED),
+        )
+
+
+def _unread(item: _Item, why: str, exit_code: int) -> Entry:
+    size = item.path.stat().st_size if item.file and item.path.is_file() else None
+    return Entry(name=item.name, nbytes=size, error=why, exit_code=exit_code)
 
 
 def ordered(entries: Sequence[Entry], column: str) -> tuple[Entry, ...]:
@@ -193,14 +265,15 @@ def as_csv(entries: Sequence[Entry]) -> str:
     """The entries as CSV with a header line; several values of one cell are separated by spaces."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "format", "kinds", "ranks", "scale", "bytes", "base", "findings", "same_as", "error"])
+    writer.writerow(
+        ["name", "format", "kinds", "ranks", "scale", "bytes", "base", "looks_like", "findings", "same_as", "error"]
+    )
     for each in entries:
         several = (" ".join(map(str, values)) for values in (each.kinds, each.ranks))
         scales = " ".join(f"{scale:.17g}" if float(f"{scale:g}") != scale else f"{scale:g}" for scale in each.scales)
         size = "" if each.nbytes is None else str(each.nbytes)
-        writer.writerow(
-            [each.name, each.format, *several, scales, size, each.base, each.findings, each.same_as, each.error]
-        )
+        facts = [each.name, each.format, *several, scales, size, each.base, each.looks_like]
+        writer.writerow([*facts, each.findings, each.same_as, each.error])
     return text.getvalue()
 
 

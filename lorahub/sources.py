@@ -12,18 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from lorahub import inspection
-from lorahub.adapter import Adapter, AdapterHeader, open_header
+from lorahub import inspection, weighing
+from lorahub.adapter import RECORD_FINDINGS, Adapter, AdapterHeader, open_header, recognise
 from lorahub.adapter import load as load_tensors
 from lorahub.bases.framework import BaseFiles, Framework
 from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.bases.layout import Target
 from lorahub.bases.open import index_base, index_live, survey_base
 from lorahub.bases.weights import weights_digest
+from lorahub.conversion.weights import BaseWeights, read_files
+from lorahub.deltas.disputes import as_compat
 from lorahub.errors import InvalidRef, NotFound, Unavailable, UsageError
 from lorahub.hub import open_hub
 from lorahub.names import Ref, printable
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
+from lorahub.remote import Cost, can_read, open_remote
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +48,7 @@ __all__ = [
     "pull",
     "quiet",
     "recorded_base",
+    "weigh",
 ]
 
 Source: TypeAlias = "str | os.PathLike[str] | Ref"
@@ -149,12 +154,28 @@ def pull(ref: Source, *, hub: str | None = None, local_files_only: bool = False,
 
 
 def header_of(
-    source: Given, registry: Registry, *, hub: str | None, progress: Progress, index: BaseIndex | None = None
+    source: Given,
+    registry: Registry,
+    *,
+    hub: str | None,
+    progress: Progress,
+    index: BaseIndex | None = None,
+    compat: str | None = None,
+    whole: bool = True,
 ) -> AdapterHeader:
     """The header of an adapter, read against a base where ``index`` is given.
 
+    Args:
+        source: the adapter.
+        registry: kinds and formats.
+        hub: path of a folder hub.
+        progress: called with (bytes done, bytes in all).
+        index: the base.
+        compat: see ``load``; None leaves an open header's own choice.
+        whole: its tensors will be wanted too, so one on a hub is pulled; else parts of its files are read there.
+
     Raises:
-        UsageError: it lies in no folder yet.
+        UsageError: it lies in no folder yet, or ``compat`` is no choice.
         NotFound, UnsupportedFormat, IntegrityError: see ``lorahub.load``.
     """
     if isinstance(source, Adapter):
@@ -163,18 +184,99 @@ def header_of(
                 "this adapter lies in no folder yet", "save it first: lorahub.adapter.save(adapter, FOLDER)"
             )
         source = source.header
+    choice = as_compat(compat)
     if isinstance(source, AdapterHeader):
-        if index is None:
+        if index is None and choice in (None, source.files.compat):
             return source
-        return open_header(source.folder, registry, index=index, weight_name=source.reading.file, label=source.label)
-    found = _locate(source, hub, False, progress)
-    return open_header(found.folder, registry, index=index, weight_name=found.weight_name, label=found.label)
+        if not source.folder.is_dir():  # it was read on a hub
+            files = replace(source.files, compat=choice or source.files.compat)
+            said = tuple(each for each in source.findings if each.code in RECORD_FINDINGS)
+            return recognise(files, registry, index=index, label=source.label, record=source.record, said=said)
+        return open_header(
+            source.folder,
+            registry,
+            index=index,
+            weight_name=source.reading.file,
+            label=source.label,
+            compat=choice or source.files.compat,
+        )
+    ref = as_ref(source)
+    if not whole and ref.path is None:
+        opened = open_hub(hub)
+        pin = opened.resolve(ref)
+        if can_read(pin):
+            return open_remote(opened, pin, registry, Cost(), index=index, compat=choice)
+    found = _locate(ref, hub, False, progress)
+    return open_header(
+        found.folder, registry, index=index, weight_name=found.weight_name, label=found.label, compat=choice
+    )
 
 
 def inspect(source: Source, *, hub: str | None = None, progress: Progress = quiet) -> inspection.Inspection:
-    """Say what an adapter is, from headers alone; no torch."""
-    registry = load_registry()
-    return inspection.inspect(header_of(source, registry, hub=hub, progress=progress), registry)
+    """Say what an adapter is, from headers alone; no torch.
+
+    Of one on a hub nothing is pulled where it has safetensors: parts of its files are read, and kept for the next time.
+
+    Raises:
+        NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
+        UnsupportedFormat, UnsupportedKind: nobody can read it.
+        HeaderError, IntegrityError: its files are malformed, or not what the hub lists.
+    """
+    registry, ref = load_registry(), as_ref(source)
+    if ref.path is not None:
+        return inspection.inspect(header_of(ref, registry, hub=hub, progress=progress), registry)
+    opened = open_hub(hub)
+    pin = opened.resolve(ref)
+    if not can_read(pin):
+        folder = opened.pull(pin, progress=lambda _file, done, total: progress(done, total))
+        return inspection.inspect(open_header(folder, registry, weight_name=pin.file, label=str(pin)), registry)
+    cost = Cost()
+    header = open_remote(opened, pin, registry, cost)
+    distance = inspection.Distance(
+        pin=str(pin),
+        commit=pin.commit,
+        why=pin.why,
+        files={path: file.size for path, file in pin.files.items()},
+        sha256=pin.files[header.reading.file].sha256 or "",
+        bytes_read=cost.nbytes,
+        requests=cost.requests,
+    )
+    return inspection.inspect(header, registry, distance=distance)
+
+
+def weigh(
+    source: Source,
+    base: Source | None = None,
+    *,
+    compat: str | None = None,
+    hub: str | None = None,
+    progress: Progress = quiet,
+) -> weighing.Weighing:
+    """How much an adapter changes, target by target: norms, spectra, energy; reads its tensors.
+
+    Args:
+        source: a folder, a file, or a reference, which is pulled.
+        base: a folder, a file, or ``ns/name[@COMMIT]``: for relative norms, and for changes that depend on weights.
+        compat: see ``load``.
+        hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        progress: called with (targets done, targets in all).
+
+    Raises:
+        NotFound, UnsupportedFormat, UnsupportedKind, IntegrityError: as ``load`` and ``open_base``.
+        MissingDependency: torch is not installed.
+    """
+    if base is None:
+        return weighing.weigh(load(source, compat=compat, hub=hub), progress=progress)
+    registry, opened = load_registry(), open_base(base)
+    assert opened.files is not None  # no live model
+    header = header_of(source, registry, hub=hub, progress=quiet, index=opened.index, compat=compat)
+    adapter = load_tensors(header, registry, index=opened.index)
+    siblings = {
+        Target(target.component, target.module, name) for target, each in adapter.deltas.items() for name in each.reads
+    }
+    layouts = opened.framework.layouts(opened.index, {*adapter.deltas, *siblings})
+    with read_files(opened.files, opened.index) as read:
+        return weighing.weigh(adapter, base=BaseWeights(opened.index, layouts, read), progress=progress)
 
 
 def load(
@@ -186,6 +288,7 @@ def load(
     hub: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    compat: str | None = None,
     progress: Progress = quiet,
 ) -> Adapter:
     """An adapter with its tensors.
@@ -198,9 +301,12 @@ def load(
         hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
         token: of Hugging Face; None takes the one that is set up.
         local_files_only: use the cache alone.
+        compat: "peft" or "strict": whose result counts where PEFT's is not the declared one.  None takes what the
+            adapter's record or file says.
         progress: called with (bytes done, bytes in all).
 
     Raises:
+        Incompatible: whose result counts matters here, and nobody chose.
         UsageError: ``revision`` and the reference both select, or a local path has no revisions.
         UnsupportedFormat, UnsupportedKind: nobody can read it, or it is no weight change.
         IntegrityError: its files contradict themselves, or hold NaN or infinity.
@@ -208,9 +314,14 @@ def load(
     registry = load_registry()
     ref = _narrowed(as_ref(source), revision, subfolder)
     found = _locate(ref, hub, local_files_only, progress, token=token)
-    return load_tensors(
-        open_header(found.folder, registry, weight_name=weight_name or found.weight_name, label=found.label), registry
+    header = open_header(
+        found.folder,
+        registry,
+        weight_name=weight_name or found.weight_name,
+        label=found.label,
+        compat=as_compat(compat),
     )
+    return load_tensors(header, registry)
 
 
 def _narrowed(ref: Ref, revision: str | None, subfolder: str) -> Ref:

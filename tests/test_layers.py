@@ -18,8 +18,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "hub", "runtimes"),
     ("adapter", "saving"),
     ("composition", "conversion", "engine"),
-    ("checks", "inspection", "listing", "recording", "testing"),
-    ("__init__", "__main__", "cli", "converting", "deriving", "merging", "publishing", "sources", "tagging"),
+    ("checks", "inspection", "lineage", "listing", "recall", "recording", "remote", "testing", "weighing"),
+    (
+        "__init__",
+        "__main__",
+        "cli",
+        "comparing",
+        "converting",
+        "deriving",
+        "merging",
+        "publishing",
+        "sources",
+        "tagging",
+    ),
 )
 """Rooms by floor, ground floor first: a room imports from its own floor and from those below."""
 

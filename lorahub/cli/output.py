@@ -7,6 +7,9 @@ value).  Commands hand over data and a way to show it; they never print.
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +20,7 @@ from typing import Literal, TypeAlias
 from lorahub.errors import LorahubError
 from lorahub.findings import Finding, Verdict
 
-__all__ = ["Mode", "Output", "Progress", "aligned", "plain", "size"]
+__all__ = ["Mode", "Output", "Progress", "aligned", "brief", "plain", "size"]
 
 Mode: TypeAlias = Literal["human", "json", "quiet"]
 Progress: TypeAlias = "Callable[[int, int], None]"
@@ -35,9 +38,35 @@ _LEVEL_WORDS = {
 def plain(text: str) -> str:
     """``text`` without control characters, so that a name in a file cannot drive the terminal."""
     return "".join(
-        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\x{ord(character):02x}"
-        for character in text
+        character if character in "\n\t" or _harmless(character) else f"\\x{ord(character):02x}" for character in text
     )
+
+
+def brief(text: str, width: int) -> str:
+    """Foreign text on one line of at most ``width`` characters, its length told where it was cut; safe to show."""
+    head = plain(text[: 2 * width]).replace("\n", "\\n").replace("\t", "\\t")
+    if len(text) <= 2 * width and len(head) <= width:
+        return head
+    note = f"... ({len(text):,} characters)"
+    return head[: max(width - len(note), 0)] + note
+
+
+def _json(document: object) -> str:
+    """JSON for people and programs: text as it is, save what could drive a terminal, which is escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return _SPECIAL.sub(lambda found: "".join(map(_escaped, found[0])), text)
+
+
+_SPECIAL = re.compile(r"[^\n\x20-\x7e]+")
+
+
+def _escaped(character: str) -> str:
+    return character if _harmless(character) else json.dumps(character)[1:-1]
+
+
+def _harmless(character: str) -> bool:
+    """Whether it is no control, format or surrogate character, and begins no new line."""
+    return unicodedata.category(character)[0] != "C" and character not in "\u2028\u2029"
 
 
 def size(count: float) -> str:
@@ -65,15 +94,33 @@ class Output:
 
     mode: Mode = "human"
 
-    def answer(self, document: object, *, text: str, bare: str | None = None) -> None:
-        """The command's result: JSON in json mode, ``bare`` (or nothing) in quiet mode, else ``text``."""
+    def answer(self, document: object, *, text: str, bare: str | None = None, picture: Sequence[str] = ()) -> None:
+        """The command's result: JSON in json mode, ``bare`` (or nothing) in quiet mode, else ``text``.
+
+        ``picture`` follows the text line by line as it is: it may hold escapes for colour, and no foreign text that was
+        not made safe where it was drawn.
+        """
         if self.mode == "json":
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(_json(document) + "\n")
         elif self.mode == "quiet":
             if bare:
                 sys.stdout.write(plain(bare) + "\n")
         elif text:
-            sys.stdout.write(plain(text) + "\n")
+            sys.stdout.write("\n".join([plain(text), *picture]) + "\n")
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 100 where there is none."""
+        return shutil.get_terminal_size((100, 24)).columns
+
+    @property
+    def unicode(self) -> bool:
+        """Whether stdout takes more than ASCII."""
+        return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+
+    def colour(self, *, wanted: bool = True) -> bool:
+        """Whether colours may be used: on a terminal, where NO_COLOR (no-color.org) does not speak against it."""
+        return wanted and sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str) -> None:
         """A line of talk; silent in quiet mode."""
@@ -100,7 +147,7 @@ class Output:
                     "findings": [finding.document() for finding in error.findings],
                 }
             }
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(_json(document) + "\n")
             return
         lines = [f"Error: {error.message}"]
         for finding in error.findings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,7 @@ from lorahub.files.raw import open_regular, read_into
 __all__ = [
     "METADATA",
     "Header",
+    "Known",
     "Limits",
     "Read",
     "TensorInfo",
@@ -36,10 +38,15 @@ __all__ = [
 Read: TypeAlias = Callable[[int, int], bytes]
 """``read(offset, length)``: exactly those bytes."""
 
+Known: TypeAlias = "dict[str, Mapping[str, TensorInfo]]"
+"""What follows the metadata in headers that were read before -> the tensors it lists; see ``parse_header``."""
+
 METADATA = "__metadata__"
 """The key of the free-form strings; no tensor can have this name."""
 
 _PREFETCH = 64 << 10  # most headers of adapters fit: one request where ranges are read remotely
+_LEAD = f'{{"{METADATA}":'
+_KNOWN = 64  # structures, of up to a MiB each; in a folder of adapters there are a handful
 _ENTRY = 4096  # characters; a real entry takes about a hundred
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FETCH_AGAIN = "the file is damaged or was not written as safetensors: fetch it again, or ask its author"
@@ -51,7 +58,7 @@ _IMPOSTORS: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "this is a zip archive, probably a PyTorch pickle", _NO_PICKLE),
     (b"\x80\x04\x95", "this is a Python pickle", _NO_PICKLE),
     (b"\x80", "this looks like a Python pickle", _NO_PICKLE),
-    (b"GGUF", "this is a GGUF file", "lorahub reads safetensors: ask for the weights in that format"),
+    (b"GGUF", "this is a GGUF file", "give it the name that says so: NAME.gguf"),
     (b"<", "this is a web page or XML, not weights", "the download went to an error or login page: fetch it again"),
     (b"{", "this is JSON without the length in front", "it may be an index or an error message: look inside"),
 )
@@ -76,12 +83,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: safetensors dtype code, stored shape, and its bytes, ``start`` to ``stop`` of the data section."""
+    """One tensor: safetensors dtype code, stored shape, and its bytes, ``start`` to ``stop`` of the data section.
+
+    ``turned``: the bytes are those of the tensor with its axes reversed (numpy's Fortran order).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    turned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -111,8 +122,10 @@ class Header:
         return self.data_start + info.start, info.nbytes
 
 
-def read_header(path: str | os.PathLike[str], limits: Limits | None = None) -> Header:
+def read_header(path: str | os.PathLike[str], limits: Limits | None = None, known: Known | None = None) -> Header:
     """The header of a local file; links are followed.
+
+    ``known`` is as for ``parse_header``.
 
     Raises:
         HeaderError: the file is no well-formed safetensors file, or is over the limits.
@@ -120,10 +133,10 @@ def read_header(path: str | os.PathLike[str], limits: Limits | None = None) -> H
         AccessDenied: it may not be read.
     """
     with open_regular(path) as file:
-        return header_of(file, limits)
+        return header_of(file, limits, known)
 
 
-def header_of(file: io.FileIO, limits: Limits | None = None) -> Header:
+def header_of(file: io.FileIO, limits: Limits | None = None, known: Known | None = None) -> Header:
     """The header of an open file, which stays open.
 
     Raises:
@@ -135,10 +148,12 @@ def header_of(file: io.FileIO, limits: Limits | None = None) -> Header:
         read_into(file, offset, buffer)
         return bytes(buffer)
 
-    return parse_header(read, os.fstat(file.fileno()).st_size, where=str(file.name), limits=limits)
+    return parse_header(read, os.fstat(file.fileno()).st_size, where=str(file.name), limits=limits, known=known)
 
 
-def parse_header(read: Read, size: int, *, where: str, limits: Limits | None = None) -> Header:
+def parse_header(
+    read: Read, size: int, *, where: str, limits: Limits | None = None, known: Known | None = None
+) -> Header:
     """The header of anything that can be read in ranges: one read, or two where it is longer than 64 KiB.
 
     Args:
@@ -146,12 +161,14 @@ def parse_header(read: Read, size: int, *, where: str, limits: Limits | None = N
         size: bytes of the whole file.
         where: what to call it in messages.
         limits: how much the header may ask for.
+        known: where many files are read, one of these for all of them, empty at first: those of one trainer differ in
+            their metadata alone, and text that was found sound once is not scanned again.
 
     Raises:
         HeaderError: the content is not well-formed, or is over the limits; nothing else, whatever the bytes.
     """
     try:
-        return _parse(read, size, limits or Limits())
+        return _parse(read, size, limits or Limits(), known)
     except Malformed as fault:
         raise HeaderError(f"{where}: {fault.reason}", fault.hint or _FETCH_AGAIN) from None
 
@@ -175,7 +192,7 @@ def name_fault(name: str, limits: Limits | None = None) -> str:
     return ""
 
 
-def _parse(read: Read, size: int, limits: Limits) -> Header:
+def _parse(read: Read, size: int, limits: Limits, known: Known | None) -> Header:
     if size == 0:
         raise Malformed("the file is empty (0 bytes)", "an interrupted download leaves such a file: fetch it again")
     first = _exactly(read, 0, min(size, _PREFETCH))
@@ -190,13 +207,36 @@ def _parse(read: Read, size: int, limits: Limits) -> Header:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise Malformed(f"the header is not UTF-8 (byte {8 + error.start})") from None
-    tensors, metadata = _walk(text, limits)
+    tensors, metadata = _sound(text, limits) if known is None else _sound_or_known(text, limits, known)
+    _demand_filled(tensors, size - 8 - length)
     return Header(
-        tensors=MappingProxyType(_contiguous(tensors, size - 8 - length)),
+        tensors=tensors,
         metadata=MappingProxyType(metadata),
         data_start=8 + length,
         size=size,
     )
+
+
+def _sound(text: str, limits: Limits) -> tuple[Mapping[str, TensorInfo], dict[str, str]]:
+    listed, metadata = _walk(Scanner(text), limits)
+    return MappingProxyType(_contiguous(listed)), metadata
+
+
+def _sound_or_known(text: str, limits: Limits, known: Known) -> tuple[Mapping[str, TensorInfo], dict[str, str]]:
+    """As ``_sound``; where the metadata lead, as nearly all writers put them, only they need scanning a second time."""
+    scanner, metadata = Scanner(text), {}
+    if text.startswith(_LEAD):
+        scanner.at = len(_LEAD)
+        metadata = _metadata(scanner, limits)
+    rest = text[scanner.at :].rstrip(" ")  # padding, whose length follows that of the metadata
+    if rest not in known:
+        tensors, found = _sound(text, limits)
+        if found != metadata:  # they come later, so that the rest is not tensors alone
+            return tensors, found
+        if len(known) >= _KNOWN:
+            del known[next(iter(known))]
+        known[rest] = tensors
+    return known[rest], metadata
 
 
 def _exactly(read: Read, offset: int, length: int) -> bytes:
@@ -223,9 +263,8 @@ def _bad_length(first: bytes, size: int, length: int, limits: Limits) -> Malform
     )
 
 
-def _walk(text: str, limits: Limits) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _walk(scanner: Scanner, limits: Limits) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors in the order written, and metadata; each entry sound in itself."""
-    scanner = Scanner(text)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in scanner.members("the header"):
@@ -287,8 +326,8 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _contiguous(tensors: dict[str, TensorInfo], available: int) -> dict[str, TensorInfo]:
-    """The tensors in the order of their bytes, which follow each other from 0 to ``available``."""
+def _contiguous(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors in the order of their bytes, which follow each other from 0 on."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
     end, previous = 0, "the start"
     for name, info in ordered.items():
@@ -296,8 +335,13 @@ def _contiguous(tensors: dict[str, TensorInfo], available: int) -> dict[str, Ten
             what = "overlaps" if info.start < end else "leaves a hole after"
             raise Malformed(f"tensor {show(name)}, from byte {info.start} on, {what} {previous}, which ends at {end}")
         end, previous = info.stop, show(name)
+    return ordered
+
+
+def _demand_filled(tensors: Mapping[str, TensorInfo], available: int) -> None:
+    """Make sure that the tensors, in the order of their bytes, take all bytes there are."""
+    end = next((info.stop for info in deque(tensors.values(), maxlen=1)), 0)
     if end > available:
         raise Malformed(f"the file is cut off: {end - available} of {end} bytes of data are missing")
     if end < available:
         raise Malformed(f"{available - end} bytes follow the last tensor and belong to none")
-    return ordered

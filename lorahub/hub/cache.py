@@ -30,7 +30,7 @@ __all__ = ["Cache", "Fetch", "Refs", "pin_of"]
 Fetch: TypeAlias = Callable[[str, FilePin, Path], None]
 """Brings one file: (path in the pin, its content, where to write it).  What lies there already is a start of it."""
 
-_PIN, _REFS = "pin.json", "refs.json"
+_PIN, _REFS, _LISTING = "pin.json", "refs.json", "listing.json"
 
 
 def pin_of(folder: Path) -> Pin | None:
@@ -165,6 +165,21 @@ class Cache:
         return (
             Refs(tags=data["tags"], branches=data["branches"]) if data and data.keys() == {"tags", "branches"} else None
         )
+
+    def remember_listing(self, hub: str, repo: str, commit: str, files: Mapping[str, FilePin]) -> None:
+        """Keep the files of a commit, which never change."""
+        place = self._repo(hub, repo) / commit / _LISTING
+        with suppress(OSError, LorahubError):  # as for refs
+            place.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(place, Pin(repo=repo, commit=commit, files=files).dumps().encode())
+
+    def listing(self, hub: str, repo: str, commit: str) -> Mapping[str, FilePin] | None:
+        """The files of a commit as a hub listed them once, or None."""
+        try:
+            pin = Pin.loads((self._repo(hub, repo) / commit / _LISTING).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecordError):
+            return None
+        return pin.files if (pin.repo, pin.commit) == (repo, commit) else None
 
     def _repo(self, hub: str, repo: str) -> Path:
         return self.root / "pulled" / hub / repo.replace("/", "--")

@@ -10,7 +10,7 @@ import io
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, final
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -19,7 +19,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status  # type: igno
 from lorahub.errors import IntegrityError
 from lorahub.hub.hf_errors import TRANSPORT, UNREACHED, stated_delay, status_of
 
-__all__ = ["PAUSES", "download", "patiently", "read_range"]
+__all__ = ["PAUSES", "Ranges", "download", "patiently", "read_range"]
 
 T = TypeVar("T")
 
@@ -94,8 +94,12 @@ def _fetch(
             arrived(file.tell())
 
 
-def read_range(url: str, *, offset: int, length: int, headers: Mapping[str, str]) -> bytes:
+def read_range(
+    url: str, *, offset: int, length: int, headers: Mapping[str, str], landed: Callable[[str], None] | None = None
+) -> bytes:
     """Up to ``length`` bytes from ``offset`` on; fewer at the end of the file.
+
+    ``landed`` hears at which address they were, after redirects.
 
     Raises:
         OSError: the client gave up.
@@ -103,6 +107,8 @@ def read_range(url: str, *, offset: int, length: int, headers: Mapping[str, str]
     with _stream(url, headers, f"bytes={offset}-{offset + length - 1}") as response:
         if response.status_code == 416:
             return b""
+        if landed is not None and response.status_code == 206:
+            landed(str(response.url))
         hf_raise_for_status(response)
         skip = 0 if response.status_code == 206 else offset
         data = bytearray()
@@ -111,6 +117,39 @@ def read_range(url: str, *, offset: int, length: int, headers: Mapping[str, str]
             if len(data) >= skip + length:
                 break
         return bytes(data[skip : skip + length])
+
+
+@final
+class Ranges:
+    """Ranges of one file: the first through the hub, the others from where that came to, which spares a redirect each.
+
+    A token goes to the hub alone.  An address that does not serve any more, as signed ones do for a while only, is
+    forgotten, and the hub is asked again.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        self._url, self._headers = url, headers
+        self._place = ""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes from ``offset`` on; may be called from several threads.
+
+        Raises:
+            OSError: the client gave up.
+        """
+        place = self._place
+        if place and place != self._url:
+            bare = {name: value for name, value in self._headers.items() if name.lower() != "authorization"}
+            try:
+                return patiently(lambda: read_range(place, offset=offset, length=length, headers=bare))
+            except TRANSPORT:
+                self._place = ""
+        return patiently(
+            lambda: read_range(self._url, offset=offset, length=length, headers=self._headers, landed=self._landed)
+        )
+
+    def _landed(self, place: str) -> None:
+        self._place = place
 
 
 def _stream(url: str, headers: Mapping[str, str], part: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202

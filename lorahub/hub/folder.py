@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from lorahub.files.raw import CHUNK, open_regular, read_into
 from lorahub.hub.cache import Cache
 from lorahub.hub.contents import collisions, survey
 from lorahub.hub.folder_store import Commit, FolderStore, State
-from lorahub.hub.hub import FilePin, Listing, Pin, Progress
+from lorahub.hub.hub import FilePin, Listing, Pin, Progress, Span, Taken
+from lorahub.hub.ranges import coalesce, cut, verify_whole
 from lorahub.hub.selection import adapter_folders, select_adapter
 from lorahub.hub.versions import VersionTag, pick, version_tags
 from lorahub.names import Ref, Selector, did_you_mean, printable
@@ -98,6 +99,24 @@ class FolderHub:
         with open_regular(self._store.blob(pin.files[path])) as file:
             read_into(file, offset, data)
         return bytes(data)
+
+    def read_many(self, pin: Pin, path: str, spans: Sequence[Span]) -> Taken:
+        """Parts of one pinned file without pulling it; see ``Hub.read_many``.  Nothing is kept: it lies here."""
+        asked = coalesce(spans, pin.files[path].size)
+        pieces = [(offset, self.read(pin, path, offset=offset, length=length)) for offset, length in asked]
+        if (0, pin.files[path].size) in spans:
+            verify_whole(pin.files[path], pieces[0][1] if pieces else b"", f"{pin}/{path}")
+        parts = [cut(pieces, span) for span in spans]
+        if short := next((span for span, part in zip(spans, parts, strict=True) if part is None), None):
+            raise IntegrityError(f"{printable(path)} of {pin} holds no {short[1]} bytes from {short[0]} on")
+        return Taken(
+            parts=tuple(part for part in parts if part is not None),
+            nbytes=sum(len(data) for _, data in pieces),
+            requests=len(asked),
+        )
+
+    def forget(self, pin: Pin, path: str) -> None:
+        """Nothing is kept; see ``Hub.forget``."""
 
     def versions(self, repo: str) -> list[VersionTag]:
         """The published versions, newest first; see ``Hub.versions``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeAlias, get_args
@@ -19,10 +19,13 @@ from lorahub.hub.contents import is_behaviour, is_safetensors
 from lorahub.hub.versions import VersionTag
 from lorahub.names import COMMIT, Ref, check_path, printable
 
-__all__ = ["FilePin", "Holds", "Hub", "Listing", "Pin", "Progress", "digest_of"]
+__all__ = ["FilePin", "Holds", "Hub", "Listing", "Pin", "Progress", "Span", "Taken", "digest_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called while bytes move: (file, bytes so far over all files, bytes in all)."""
+
+Span: TypeAlias = tuple[int, int]
+"""Bytes of a file: (offset, how many)."""
 
 Holds: TypeAlias = Literal["adapter", "base"]
 
@@ -210,6 +213,21 @@ class Listing:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """Parts of a file, and what they cost.
+
+    Attributes:
+        parts: the bytes of each span, in the order asked for.
+        nbytes: how many came from the hub, what lies between two parts included.
+        requests: how many reads of the hub that took; 0 where all of it was here.
+    """
+
+    parts: tuple[bytes, ...]
+    nbytes: int = 0
+    requests: int = 0
+
+
 class Hub(Protocol):
     """Where adapter folders are kept under names, versions and commits."""
 
@@ -242,6 +260,20 @@ class Hub(Protocol):
         Raises:
             NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
         """
+
+    def read_many(self, pin: Pin, path: str, spans: Sequence[Span]) -> Taken:
+        """Parts of one pinned file without pulling it, close ones together; kept, so that none is asked for twice.
+
+        A file taken whole is verified, its parts are not.
+
+        Raises:
+            DigestMismatch: the whole file is not what the pin says.
+            IntegrityError: fewer bytes come than were asked for.
+            NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
+        """
+
+    def forget(self, pin: Pin, path: str) -> None:
+        """Drop the parts of a file that ``read_many`` kept, since they make no sense: the next look asks again."""
 
     def push(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from lorahub.errors import AccessDenied, IntegrityError, NotFound, Offline, PushRefused, RecordError, UsageError
 from lorahub.hub.cache import Cache, Refs
-from lorahub.hub.download import download, patiently, read_range
+from lorahub.hub.download import Ranges, download, patiently, read_range
 from lorahub.hub.hf_errors import typed
-from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress
+from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Span, Taken
+from lorahub.hub.ranges import Kept, coalesce, cut, verify_whole
 from lorahub.hub.selection import select_adapter, select_base
 from lorahub.hub.versions import VersionTag, pick, version_tags
 from lorahub.names import COMMIT, Ref, Selector, did_you_mean, printable
@@ -35,6 +37,7 @@ T = TypeVar("T")
 _SELECT = {"adapter": select_adapter, "base": select_base}
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _TIMEOUT = 30.0
+_AT_ONCE = 8
 _TRUE = frozenset({"1", "on", "yes", "true"})
 
 
@@ -122,6 +125,34 @@ class HuggingFaceHub:
             pin.repo, lambda: patiently(lambda: read_range(url, offset=offset, length=length, headers=headers))
         )
 
+    def read_many(self, pin: Pin, path: str, spans: Sequence[Span]) -> Taken:
+        """Parts of one pinned file without pulling it, several at a time; see ``Hub.read_many``."""
+        if path not in pin.files:
+            raise NotFound(f"{pin} holds no '{printable(path)}'", did_you_mean(path, pin.files).strip())
+        file = pin.files[path]
+        if self._cache.folder(self._key, pin) is not None:
+            return Taken(parts=tuple(self.read(pin, path, offset=start, length=length) for start, length in spans))
+        kept = Kept.of(self._cache.root, file)
+        asked = coalesce((span for span in spans if cut(kept.pieces, span) is None), file.size)
+        if asked and self._offline:
+            raise self._not_here(pin.repo, str(pin))
+        url = hf_hub_url(pin.repo, pin.at(path), revision=pin.commit, endpoint=self._api.endpoint)
+        data = self._ask(pin.repo, lambda: _read_all(Ranges(url, self._headers()), asked))
+        if short := [span for span, part in zip(asked, data, strict=True) if len(part) != span[1]]:
+            raise IntegrityError(
+                f"{printable(path)} of {pin}: the hub sends fewer than the {short[0][1]:,} bytes asked for",
+                "Try again later.",
+            )
+        if (0, file.size) in asked:
+            verify_whole(file, data[0], f"{pin}/{path}")
+        if asked:
+            kept.add((span[0], part) for span, part in zip(asked, data, strict=True))
+        return kept.take(spans, asked)
+
+    def forget(self, pin: Pin, path: str) -> None:
+        """Drop what is kept of a file; see ``Hub.forget``."""
+        Kept.of(self._cache.root, pin.files[path]).drop()
+
     def push(
         self,
         folder: Path,
@@ -198,8 +229,6 @@ class HuggingFaceHub:
         why = f"{picked.why}, from the cache" if self._offline else picked.why
         found = self._cache.find(self._key, ref.repo, picked.commit, ref.subpath, holds=holds)
         if found is None:
-            if self._offline:
-                raise self._not_here(ref.repo, str(ref))
             chosen = _SELECT[holds](self._listing(ref.repo, picked.commit), ref.subpath, repo=ref.repo)
             found = Pin(
                 repo=ref.repo,
@@ -236,6 +265,10 @@ class HuggingFaceHub:
 
     def _listing(self, repo: str, commit: str) -> dict[str, FilePin]:
         """Every file of a commit by content, each hash checked to be one."""
+        if (known := self._cache.listing(self._key, repo, commit)) is not None:
+            return dict(known)
+        if self._offline:
+            raise self._not_here(repo, f"{repo}@{commit[:12]}")
 
         def ask() -> tuple[Any, Any, list[tuple[Any, Any, Any, Any]]]:
             info = self._api.model_info(repo, revision=commit, files_metadata=True, timeout=_TIMEOUT)
@@ -253,7 +286,10 @@ class HuggingFaceHub:
             raise AccessDenied(f"{repo} was disabled by the hub or its author", f"See {self._page(repo)}")
         if sha != commit:
             raise IntegrityError(f"{self.name} answers for another commit of {repo} than was asked for")
-        return dict(_entry(*file, repo) for file in files)
+        found = dict(_entry(*file, repo) for file in files)
+        with suppress(RecordError):  # names that no pin may hold: whether they matter is decided where files are chosen
+            self._cache.remember_listing(self._key, repo, commit, found)
+        return found
 
     def _ask(self, repo: str, call: Callable[[], T]) -> T:
         return typed(call, what=repo, page=self._page(repo), here=Path(repo).is_dir())
@@ -270,6 +306,15 @@ class HuggingFaceHub:
         known = [each.tag for each in version_tags(refs.tags) if each.commit in commits] or [c[:12] for c in commits]
         has = f"pulled of it: {', '.join(map(printable, known[:5]))}" if known else "nothing of it was pulled"
         return Offline(f"{what} is not in the cache, and the network is switched off ({has})", "Unset HF_HUB_OFFLINE.")
+
+
+def _read_all(ranges: Ranges, spans: Sequence[Span]) -> list[bytes]:
+    """The bytes of every span: the first shows the way, the others follow several at a time."""
+    first = [ranges.read(*span) for span in spans[:1]]
+    if len(spans) < 2:
+        return first
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        return [*first, *pool.map(lambda span: ranges.read(*span), spans[1:])]
 
 
 def _is_commit(name: object, commit: object) -> bool:

@@ -11,14 +11,21 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
 import torch
 
+from lorahub import sources
 from lorahub.files.writer import save_file
-from lorahub.listing import COLUMNS, Entry, is_collection, ordered
+from lorahub.findings import Verdict
+from lorahub.formats import survey as survey_module
+from lorahub.formats.format import AdapterFiles
+from lorahub.formats.survey import Seen, survey
+from lorahub.listing import COLUMNS, Entry, is_collection, list_folder, ordered
+from lorahub.plugins import load_registry
+from lorahub.recall import Recall
 
 Cli = Callable[..., Any]
 Make = Callable[..., Path]
@@ -75,6 +82,7 @@ def test_json_has_every_value(lorahub: Cli, shelf: Path) -> None:
         "scales": [2.0],
         "bytes": (shelf / "ink" / "adapter_model.safetensors").stat().st_size,
         "base": "acme/base",
+        "looks_like": "",
         "findings": [],
         "same_as": "",
         "error": "",
@@ -168,6 +176,113 @@ def test_a_base_among_adapters_is_left_out(lorahub: Cli, shelf: Path, base: Path
     names = [each["name"] for each in lorahub("inspect", shelf, "--json").json()["adapters"]]
     assert "ink" in names
     assert not [name for name in names if name.startswith("base")]
+
+
+def kohya(alpha: float, rank: int, **metadata: str) -> dict[str, Any]:
+    """What ``save_file`` takes."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {
+        f"{stem}.alpha": torch.tensor(alpha),
+        f"{stem}.lora_down.weight": torch.ones(rank, 768),
+        f"{stem}.lora_up.weight": torch.ones(4, rank),
+    }
+    return {"tensors": tensors, "metadata": metadata}
+
+
+def test_files_of_one_structure_are_told_apart_by_their_numbers_and_metadata(tmp_path: Path) -> None:
+    variants = [
+        kohya(alpha, rank, ss_output_name=f"n{number}" * number, **more)
+        for number, (alpha, rank, more) in enumerate(
+            (alpha, rank, more)
+            for alpha in (1.0, 2.0, 0.0, 1.0)
+            for rank in (2, 4)
+            for more in (
+                {},
+                {"ss_base_model_version": "sdxl_base_v1-0"},
+                {"ss_sd_model_name": "pony.safetensors"},
+                {"ss_network_module": "networks.lora", "ss_network_alpha": "1.0"},
+            )
+        )
+    ]
+    for number, each in enumerate(variants):
+        save_file(tmp_path / f"{number}.safetensors", **each)
+    listed = list_folder(tmp_path, load_registry())
+    assert len(listed) == len(variants)
+    for entry in listed:
+        alone = sources.inspect(str(tmp_path / entry.name))
+        assert entry.scales == tuple(sorted({row.scale for row in alone.rows if row.scale is not None}))
+        assert entry.ranks == tuple(sorted({row.rank for row in alone.rows if row.rank is not None}))
+        assert entry.looks_like == (alone.guess.label if alone.guess else "")
+        assert entry.codes == tuple(each.code for each in alone.findings if each.level >= Verdict.UNVERIFIED)
+        assert entry.nbytes == alone.size
+    assert len({(each.scales, each.ranks, each.looks_like, each.codes) for each in listed}) > 12
+
+
+def test_files_that_cannot_be_read_for_one_reason_are_each_named(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.a.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.a.lora_B.weight": torch.ones(4, 2),
+    }
+    for name in ("a", "b"):
+        save_file(tmp_path / f"{name}.safetensors", tensors)
+    one, other = list_folder(tmp_path, load_registry())
+    assert str(tmp_path / "a.safetensors") in one.error
+    assert str(tmp_path / "b.safetensors") in other.error
+
+
+def test_what_was_remembered_is_used_where_nothing_it_depends_on_differs(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def make(files: AdapterFiles) -> str:
+        ((file, header),) = files.headers.items()
+        asked.append(file)
+        said = f"{header.metadata.get('a')} {files.numbers[file]['alpha'].hex()}"
+        return f"{said} {len(header.metadata)}" if "all" in header.metadata else said
+
+    seen, recall = Seen(), Recall(make)
+
+    def of(number: int, alpha: float, **metadata: str) -> str:
+        path = tmp_path / f"{number}.safetensors"
+        save_file(path, {"alpha": torch.tensor(alpha), "w": torch.ones(3)}, metadata)
+        return recall.of(survey(path, seen=seen))
+
+    first = of(1, 1.0, a="x", other="1")
+    assert of(2, 1.0, a="x", other="2", longer="33333") == first
+    assert asked == ["1.safetensors"]
+    assert of(3, 2.0, a="x") != first
+    assert of(4, 1.0, a="y") != first
+    assert of(5, 1.0) != first
+    assert len(asked) == 4
+    whole = of(6, 1.0, a="x", all="yes")
+    assert whole.endswith(" 2")
+    assert of(7, 1.0, a="x", all="yes", more="yes").endswith(" 3")
+
+
+def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
+    seen = Seen()
+    recall: Recall[tuple[str, ...]] = Recall(lambda files: tuple(files.headers))
+    for number in range(80):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(path, {f"w{number}": torch.ones(1)}, {})
+        assert recall.of(survey(path, seen=seen)) == (path.name,)
+    assert len(seen.headers) <= 64
+    assert len(recall._answers) <= 64
+
+
+def test_a_config_beside_many_files_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in range(20):
+        save_file(tmp_path / f"{name}.safetensors", comfy(2), {})
+    (tmp_path / "notes.json").write_text("{}")
+    read: list[str] = []
+    real = survey_module.as_config
+
+    def counted(text: bytes, path: PurePath) -> Any:
+        read.append(path.name)
+        return real(text, path)
+
+    monkeypatch.setattr(survey_module, "as_config", counted)
+    assert {each.error for each in list_folder(tmp_path, load_registry())} == {""}
+    assert read == ["notes.json"]
 
 
 def test_what_says_nothing_in_a_column_sorts_last() -> None:
