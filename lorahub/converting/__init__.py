@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lorahub.adapter import AdapterHeader
 from lorahub.adapter import load as load_tensors
+from lorahub.bases.index import BaseIndex
 from lorahub.conversion.approximate import approximator
 from lorahub.conversion.carry import Carrier, fit
 from lorahub.conversion.change import Change
@@ -91,14 +93,33 @@ def convert(
         raise UsageError(f"{request.out} exists", "name a new folder, or remove it yourself")
     with ExitStack() as held:
         opened = open_base(base) if base is not None else None
-        if opened is not None:
-            opened = replace(opened, index=as_part(opened.index, component))
         given = held.enter_context(unpacked(source, hub))
         with given.named():
-            index = opened.index if opened else None
-            header = header_of(given.source, registry, hub=hub, progress=quiet, index=index, compat=compat)
+            header, index = _read(given.source, registry, opened, component, hub, compat)
+            if opened is not None and index is not None:
+                opened = replace(opened, index=index)
             header = replace(header, label=given.label) if given.label else header
             return _convert(request, registry, Opened(request, registry, header, opened, held), given, progress)
+
+
+def _read(
+    source: Given, registry: Registry, base: Base | None, component: str, hub: str | None, compat: str | None
+) -> tuple[AdapterHeader, BaseIndex | None]:
+    """The source's header under the base's names; of a single model, as the part of a pipeline that is wanted.
+
+    A source without parts finds the model's own names; then the component is only what to call it afterwards.
+    """
+
+    def read(index: BaseIndex | None) -> AdapterHeader:
+        return header_of(source, registry, hub=hub, progress=quiet, index=index, compat=compat)
+
+    if base is None:
+        return read(None), None
+    header, modules = read(base.index), base.index.modules()
+    part = as_part(base.index, component)
+    if part is base.index or any(group.component == "" and group.module in modules for group in header.reading.groups):
+        return header, base.index
+    return read(part), part
 
 
 def _convert(

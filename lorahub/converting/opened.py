@@ -151,8 +151,10 @@ class Opened:
         if self.base is None:
             return ()
         reading = self.header.reading
+        parts = {group.component for group in reading.groups}
+        kept = {self.request.component} if self.request.component in parts else parts
         placed = place(
-            [group for group in reading.groups if self.request.component in ("", group.component)],
+            [group for group in reading.groups if group.component in kept],
             self.registry.kinds,
             self.base.index,
             cast("Framework", _Declared(self.base.framework, self._layouts)),
