@@ -18,6 +18,7 @@ from lorahub.deltas.kind import JSON
 from lorahub.engine.notes import note
 from lorahub.engine.place import FLOATS, Created, Placed, Placement
 from lorahub.engine.steps import Form, Step, Term
+from lorahub.engine.ties import undeclared_ties
 from lorahub.findings import Finding, Verdict
 
 __all__ = ["Assembled", "Given", "assemble"]
@@ -89,6 +90,7 @@ class _Assembly:
             self._take(each)
         self._conflicts()
         self._untie()
+        self.found += undeclared_ties(self.index, {*self.created, *(source for source, _ in self.terms)})
         if self.whole:
             self.found.append(
                 note(
