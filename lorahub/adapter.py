@@ -301,8 +301,8 @@ def load(
     )
 
 
-_UNREAD = frozenset({"config-refused", "kind-unsupported"})
-"""Codes of findings under which the tensors are none of the changes that they look like."""
+_UNREAD = frozenset({"config-missing", "config-refused", "kind-unsupported"})
+"""Codes of findings under which the tensors are not, or not known to be, the changes that they look like."""
 
 _UNSETTLED = frozenset({UNDECIDED, REFUSED, "parameter-ambiguous"})
 """Codes of findings under which nobody can say what a change is."""

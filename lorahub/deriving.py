@@ -19,12 +19,12 @@ from lorahub.composition import extract as extraction
 from lorahub.composition import resize as resizing
 from lorahub.composition.budgeting import budget_of
 from lorahub.composition.pairing import Pair, Way, pair
-from lorahub.composition.report import ReduceReport, unmet
+from lorahub.composition.report import ReduceReport, Row, unmet
 from lorahub.conversion.weights import read_files
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
 from lorahub.engine.crew import crew_size
-from lorahub.errors import UsageError
+from lorahub.errors import CannotCarry, UsageError
 from lorahub.files.digest import tensors_digest
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
@@ -116,6 +116,7 @@ def extract(
             f"{after.index.ref} and {before.index.ref} hold the same weights, so there is nothing to extract",
             "is it the checkpoint that was meant?",
         )
+    _demand_factors(found.rows)
     settings = _settings(
         rank=rank, energy=energy, error=error, adaptive=adaptive, parameters=parameters, dtype=dtype,
         whole=[*whole], leave_out=[*leave_out], embedding=[*embedding],
@@ -133,6 +134,19 @@ def extract(
         seconds=time.perf_counter() - start,
         bytes_written=_written(folder),
         settings=settings,
+    )
+
+
+def _demand_factors(rows: Collection[Row]) -> None:
+    """Refuse a budget under which factors would be as large as the matrices, so that all of these are kept whole."""
+    kept = [row.target for row in rows if row.way == "whole" and len(row.shape) > 1]
+    if not kept or any(row.way == "factors" for row in rows):
+        return
+    more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+    raise CannotCarry(
+        f"no factors reach what is asked for: they would be as large as the matrices, which would all be kept whole, "
+        f"and PEFT has no adapter without factors: {', '.join(kept[:3])}{more}",
+        "say how large they may be: --rank R, or allow a larger --error or less --energy",
     )
 
 

@@ -99,6 +99,7 @@ class Inspection:
 
     Attributes:
         adapter: what it was called.
+        kinds: every kind it uses, sorted; one whose tensors all modules share has no rows without a base.
         where: the folder it lies in, or its pin on a hub.
         confidence: how sure its format is, 0 to 1, and why.
         size: bytes of the weights file.
@@ -127,6 +128,7 @@ class Inspection:
     triggers: tuple[str, ...] = ()
     unclaimed: tuple[str, ...] = ()
     distance: Distance | None = None
+    kinds: tuple[str, ...] = ()
 
     def document(self) -> dict[str, object]:
         """JSON-ready values; ``targets`` lists every group."""
@@ -138,7 +140,7 @@ class Inspection:
             "reason": self.confidence[1],
             "file": self.file,
             "size": self.size,
-            "kinds": sorted({row.kind for row in self.rows}),
+            "kinds": list(self.kinds),
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "base": self.base,
@@ -208,6 +210,7 @@ def inspect(header: AdapterHeader, registry: Registry, *, distance: Distance | N
         triggers=trigger_words(stored.metadata, header.record.trigger_words if header.record else ()),
         unclaimed=tuple(key for key in stored.tensors if key not in used and key not in told),
         distance=distance,
+        kinds=header.kinds,
     )
 
 

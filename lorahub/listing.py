@@ -21,6 +21,7 @@ from lorahub.files.atomic import is_partial
 from lorahub.files.containers import CONTAINERS
 from lorahub.files.digest import data_digest, file_digest, tensors_digest
 from lorahub.files.header import read_header
+from lorahub.files.pickles import PICKLES, weights_among
 from lorahub.findings import Verdict
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.survey import Seen, survey, survey_in
@@ -30,7 +31,7 @@ from lorahub.recall import Recall
 from lorahub.records import FILENAME
 from lorahub.registry import Registry
 
-__all__ = ["COLUMNS", "Entry", "as_csv", "hashes", "is_collection", "list_folder", "ordered"]
+__all__ = ["COLUMNS", "Entry", "as_csv", "beside", "hashes", "is_collection", "list_folder", "ordered"]
 
 _CONFIG = "adapter_config.json"
 _MODEL = ("config.json", "model_index.json")
@@ -38,6 +39,18 @@ _PLACE = "\0"
 """Stands for a file's path in what is said of many."""
 
 _WEIGHTS = tuple(CONTAINERS)
+_USUAL = (
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "adapters.npz",
+    "adapter.safetensors",
+    "pytorch_adapter.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_adapter.bin",
+    "pytorch_lora_weights.bin",
+)
+"""What libraries call the weights that their config lies beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +126,21 @@ def is_collection(path: Path) -> bool:
     """Whether a folder is no adapter or base itself, but holds several adapters, or folders with some."""
     if not path.is_dir() or any((path / name).is_file() for name in (_CONFIG, FILENAME, *_MODEL)):
         return False
-    direct = sum(1 for name in _files(path) if name.lower().endswith(_WEIGHTS))
-    return direct > 1 or (direct == 0 and next(_items(path), None) is not None)
+    names = _files(path)
+    direct = sum(1 for name in names if name.lower().endswith(_WEIGHTS))
+    pickles = 0 if direct else len(_pickles(names))
+    return direct > 1 or pickles > 1 or (direct + pickles == 0 and next(_items(path), None) is not None)
+
+
+def beside(path: Path, file: str) -> tuple[str, ...]:
+    """What else lies in and below an adapter's folder and is, or could be, an adapter: names below it, sorted.
+
+    Args:
+        path: the folder.
+        file: its weights file that was read.
+    """
+    found = (item.name for item in _items(path) if item.name != file)
+    return tuple(sorted(found, key=natural))
 
 
 def list_folder(
@@ -143,7 +169,7 @@ def list_folder(
 
 
 class _Item(NamedTuple):
-    """One adapter to look at: its folder, its weights file where that lies loose, and its name below the whole."""
+    """One adapter to look at: its folder, its weights file where that is known, and its name below the whole."""
 
     folder: Path
     file: str
@@ -156,21 +182,38 @@ class _Item(NamedTuple):
 
 
 def _items(folder: Path) -> Iterator[_Item]:
-    """Folders with a config or a record, weights files in other folders but a base's, and folders that are shut."""
+    """Folders with a config or a record, all other weights files but a base's, and folders that are shut."""
     shut: list[OSError] = []
     for place, inner, names in os.walk(folder, onerror=shut.append):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and not is_partial(name))
         here = Path(place)
         below = here.relative_to(folder).as_posix() if here != folder else ""
-        if {_CONFIG, FILENAME} & set(names) and below:
-            yield _Item(here, "", below)
-        elif not set(_MODEL) & set(names):
-            loose = (name for name in names if name.lower().endswith(_WEIGHTS) and not is_partial(name))
+        named = bool({_CONFIG, FILENAME} & set(names) and below)
+        if named or not set(_MODEL) & set(names):
+            weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not is_partial(name)]
+            every = [*weights, *_pickles(names)]
+            main = _main(weights) or _main(every[len(weights) :]) if named else ""
+            if named and (main or not every):
+                yield _Item(here, main, below)
+            loose = (name for name in every if name != main)
             yield from (_Item(here, name, f"{below}/{name}" if below else name) for name in loose)
     for each in shut:
         if each.filename:
             closed = Path(os.fsdecode(each.filename))
             yield _Item(closed, "", closed.relative_to(folder).as_posix())
+
+
+def _main(names: Sequence[str]) -> str:
+    """The weights file that a config or record beside it is of; "" where nothing tells."""
+    usual = next((name for name in _USUAL if name in names), "")
+    return usual or (names[0] if len(names) == 1 else "")
+
+
+def _pickles(names: Sequence[str]) -> list[str]:
+    """Files that may hold an adapter's weights under other names than a container's, none of a training's states."""
+    other = [name for name in names if name.lower().endswith(".sft") and not is_partial(name)]
+    # one by one: together, the usual name hides the others
+    return [*other, *(name for name in names if not is_partial(name) and weights_among([name]))]
 
 
 def _files(folder: Path) -> list[str]:
@@ -203,7 +246,8 @@ class _Lister:
             file = file if file in files.headers else next(iter(files.headers))
             digest = "" if self._digests is None else tensors_digest(files.folder / file, files.headers[file])
         except LorahubError as error:
-            return _unread(item, error.message, error.exit_code)
+            pickle = item.file.lower().endswith(PICKLES) and error.hint
+            return _unread(item, f"{error.message}; {error.hint}" if pickle else error.message, error.exit_code)
         except OSError as error:  # a folder that may not be listed
             return _unread(item, f"{name}: {error.strerror or error}", Unavailable.exit_code)
         same = name if self._digests is None else self._digests.setdefault(digest, name)

@@ -12,6 +12,7 @@ from lorahub.adapter import open_header
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import PushRefused, UsageError
 from lorahub.files.atomic import atomic_write
+from lorahub.formats.peft.configless import CONFIG_MISSING
 from lorahub.hub import open_hub
 from lorahub.hub.contents import survey
 from lorahub.merging import prepare
@@ -57,6 +58,8 @@ def record(
     registry = load_registry()
     choice = as_compat(compat)
     header = open_header(Path(folder), registry, compat=choice)
+    unknown = [finding for finding in header.findings if finding.code == CONFIG_MISSING]
+    checks.refuse(unknown, subject=f"a record of {header.label}")
     described, planned = None, None
     if base is not None:
         job = prepare(base, {header.label: header}, compat=choice, hub=hub, progress=progress)

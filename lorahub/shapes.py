@@ -67,11 +67,17 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
         _expect_product(rest, tail, f"{name} {list(found)} does not fit [{pattern}]")
     elif rest is not None:
         expected_tail = result.setdefault(rest[1:], tail)
+        if expected_tail != tail and not dims:
+            raise ShapeMisfit(f"{name} is {list(tail)} where {_listed(expected_tail)} is wanted")
         if expected_tail != tail:
             raise ShapeMisfit(
                 f"{name} {list(found)} does not fit [{pattern}]: {rest[1:]} is {expected_tail} elsewhere, {tail} here"
             )
     return result
+
+
+def _listed(size: int | tuple[int, ...]) -> list[int]:
+    return [size] if isinstance(size, int) else list(size)
 
 
 def _expect_product(rest: str, tail: tuple[int, ...], says: str) -> None:

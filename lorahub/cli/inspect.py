@@ -53,7 +53,7 @@ def inspect(
 ) -> None:
     """Say what an adapter is: format, kinds, ranks, scales, targets, base, metadata, record.
 
-    REF is a folder, a safetensors file, or NS/NAME[@VERSION]; of a folder of adapters, each is a row. Only headers are
+    REF is a folder, a weights file, or NS/NAME[@VERSION]; of a folder of adapters, each is a row. Only headers are
     read, of one on a hub too, save for --hashes, --weights and --duplicates.
     """
     parsed = sources.as_ref(ref)
@@ -66,14 +66,18 @@ def inspect(
         _list(path, sort or "name", as_csv, duplicates, out)
         return
     if sort or as_csv or duplicates:
+        if path is not None and path.is_dir() and len(listing.beside(path, "")) > 1:
+            _list(path, sort or "name", as_csv, duplicates, out)
+            return
         raise UsageError(f"--sort, --csv and --duplicates are for a folder of adapters, and {ref} is none")
     if show == "relative" and base is None:
         raise UsageError("a norm relative to the base takes the base", f"lorahub inspect {ref} --weights --base BASE")
     with out.progress("pulling") as progress:
         found = sources.inspect(ref, hub=hub, progress=progress)
         known = _hashes(ref, found, hub, progress) if hashes else {}
-    document = found.document() | ({"hashes": known} if hashes else {})
-    text, drawn = inspection_text(found, known, out.width), []
+    beside = listing.beside(path, found.file) if path is not None and path.is_dir() else ()
+    document = found.document() | ({"hashes": known} if hashes else {}) | ({"beside": list(beside)} if beside else {})
+    text, drawn = inspection_text(found, known, out.width, beside=beside), []
     if weights:
         with out.progress("weighing", unit="steps") as progress:
             weighed = sources.weigh(ref, base, compat=compat, hub=hub, progress=progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lorahub.cli.output import aligned, brief, size
 from lorahub.inspection import Inspection, tag_frequency
 from lorahub.pictures.scale import number
@@ -15,12 +17,20 @@ _KEY = 34
 _MOST = 120
 """Metadata that are shown; a trainer writes about sixty."""
 
+_NEAR = 4
+"""Other adapters of the folder that are named."""
+
 _TAGS = "ss_tag_frequency"
 
 
-def inspection_text(found: Inspection, hashes: dict[str, str], width: int) -> str:
-    """Facts, a table of targets, and the metadata."""
-    facts = _facts(found, max(width - 14, 40))
+def inspection_text(found: Inspection, hashes: dict[str, str], width: int, *, beside: Sequence[str] = ()) -> str:
+    """Facts, a table of targets, and the metadata; ``beside``: what else lies in its folder and may be an adapter."""
+    room = max(width - 14, 40)
+    facts = _facts(found, room)
+    if beside:
+        more = f" and {len(beside) - _NEAR} more" if len(beside) > _NEAR else ""
+        each = "lorahub inspect PATH shows each"
+        facts.append(("beside it", f"{brief(', '.join(beside[:_NEAR]), room)}{more}: {each}"))
     facts += list(hashes.items())
     parts = [f"{brief(found.adapter, width)}\n{aligned(facts)}"]
     if found.rows:
@@ -32,7 +42,7 @@ def inspection_text(found: Inspection, hashes: dict[str, str], width: int) -> st
 
 def _facts(found: Inspection, room: int) -> list[tuple[str, str]]:
     score, reason = found.confidence
-    kinds = ", ".join(sorted({row.kind for row in found.rows})) or "nothing that changes weights"
+    kinds = ", ".join(found.kinds) or "nothing that changes weights"
     facts = [("format", f"{found.format} ({found.file})")]
     if reason:
         facts.append(("because", f"{reason} (confidence {score:g})"))
@@ -65,12 +75,16 @@ def _rows(found: Inspection) -> list[tuple[str, ...]]:
             row.targets,
             str(row.modules),
             "" if row.rank is None else str(row.rank),
-            "" if row.scale is None else f"{row.scale:g} ({row.scale_rule})" if row.scale_rule else f"{row.scale:g}",
+            row.scale_rule if row.scale is None else _with_rule(row.scale, row.scale_rule),
             "+".join(row.dtypes),
         )
         for row in found.rows
     ]
     return table
+
+
+def _with_rule(scale: float, rule: str) -> str:
+    return f"{scale:g} ({rule})" if rule else f"{scale:g}"
 
 
 def _metadata(found: Inspection, width: int) -> str:

@@ -1,7 +1,8 @@
 """The files that weights come in, by suffix: how each one's header is read, without running code and under limits.
 
 All give the same ``Header``: names, dtypes, shapes, where the bytes lie, and metadata as strings.  A file is what its
-suffix says or an error; nothing is tried in turn.  Knows nothing of adapters.
+suffix says, and safetensors where that is none of these, or an error; nothing is tried in turn.  Knows nothing of
+adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from lorahub.files.header import Header, Known, Limits, Read, parse_header
 from lorahub.files.npz import parse_npz
 from lorahub.files.raw import open_regular, read_into
 
-__all__ = ["CONTAINERS", "Container", "container_of", "parse_weights", "read_weights_header", "weights_header_of"]
+__all__ = [
+    "CONTAINERS",
+    "Container",
+    "container_of",
+    "is_safetensors",
+    "parse_weights",
+    "read_weights_header",
+    "weights_header_of",
+]
 
 
 class Parser(Protocol):
@@ -53,10 +62,31 @@ CONTAINERS: Mapping[str, Container] = MappingProxyType(
 """Suffix -> container; in a folder, files of an earlier row are preferred to those of a later one."""
 
 
+_LENGTH = 8
+"""Bytes in front of a safetensors header, which say how long it is."""
+
+
 def container_of(name: str | os.PathLike[str]) -> str:
     """The suffix in ``CONTAINERS`` that a file's name ends in, in lower case; ".safetensors" for any other name."""
     suffix = PurePath(name).suffix.lower()
     return suffix if suffix in CONTAINERS else ".safetensors"
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a local file begins as safetensors do, whatever its name: a length that fits into it, and JSON's ``{``.
+
+    Raises:
+        NotFound: there is no regular file.
+        AccessDenied: it may not be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _LENGTH:
+            return False
+        start = bytearray(_LENGTH + 1)
+        read_into(file, 0, start)
+    length = int.from_bytes(start[:_LENGTH], "little")
+    return start[_LENGTH:] == b"{" and 2 <= length <= size - _LENGTH
 
 
 def read_weights_header(

@@ -66,6 +66,9 @@ _PARTS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 )
 """A segment of a key -> the part it belongs to, in words, and why that cannot be merged."""
 
+_LIBRARYS = frozenset({_LORAS, *_PARTS})
+"""Segments that a key of the library's has."""
+
 _FIELDS: Mapping[str, Field] = MappingProxyType(
     {
         **dict.fromkeys(("alpha", "architecture", "attn_matrices", "composition_mode", "r"), USED),
@@ -91,12 +94,15 @@ class AdapterHubFormat:
     writes: frozenset[str] = frozenset()
 
     def claims(self, files: AdapterFiles) -> Claim | None:
-        """Sure by its config."""
+        """Sure by its config beside names, or a file, of the library's own; little by the config alone."""
         config = files.configs.get(CONFIG, {})
         about = {"model_name", "model_type", "model_class", "hidden_size"} & config.keys()
-        if files.headers and "config" in config and about and "peft_type" not in config:
+        if not files.headers or "config" not in config or not about or "peft_type" in config:
+            return None
+        keys = (key for header in files.headers.values() for key in header.tensors)
+        if any(name in files.headers for name in _FILES) or any(_LIBRARYS & {*key.split(".")} for key in keys):
             return Claim(1.0, f"{CONFIG} is one of AdapterHub's library")
-        return None
+        return Claim(0.3, f"{CONFIG} is one of AdapterHub's library, though no tensor is named as it names them")
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
         """Account for every key.

@@ -102,9 +102,9 @@ class DiffusersFormat:
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Where keys end as diffusers ends them: surely behind a component's name, less so without one."""
-        if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
-            return None
         best = max((_claim(header) for header in files.headers.values()), default=0.0)
+        if best < _BY_COMPONENT and isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
+            return None
         return Claim(best, "tensor names are modules of a pipeline with LoRA factors") if best else None
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
@@ -183,10 +183,14 @@ class DiffusersFormat:
         )
 
 
+_BY_COMPONENT = 0.8
+"""How sure a component in front of a name makes it, also beside somebody else's config."""
+
+
 def _claim(header: Header) -> float:
     keys = [key for key in header.tensors if key.endswith(_ENDS) and not key.startswith(_FOREIGN)]
     if any(key.partition(".")[0] in COMPONENTS and key.endswith((*_ENDS, *_WHOLE)) for key in header.tensors):
-        return 0.8
+        return _BY_COMPONENT
     control = any(key.endswith(_CONTROL) for key in header.tensors)
     return 0.5 if any(not take_apart(key)[0] for key in keys) and not control else 0.0
 

@@ -32,8 +32,14 @@ PREFIXES: Mapping[str, str] = MappingProxyType(
 _BEGINNINGS = tuple(f"{prefix}_" for prefix in PREFIXES)
 
 
+_SHORT = ".lora_magnitude_vector"
+"""A suffix without a dot: diffusers' converter keeps a key's last two dots, and one of them is then in the path."""
+
+
 def take_apart(key: str) -> tuple[str, str, str]:
     """(prefix, module as spelled, suffix); empty strings for a key of another form."""
+    if key.endswith(_SHORT) and key.count(".") == 2:
+        key = f"{key.removesuffix(_SHORT).replace('.', '_')}{_SHORT}"
     stem, _, suffix = key.partition(".")
     if not suffix or not stem.startswith(_BEGINNINGS):
         return "", "", ""

@@ -22,6 +22,7 @@ __all__ = [
     "AXES",
     "FORMAT",
     "NUMBERS",
+    "READ",
     "REFUSED",
     "ROOT",
     "SPELLINGS",
@@ -143,7 +144,8 @@ def _by_rank(*names: str) -> Callable[[Mapping[str, JSON], str, Mapping[str, Ten
 
 
 def _dora(numbers: Mapping[str, JSON], _module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
-    return {**scaled(numbers, *_rank(slots, ("down",))), "axis": dora_axis(slots)}
+    axis = 0 if slots["magnitude"].key.endswith(_PEFT_LENGTHS) else dora_axis(slots)  # PEFT's are of the rows
+    return {**scaled(numbers, *_rank(slots, ("down",))), "axis": axis}
 
 
 def _lokr(numbers: Mapping[str, JSON], _module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:
@@ -266,6 +268,7 @@ _MID = Leaf(slot="mid", suffix="lora_mid.weight")
 _HADA = _leaves("hada_", "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 _LOKR = _leaves("lokr_", "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 _LENGTHS = Leaf(slot="magnitude", suffix="dora_scale")
+_PEFT_LENGTHS = "lora_magnitude_vector"
 _TURNS = (Leaf(slot="blocks", suffix=STAGED), Leaf(slot="rescale", suffix="rescale"))
 _REST = (
     Leaf(slot="places", suffix="bias_indices"),
@@ -309,6 +312,15 @@ SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
     }
 )
 """Kind -> its spelling.  ``options`` reads the numbers that are there; ``config`` gives them back for a module."""
+
+READ: Mapping[str, Spelling] = MappingProxyType(
+    {
+        **SPELLINGS,
+        "lora": _spelling((*_PAIR, Leaf(slot="bias", suffix="lora_up.bias")), _BY_DOWN, _DOWN_ALPHA),
+        "dora": _spelling((*_PAIR, _LENGTHS, replace(_LENGTHS, suffix=_PEFT_LENGTHS)), _dora, _DOWN_ALPHA),
+    }
+)
+"""The same with what diffusers' own converter leaves as PEFT has it; no trainer reads that, so it is never written."""
 
 UNSCALED = frozenset({"full", "lycoris-ia3", "oft"})
 """Kinds that an alpha means nothing to."""

@@ -24,7 +24,7 @@ from lorahub.findings import Claim
 from lorahub.formats.dotted_metadata import Statements
 from lorahub.formats.fitting import fit_factors
 from lorahub.formats.flat_names import PREFIXES, take_apart, usual_prefixes
-from lorahub.formats.flat_spellings import FORMAT, NUMBERS, REFUSED, SPELLINGS
+from lorahub.formats.flat_spellings import FORMAT, NUMBERS, READ, REFUSED, SPELLINGS
 from lorahub.formats.flat_writing import Draft
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.gather import Trouble, gather, ways_of
@@ -71,13 +71,11 @@ class KohyaFormat:
     """Reads and writes every algorithm of LyCORIS, and OneTrainer's OFT, in kohya's spelling."""
 
     name = FORMAT
-    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in SPELLINGS.items())
+    rows = tuple(Row(kind=name, leaves=spelling.leaves) for name, spelling in READ.items())
     writes = frozenset(SPELLINGS) - {"full", "oft"}  # those where they have no scale, and are OneTrainer's
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Where a key has one of the prefixes, and a suffix that is known or known to be refused."""
-        if isinstance(files.configs.get("adapter_config.json", {}).get("peft_type"), str):
-            return None
         return Claim(0.8, "tensor names begin with lora_unet_, lora_te_ or lycoris_") if _claimed(files) else None
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
@@ -89,7 +87,7 @@ class KohyaFormat:
         """
         file = _weights_file(files)
         header = files.headers[file]
-        ways = ways_of(self.name, SPELLINGS, kinds)
+        ways = ways_of(self.name, READ, kinds)
         trouble = Trouble()
         modules: dict[tuple[str, str], dict[str, str]] = {}
         parts = bundled(header)
@@ -155,7 +153,7 @@ class KohyaFormat:
 
 
 def _suffixes() -> frozenset[str]:
-    own = (leaf.suffix for spelling in SPELLINGS.values() for leaf in spelling.leaves)
+    own = (leaf.suffix for spelling in READ.values() for leaf in spelling.leaves)
     return frozenset([*own, *REFUSED, *NUMBERS])
 
 

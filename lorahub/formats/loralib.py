@@ -21,12 +21,13 @@ from lorahub.findings import Claim
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.mlx.tables import EMBEDDINGS
-from lorahub.formats.peft.config import CONFIG, base_claim
-from lorahub.formats.peft.keys import Stems
+from lorahub.formats.peft.config import base_claim
+from lorahub.formats.peft.keys import MODEL, Stems
 from lorahub.formats.plain import (
     about_config,
     alpha_unknown,
     is_plain,
+    own_config,
     say,
     stated_flags,
     stated_number,
@@ -70,7 +71,8 @@ class LoralibFormat:
         if not is_plain(files):
             return None
         for header in files.headers.values():
-            if any(key.endswith(f".{_A}") and f"{key[: -len(_A)]}{_B}" in header.tensors for key in header.tensors):
+            own = [key for key in header.tensors if key.endswith(f".{_A}") and not key.startswith(MODEL)]
+            if any(f"{key[: -len(_A)]}{_B}" in header.tensors for key in own):
                 return Claim(0.6, f"tensor names end in .{_A} and .{_B}")
         return None
 
@@ -122,7 +124,7 @@ class LoralibFormat:
         roles: dict[str, JSON] = {
             Target("", group.module, group.parameter).name: group.role for group in groups if group.role
         }
-        repo, revision, notes = base_claim(files.configs.get(CONFIG, {}))
+        repo, revision, notes = base_claim(own_config(files))
         return Reading(
             format=self.name,
             file=file,

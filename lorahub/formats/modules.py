@@ -32,6 +32,7 @@ class Modules:
         self, index: BaseIndex | None, spell: Callable[[str], str] = str, synonyms: Mapping[str, str] | None = None
     ) -> None:
         self._synonyms = synonyms or {}
+        self._here: frozenset[str] = frozenset()  # those of several components whose modules a bare model has
         self._parts: dict[str, dict[str, set[str]]] = {}
         for name in index.modules() if index else ():
             component, module = _split(name)
@@ -46,9 +47,14 @@ class Modules:
     def parts(self, named: Mapping[str, Iterable[str]]) -> dict[str, str]:
         """Component as the file calls it -> as the base does; itself where the base has none that fits.
 
+        Of several components, those that a bare model could be keep their names, and ``find`` looks for them there.
+
         Args:
             named: component -> modules as spelled.
         """
+        bare = self._parts.get("", {}) if len(self._parts) == 1 else {}
+        here = frozenset(component for component, spelled in named.items() if not bare.keys().isdisjoint(spelled))
+        self._here = here if len(named) > 1 else frozenset()
         return {component: self._part(component, spelled, len(named) == 1) for component, spelled in named.items()}
 
     def _part(self, component: str, spelled: Iterable[str], alone: bool) -> str:
@@ -65,7 +71,8 @@ class Modules:
 
     def find(self, part: str, spelled: str) -> tuple[str, ...]:
         """The base's modules of that name in that part: none, one, or several that the spelling does not tell apart."""
-        return tuple(sorted(self._parts.get(part, {}).get(spelled, ())))
+        known = self._parts.get("" if part in self._here else part, {})
+        return tuple(sorted(known.get(spelled, ())))
 
 
 def _split(name: str) -> tuple[str, str]:

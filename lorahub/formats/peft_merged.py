@@ -24,6 +24,8 @@ from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.peft.bare import group_bare
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
 from lorahub.formats.peft.keys import Stems, take_apart
+from lorahub.formats.peft.lookalikes import named_by_peft
+from lorahub.formats.peft.write import FILE
 from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
 from lorahub.hookspecs import hookimpl
 
@@ -42,9 +44,10 @@ class PeftMergedFormat:
     writes: frozenset[str] = frozenset()
 
     def claims(self, files: AdapterFiles) -> Claim | None:
-        """Sure by two fields of the config."""
+        """Sure by two fields of the config, beside tensors that PEFT named."""
         config = files.configs.get(CONFIG, {})
-        if files.headers and config.get("peft_type") == "LORA" and config.get("enable_lora"):
+        early = config.get("peft_type") == "LORA" and config.get("enable_lora")
+        if early and named_by_peft(files.headers, config, FILE):
             return Claim(1.0, f"{CONFIG} has enable_lora, which PEFT wrote before 0.3")
         return None
 

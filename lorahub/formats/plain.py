@@ -16,13 +16,22 @@ from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.peft.config import CONFIG
-from lorahub.formats.peft.keys import Stems
+from lorahub.formats.peft.keys import MODEL, Stems
+from lorahub.formats.suffixes import unknown_fields
 
-__all__ = ["about_config", "alpha_unknown", "is_plain", "say", "stated_flags", "stated_number", "whole_parameters"]
+__all__ = [
+    "about_config",
+    "alpha_unknown",
+    "is_plain",
+    "own_config",
+    "say",
+    "stated_flags",
+    "stated_number",
+    "whole_parameters",
+]
 
 _LONGEST = 4096
 _OTHERS = {"config", "fine_tune_type", "lora_parameters", "peft_type"}
-_BLANK: tuple[JSON, ...] = (None, False, "", [], {})
 
 _PARAMETERS = frozenset(("bias", "num_batches_tracked", "running_mean", "running_var", "weight"))
 """What the layers of a new head call their parameters; the base need not have them."""
@@ -60,8 +69,16 @@ def whole_parameters(
 
 
 def is_plain(files: AdapterFiles) -> bool:
-    """Whether no config lies beside the weights that makes them another format's."""
-    return not _OTHERS & files.configs.get(CONFIG, {}).keys()
+    """Whether no config lies beside the weights that makes them another format's, or none of their names is PEFT's."""
+    if not _OTHERS & files.configs.get(CONFIG, {}).keys():
+        return True
+    return not any(key.startswith(MODEL) for header in files.headers.values() for key in header.tensors)
+
+
+def own_config(files: AdapterFiles) -> Mapping[str, JSON]:
+    """What people wrote beside the weights; empty where the config is one that another format writes."""
+    config = files.configs.get(CONFIG, {})
+    return {} if _OTHERS & config.keys() else config
 
 
 def stated_number(files: AdapterFiles, file: str, name: str) -> float | None:
@@ -99,8 +116,8 @@ def _stated(files: AdapterFiles, file: str, name: str) -> list[JSON]:
         IntegrityError: config and header differ.
     """
     values: list[JSON] = []
-    if files.configs.get(CONFIG, {}).get(name) is not None:
-        values.append(files.configs[CONFIG][name])
+    if (said := own_config(files).get(name)) is not None:
+        values.append(said)
     if (text := files.headers[file].metadata.get(name)) is not None:
         try:
             values.append(strict_json.read(text, limit=_LONGEST))
@@ -136,18 +153,5 @@ def alpha_unknown(file: str, what: str) -> Finding:
 
 def about_config(files: AdapterFiles, known: Collection[str]) -> list[Finding]:
     """Fields of a config beside the weights that the format has no use for; nothing where there are none."""
-    config = files.configs.get(CONFIG, {})
-    told = tuple(sorted(name for name, value in config.items() if name not in known and value not in _BLANK))
-    if not told:
-        return []
-    return [
-        Finding(
-            code="config-unknown",
-            axis="format",
-            level=Verdict.DEGRADED,
-            message=f"{CONFIG} has fields of which nobody here knows whether they change the arithmetic",
-            where=told,
-            remedy="if you know that they do not: --allow config-unknown",
-            allowable=True,
-        )
-    ]
+    config = own_config(files)
+    return unknown_fields({name: value for name, value in config.items() if name not in known})

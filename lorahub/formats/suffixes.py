@@ -16,10 +16,11 @@ from lorahub.deltas.kind import JSON, Group, Kind, Leaf, TensorRef
 from lorahub.errors import IntegrityError, UnsupportedKind
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
+from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.peft.keys import Stems
 from lorahub.shapes import Binding, ShapeMisfit, unify
 
-__all__ = ["Grouped", "Options", "Row", "group_suffixes", "unknown_keys"]
+__all__ = ["Grouped", "Options", "Row", "group_suffixes", "unknown_fields", "unknown_keys"]
 
 Options: TypeAlias = "Callable[[str, str, Mapping[str, TensorRef]], Mapping[str, JSON]]"
 """(kind, module as spelled, its slots) -> what scales them; raises ``IntegrityError`` where they disagree."""
@@ -211,3 +212,21 @@ def unknown_keys(keys: Sequence[str], why: str) -> tuple[Finding, ...]:
             allowable=True,
         ),
     )
+
+
+def unknown_fields(fields: Mapping[str, JSON]) -> list[Finding]:
+    """What to say of fields of ``adapter_config.json`` that a format does not know; nothing where all are blank."""
+    telling = tuple(sorted(name for name, value in fields.items() if value not in (None, False, "", [], {})))
+    if not telling:
+        return []
+    return [
+        Finding(
+            code="config-unknown",
+            axis="format",
+            level=Verdict.DEGRADED,
+            message=f"{CONFIG} has fields of which nobody here knows whether they change the arithmetic",
+            where=telling,
+            remedy="if you know that they do not: --allow config-unknown",
+            allowable=True,
+        )
+    ]

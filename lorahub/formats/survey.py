@@ -1,16 +1,13 @@
 """What lies in an adapter folder, and in words why none of it can be read.
 
-Headers and configs are opened, pickles never: a zip's table of contents tells enough to name what is in one.  Knows
-no format; ``explain`` speaks when none has claimed the files.
+Headers and configs are opened, pickles never.  Knows no format; ``explain`` speaks when none has claimed the files.
 """
 
 from __future__ import annotations
 
 import os
-import struct
-import zipfile
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -18,27 +15,28 @@ from lorahub import strict_json
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError, LorahubError, NotFound, UnsupportedFormat, UnsupportedKind, UsageError
 from lorahub.files.atomic import is_partial
-from lorahub.files.containers import CONTAINERS, read_weights_header
+from lorahub.files.containers import CONTAINERS, is_safetensors, read_weights_header
 from lorahub.files.header import Header, Known
-from lorahub.files.raw import open_regular, read_into
+from lorahub.files.raw import open_regular
 from lorahub.formats.format import AdapterFiles
+from lorahub.formats.glimpse import PICKLE, is_pointer, of_any_name, of_pickles_name
 
 __all__ = ["LARGEST", "Seen", "as_config", "explain", "header_fault", "survey", "survey_in"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONFIG = "adapter_config.json"
 _RECORD = "lorahub.json"
+_MISNAMED = (*_PICKLES, ".sft")
+"""Ends of names under which safetensors are found too."""
+
 LARGEST = 1 << 20
 """Bytes of a JSON file that can still be a config; tokenizers are larger."""
-
-_SCALAR = 8
-"""Bytes of the widest single number."""
 
 _WHOLE = (".weight", ".bias")
 """How the names of nearly all parameters of models end, and no change's where no format knows it."""
 
-_LFS = b"version https://git-lfs"
-_GGLA = (b"algg", b"ggla")
+_ADAPTERHUB = ("adapter.bin", "pytorch_adapter.bin")
+"""What AdapterHub's library calls a pickle that its config speaks of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +115,8 @@ def survey(
     Raises:
         NotFound: nothing is there, or not the file that was named.
         UsageError: a name that leads out of the folder.
+        UnsupportedFormat: the file that was named is no weights file.
+        UnsupportedKind: it is a pickle that its config tells to be no weight change.
         HeaderError: a weights file is malformed, empty, or a Git LFS pointer.
         IntegrityError: ``adapter_config.json`` is no JSON object.
     """
@@ -141,10 +141,10 @@ def survey_in(folder: Path, weight_name: str, seen: Seen) -> AdapterFiles:
     """As ``survey``, of a folder that is known to be there: the named weights file, or all that it has.
 
     Raises:
-        HeaderError, IntegrityError: as ``survey``.
+        UnsupportedFormat, UnsupportedKind, HeaderError, IntegrityError: as ``survey``.
     """
     listed = seen.listed(folder)
-    weights = _weights([weight_name] if weight_name else listed.others)
+    weights = [_demand_weights(folder, weight_name, listed)] if weight_name else _weights(folder, listed.others)
     return AdapterFiles(
         folder=folder,
         headers={name: read_weights_header(folder / name, known=seen.headers) for name in weights},
@@ -153,10 +153,36 @@ def survey_in(folder: Path, weight_name: str, seen: Seen) -> AdapterFiles:
     )
 
 
-def _weights(names: Sequence[str]) -> list[str]:
-    """The files that hold weights: those of the first container in the table of which there is any."""
+def _weights(folder: Path, names: Sequence[str]) -> list[str]:
+    """The files that hold weights: those of the first container in the table of which there is any.
+
+    Where there is none, those that are safetensors but for their names.
+    """
     every = ([name for name in names if name.lower().endswith(suffix)] for suffix in CONTAINERS)
-    return next((found for found in every if found), [])
+    if found := next((found for found in every if found), []):
+        return found
+    return [name for name in names if name.lower().endswith(_MISNAMED) and is_safetensors(folder / name)]
+
+
+def _demand_weights(folder: Path, name: str, listed: Listed) -> str:
+    """The name of one file, if it is a container by its name or safetensors by its content.
+
+    Raises:
+        UnsupportedFormat, UnsupportedKind: what it is instead.
+    """
+    if name.lower().endswith(tuple(CONTAINERS)) or is_safetensors(folder / name):
+        return name
+    if name.lower().endswith(_PICKLES):
+        alone = AdapterFiles(folder=folder, headers={}, configs=listed.configs, others=(name,))
+        if name in _ADAPTERHUB and (bottleneck := _bottleneck(alone, listed.configs.get(_CONFIG, {}))):
+            raise bottleneck
+        what = of_pickles_name(folder / name)
+        raise UnsupportedFormat(f"{folder / name} {what}", _readable(folder, [name], what))
+    what = of_any_name(folder / name)
+    renamed = f"let its name end in .pt, and then: lorahub convert {folder / name}.pt --to peft --out FOLDER"
+    raise UnsupportedFormat(
+        f"{folder / name} {what}", renamed if what == PICKLE else "give a folder, or a .safetensors file"
+    )
 
 
 def _inside(name: str) -> str:
@@ -229,22 +255,25 @@ def explain(files: AdapterFiles) -> LorahubError:
             f"no format knows {', '.join(files.headers)} in {files.folder}: {len(keys)} tensors, first {shown}",
             "lorahub plugins   (formats that are installed)",
         )
-    pickles = [name for name in files.others if name.endswith(_PICKLES)]
+    pickles = [name for name in files.others if name.lower().endswith(_PICKLES)]
     if pickles:
         peft = " (a PEFT adapter, by its config)" if "peft_type" in config else ""
-        what = " and ".join(f"{name} {_peek(files.folder / name)}" for name in pickles[:3])
-        pointer = any(_is_pointer(files.folder / name) for name in pickles)
-        convert = (
-            f"to read its tensors and run nothing: lorahub convert {files.folder / pickles[0]} --to peft --out FOLDER"
-        )
-        readable = convert if "is a Python pickle" in what else "fetch it again, or ask its author"
+        what = " and ".join(f"{name} {of_pickles_name(files.folder / name)}" for name in pickles[:3])
         return UnsupportedFormat(
-            f"{files.folder}{peft} holds no safetensors file; {what}", "git lfs pull" if pointer else readable
+            f"{files.folder}{peft} holds no safetensors file; {what}", _readable(files.folder, pickles, what)
         )
     found = ", ".join([*files.configs, *files.others][:5]) or "nothing"
     return UnsupportedFormat(
         f"{files.folder} holds no weights: found {found}", "give the folder with the .safetensors file"
     )
+
+
+def _readable(folder: Path, pickles: Sequence[str], what: str) -> str:
+    """What to do about files with pickles' names, of which ``what`` was said."""
+    if any(is_pointer(folder / name) for name in pickles):
+        return "git lfs pull"
+    convert = f"to read its tensors and run nothing: lorahub convert {folder / pickles[0]} --to peft --out FOLDER"
+    return convert if PICKLE in what else "fetch it again, or ask its author"
 
 
 def header_fault(header: Header) -> str:
@@ -268,50 +297,3 @@ def _bottleneck(files: AdapterFiles, config: Mapping[str, JSON]) -> LorahubError
         "non-linearity and no change of weights",
         "use it with AdapterHub's own library, adapters",
     )
-
-
-def _peek(path: Path) -> str:
-    """What a file with a pickle's name is, without unpickling."""
-    size = path.stat().st_size
-    if _is_pointer(path):
-        return "is a Git LFS pointer, not the file itself"
-    if not size:
-        return "is empty (0 bytes)"
-    if _starts(path, 4) in _GGLA:
-        return (
-            "is an adapter of llama.cpp before GGUF (magic ggla), which llama.cpp itself reads no more: convert the "
-            "PEFT folder it came from again, with convert_lora_to_gguf.py"
-        )
-    sizes = list(_storages(path))
-    if sizes and max(sizes) <= _SCALAR:
-        return f"holds single numbers only ({len(sizes)} of them): no factors, so nothing that changes a weight"
-    return "is a Python pickle, which is never opened here: it can run any code"
-
-
-def _is_pointer(path: Path) -> bool:
-    return _starts(path, len(_LFS)) == _LFS
-
-
-def _starts(path: Path, length: int) -> bytes:
-    """The first bytes of a file, fewer where it has fewer."""
-    with open_regular(path) as file:
-        start = bytearray(min(length, path.stat().st_size))
-        read_into(file, 0, start)
-    return bytes(start)
-
-
-def _storages(path: Path) -> Iterator[int]:
-    """Bytes of each tensor storage in a PyTorch zip, from the table of contents; none for other files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if "/data/" in entry.filename:
-                    yield entry.file_size
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        OSError,
-        ValueError,
-        NotImplementedError,
-    ):  # damaged, or no zip: nothing to tell
-        return

@@ -96,6 +96,21 @@ def test_extract_names_what_no_adapter_can_say(
     assert "--leave-out" in run.err
 
 
+def test_extract_says_what_to_ask_for_where_no_factors_are_as_close_as_asked(
+    lorahub: Cli, base: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["layers.0.v.weight"] += torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+    (tmp_path / "far").mkdir()
+    save_file(tmp_path / "far" / "model.safetensors", tensors, {"format": "pt"})
+    run = lorahub("extract", tmp_path / "far", "--base", base, "-o", tmp_path / "lora", "--error", "1e-9")
+    assert run.code == 4
+    assert "layers.0.v.weight" in run.err
+    assert "--rank R" in run.err
+    assert not (tmp_path / "lora").exists()
+    assert lorahub("extract", tmp_path / "far", "--base", base, "-o", tmp_path / "lora", "--rank", "4").code == 0
+
+
 def test_resize_cuts_and_tells_the_error(lorahub: Cli, adapter: Path, tmp_path: Path) -> None:
     run = lorahub("resize", adapter, "-o", tmp_path / "small", "--rank", "2")
     assert run.code == 0, run.err

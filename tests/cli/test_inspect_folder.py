@@ -219,12 +219,8 @@ def test_files_of_one_structure_are_told_apart_by_their_numbers_and_metadata(tmp
 
 
 def test_files_that_cannot_be_read_for_one_reason_are_each_named(tmp_path: Path) -> None:
-    tensors = {
-        "base_model.model.a.lora_A.weight": torch.ones(2, 4),
-        "base_model.model.a.lora_B.weight": torch.ones(4, 2),
-    }
     for name in ("a", "b"):
-        save_file(tmp_path / f"{name}.safetensors", tensors)
+        save_file(tmp_path / f"{name}.safetensors", {"a.alpha": torch.tensor(1.0)})
     one, other = list_folder(tmp_path, load_registry())
     assert str(tmp_path / "a.safetensors") in one.error
     assert str(tmp_path / "b.safetensors") in other.error
@@ -301,6 +297,53 @@ def test_options_of_a_folder_are_usage_errors_for_one_adapter(lorahub: Cli, adap
     assert lorahub("inspect", adapter, *option).code == 2
 
 
+def test_every_weights_file_beside_a_config_is_a_row_of_its_own(lorahub: Cli, shelf: Path) -> None:
+    save_file(shelf / "ink" / "other.safetensors", comfy(2), {})
+    (shelf / "ink" / "old.bin").write_bytes(b"\x80\x02}q\x00.")
+    (shelf / "ink" / "optimizer.pt").write_bytes(b"\x80\x02}q\x00.")
+    shutil.copytree(shelf / "ink", shelf / "ink" / "second", ignore=shutil.ignore_patterns("o*"))
+    by_name = {each["name"]: each for each in lorahub("inspect", shelf, "--json").json()["adapters"]}
+    assert [name for name in by_name if name.startswith("ink")] == [
+        "ink",
+        "ink/old.bin",
+        "ink/other.safetensors",
+        "ink/second",
+    ]
+    assert [by_name[f"ink{rest}"]["format"] for rest in ("", "/other.safetensors", "/second")] == [
+        "peft",
+        "comfy",
+        "peft",
+    ]
+
+
+def test_a_lone_pickle_is_a_row_that_names_the_command(lorahub: Cli, shelf: Path) -> None:
+    (shelf / "lone").mkdir()
+    (shelf / "lone" / "old.pt").write_bytes(b"\x80\x02}q\x00.")
+    (row,) = [line for line in lorahub("inspect", shelf).out.splitlines() if line.startswith("lone")]
+    assert "is a Python pickle" in row
+    assert f"lorahub convert {shelf / 'lone' / 'old.pt'}" in row
+
+
+def test_a_pickle_beside_a_config_is_a_row_called_after_the_folder(lorahub: Cli, shelf: Path) -> None:
+    (shelf / "ink" / "adapter_model.safetensors").unlink()
+    (shelf / "ink" / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    (row,) = [line for line in lorahub("inspect", shelf).out.splitlines() if line.startswith("ink")]
+    assert "lorahub convert" in row
+
+
+def test_one_adapters_folder_says_what_lies_beside_it(lorahub: Cli, adapter: Path) -> None:
+    assert "beside it" not in lorahub("inspect", adapter).out
+    shutil.copytree(adapter, adapter / "other one")
+    save_file(adapter / "second.safetensors", comfy(2), {})
+    run = lorahub("inspect", adapter)
+    assert "beside it" in run.out
+    assert "other one" in run.out
+    assert "second.safetensors" in run.out
+    assert lorahub("inspect", adapter, "--json").json()["beside"] == ["other one", "second.safetensors"]
+    names = lorahub("inspect", adapter, "--sort", "name", "-q").out.splitlines()
+    assert names == ["adapter_model.safetensors", "other one", "second.safetensors"]
+
+
 def test_quiet_prints_the_readable_names(lorahub: Cli, shelf: Path) -> None:
     assert lorahub("inspect", shelf, "-q").out.split() == [
         "b2.safetensors",
@@ -334,3 +377,5 @@ def test_a_shelf_of_real_adapters_is_listed_whole(lorahub: Cli, real_adapters: P
     assert by_name["ml-explore__mlx-lm__mlx_qwen05"]["format"] == "mlx"
     assert "0 bytes" in by_name["invoke-ai__InvokeAI__zero_byte/model.safetensors"]["error"]
     assert len([each for each in document["adapters"] if each["error"]]) < len(document["adapters"])
+    folders = {path.name for path in real_adapters.iterdir() if path.is_dir()} - {"layouts", "configs"}
+    assert {name.partition("/")[0] for name in by_name} == folders

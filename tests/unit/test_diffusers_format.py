@@ -293,8 +293,12 @@ def test_diffusers_claims_its_own_and_no_other(weights: Folder, registry: Regist
     assert open_header(folder, registry).format == "diffusers"
     header = read_header(weights.path)
     peft: dict[str, JSON] = {"peft_type": "LORA"}
-    files = AdapterFiles(folder=folder, headers={FILE: header}, configs={"adapter_config.json": peft})
-    assert DiffusersFormat().claims(files) is None
+    beside = AdapterFiles(folder=folder, headers={FILE: header}, configs={"adapter_config.json": peft})
+    alone = AdapterFiles(folder=folder, headers={FILE: header}, configs={})
+    assert DiffusersFormat().claims(beside) == DiffusersFormat().claims(alone) is not None
+    weights.fill({"layers.0.q_proj.lora_A.weight": (2, 4), "layers.0.q_proj.lora_B.weight": (4, 2)})
+    bare = {FILE: read_header(weights.path)}
+    assert DiffusersFormat().claims(AdapterFiles(folder=folder, headers=bare, configs=beside.configs)) is None
     for key in (
         "base_model.model.q.lora_A.weight",
         "diffusion_model.q.lora_A.weight",

@@ -121,6 +121,44 @@ def test_the_prefix_names_the_component_and_a_module_stays_as_spelled_without_a_
     assert (group.component, group.module, group.kind) == (component, "mid_to_q", "lora")
 
 
+def test_of_two_components_those_that_a_bare_model_could_be_find_their_names_and_stay_apart(
+    weights: Folder, registry: Registry
+) -> None:
+    shapes = {f"{stem}.{name}": shape for stem in (STEM, "lora_te_layers_0_q") for name, shape in PAIR.items()}
+    reading = weights.read(shapes, index=base("mid.to_q.weight"), stem="")
+    assert {(group.component, group.module) for group in reading.groups} == {
+        ("unet", "mid.to_q"),
+        ("text_encoder", "layers_0_q"),
+    }
+    reading = weights.read(shapes, index=base("mid.to_q.weight", "layers.0.q.weight"), stem="")
+    assert {(group.component, group.module) for group in reading.groups} == {
+        ("unet", "mid.to_q"),
+        ("text_encoder", "layers.0.q"),
+    }
+
+
+def test_lengths_that_diffusers_leaves_under_pefts_name_are_those_of_the_rows(weights: Folder) -> None:
+    square = {"lora_unet_mid_to_q.lora_down.weight": (2, 4), "lora_unet_mid_to_q.lora_up.weight": (4, 2)}
+    reading = weights.read({**square, "lora_unet_mid_to.q.lora_magnitude_vector": (4,)}, stem="")
+    (group,) = reading.groups
+    assert (group.module, group.kind, group.options["axis"]) == ("mid_to_q", "dora", 0)
+    assert not reading.findings
+
+
+def test_a_bias_of_the_upper_factor_is_scaled_like_it_and_never_written(
+    weights: Folder, kinds: tuple[Kind, ...], tmp_path: Path
+) -> None:
+    reading = weights.read({**PAIR, "lora_up.bias": (6,), "alpha": 1.0})
+    (group,) = reading.groups
+    assert (group.kind, group.options["scale"], group.slots["bias"].key) == ("lora", 0.5, f"{STEM}.lora_up.bias")
+    deltas: dict[Target, Delta] = {
+        Target("unet", "mid.to_q", "weight"): LoRA(torch.randn(6, 2), torch.randn(2, 4), 0.5),
+        Target("unet", "mid.to_q", "bias"): Full(torch.randn(6), 0.5),
+    }
+    with pytest.raises(CannotCarry):
+        KohyaFormat().write(deltas, kinds, {})
+
+
 def test_a_base_turns_underscores_back_into_its_own_dots_only(weights: Folder) -> None:
     index = base("mid.to_q.weight", "other.mid_to.q.weight")
     assert weights.read(PAIR, index=index).groups[0].module == "mid.to_q"
@@ -369,8 +407,9 @@ def test_kohya_claims_its_own_and_no_other(weights: Folder, registry: Registry) 
     assert open_header(folder, registry).format == "kohya"
     header = read_header(weights.path)
     peft: dict[str, JSON] = {"peft_type": "LORA"}
-    files = AdapterFiles(folder=folder, headers={"a": header}, configs={"adapter_config.json": peft})
-    assert KohyaFormat().claims(files) is None
+    beside = AdapterFiles(folder=folder, headers={"a": header}, configs={"adapter_config.json": peft})
+    alone = AdapterFiles(folder=folder, headers={"a": header}, configs={})
+    assert KohyaFormat().claims(beside) == KohyaFormat().claims(alone) is not None
     for key in ("base_model.model.q.lora_A.weight", "unet.mid.to_q.lora_A.weight", "lora_unet_q", "unet:0:up"):
         weights.fill({key: (2, 2)})
         files = AdapterFiles(folder=folder, headers={"a": read_header(weights.path)}, configs={})

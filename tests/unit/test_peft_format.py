@@ -98,14 +98,56 @@ def test_a_peft_type_in_the_config_is_a_sure_claim() -> None:
     assert claim.score == 1.0
 
 
-def test_tensor_names_without_a_config_are_half_a_claim_and_are_refused_for_want_of_alpha(
-    kinds: tuple[Kind, ...],
-) -> None:
+def test_without_a_config_the_modules_are_told_and_the_scale_is_not(kinds: tuple[Kind, ...]) -> None:
     claim = PeftFormat().claims(files(PAIR, None))
     assert claim is not None
     assert claim.score < 1.0
-    with pytest.raises(UnsupportedFormat, match=r"adapter_config\.json .*alpha"):
-        PeftFormat().read(files(PAIR, None), kinds, None)
+    reading = PeftFormat().read(files(PAIR, None), kinds, None)
+    (group,) = reading.groups
+    assert (group.kind, group.module) == ("lora", "q")
+    assert "scale" not in group.options
+    said = finding(reading, "config-missing")
+    assert said.level is Verdict.INCOMPATIBLE
+    assert not said.allowable
+    assert "adapter_config.json" in said.message
+    assert "lora_alpha" in said.remedy
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        ({**PAIR, "q.lora_magnitude_vector": (6,)}, "dora"),
+        ({"q.lora_embedding_A": (2, 9), "q.lora_embedding_B": (4, 2), "q.lora_magnitude_vector": (4,)}, "dora"),
+        ({"q.hada_w1_a": (6, 2), "q.hada_w1_b": (2, 4), "q.hada_w2_a": (6, 2), "q.hada_w2_b": (2, 4)}, "loha"),
+        ({"q.lora_A": (2, 4), "q.lora_B": (6, 2), "q.lora_E": (2, 1)}, "adalora"),
+        ({"q.miss_block": (2, 6)}, "miss"),
+    ],
+)
+def test_without_a_config_the_names_tell_the_kind(
+    kinds: tuple[Kind, ...], shapes: Mapping[str, Sequence[int]], kind: str
+) -> None:
+    reading = PeftFormat().read(files(shapes, None), kinds, None)
+    assert [group.kind for group in reading.groups] == [kind]
+    assert {"scale", "alpha"}.isdisjoint(reading.groups[0].options)
+
+
+def test_without_a_config_what_only_it_could_explain_is_left_over(kinds: tuple[Kind, ...]) -> None:
+    shapes = {**PAIR, "score.weight": (3, 4)}
+    assert finding(PeftFormat().read(files(shapes, None), kinds, None), "key-unknown").where == (
+        f"{PREFIX}score.weight",
+    )
+    tokens = PeftFormat().read(files({"e.trainable_tokens_delta": (2, 4)}, None), kinds, None)
+    assert tokens.groups == ()
+    assert finding(tokens, "key-unknown").where == (f"{PREFIX}e.trainable_tokens_delta",)
+
+
+def test_a_config_that_explains_none_of_the_names_is_little_of_a_claim() -> None:
+    foreign = files({"lora_unet_q.lora_down.weight": (2, 4)}, lora(), prefix="")
+    claim = PeftFormat().claims(foreign)
+    assert claim is not None
+    assert claim.score < 0.4
+    prompts = files({"prompt_embeddings": (8, 4)}, {"peft_type": "PROMPT_TUNING"}, prefix="")
+    assert PeftFormat().claims(prompts) == PeftFormat().claims(files(PAIR, lora()))
 
 
 def test_a_config_without_weights_or_of_another_library_is_no_claim() -> None:

@@ -47,3 +47,9 @@ def test_a_size_may_be_at_least_a_number_or_one_that_is_known_by_name() -> None:
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (5, 5)])
 def test_the_smallest_of_the_trailing_sizes_may_be_given(shape: tuple[int, ...]) -> None:
     assert unify("*<5", shape, {}, name="weight") == {}
+
+
+def test_two_whole_shapes_that_differ_are_both_named() -> None:
+    bound = unify("*shape", (48, 16), {}, name="head.weight")
+    with pytest.raises(ShapeMisfit, match=r"^value is \[32, 16\] where \[48, 16\] is wanted$"):
+        unify("*shape", (32, 16), bound, name="value")

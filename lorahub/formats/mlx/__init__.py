@@ -29,7 +29,7 @@ from lorahub.formats.mlx.tables import CONFIG, DEFAULT_SCALE, EMBEDDING, EMBEDDI
 from lorahub.formats.mlx.write import write
 from lorahub.formats.peft.config import base_claim
 from lorahub.formats.peft.keys import Stems
-from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
+from lorahub.formats.suffixes import Row, group_suffixes, unknown_fields, unknown_keys
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["MlxFormat", "lorahub_formats"]
@@ -59,15 +59,17 @@ class MlxFormat:
     writes = frozenset({"lora", "dora", "expert-lora", "replace"})
 
     def claims(self, files: AdapterFiles) -> Claim | None:
-        """Sure by its config; by the endings of names where there is none."""
+        """Sure by its config beside names, or a file, that are its own; little by one of the two."""
         config = files.configs.get(CONFIG, {})
         if not files.headers or isinstance(config.get("peft_type"), str):
             return None
+        keys = [key for header in files.headers.values() for key in header.tensors]
+        factors = any(key.endswith((".lora_a", ".lora_b")) for key in keys)
         if isinstance(config.get("lora_parameters"), dict) or isinstance(config.get("fine_tune_type"), str):
-            return Claim(1.0, f"{CONFIG} has lora_parameters or a fine_tune_type")
-        if any(key.endswith((".lora_a", ".lora_b")) for header in files.headers.values() for key in header.tensors):
-            return Claim(0.4, "tensor names end in .lora_a and .lora_b")
-        return None
+            if factors or any(name in files.headers for name in FILES):
+                return Claim(1.0, f"{CONFIG} has lora_parameters or a fine_tune_type")
+            return Claim(0.3, f"{CONFIG} has lora_parameters or a fine_tune_type, though the names are not MLX's")
+        return Claim(0.4, "tensor names end in .lora_a and .lora_b") if factors else None
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
         """Account for every key.
@@ -248,20 +250,7 @@ def _about_config(config: Mapping[str, JSON]) -> list[Finding]:
     unknown = [name for name in config if name not in _TRAINING | _USED]
     unknown += [f"lora_parameters.{name}" for name in inner if name not in _INNER_TRAINING | _INNER_USED]
     values = {**config, **{f"lora_parameters.{name}": value for name, value in inner.items()}}
-    telling = tuple(sorted(name for name in unknown if values[name] not in (None, False, "", [], {})))
-    if not telling:
-        return []
-    return [
-        Finding(
-            code="config-unknown",
-            axis="format",
-            level=Verdict.DEGRADED,
-            message=f"{CONFIG} has fields of which nobody here knows whether they change the arithmetic",
-            where=telling,
-            remedy="if you know that they do not: --allow config-unknown",
-            allowable=True,
-        )
-    ]
+    return unknown_fields({name: values[name] for name in unknown})
 
 
 @hookimpl

@@ -21,9 +21,10 @@ from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
 from lorahub.formats.peft.bare import group_bare
 from lorahub.formats.peft.completion import complete
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
+from lorahub.formats.peft.configless import looked_at
 from lorahub.formats.peft.groups import group_factors, suffixes, tensor_ref
-from lorahub.formats.peft.keys import PREFIX, Names, Stems, take_apart
-from lorahub.formats.peft.lookalikes import lookalike
+from lorahub.formats.peft.keys import MODEL, Names, Stems, take_apart
+from lorahub.formats.peft.lookalikes import lookalike, named_by_peft
 from lorahub.formats.peft.owner import Owner
 from lorahub.formats.peft.parameters import attention_outputs, in_order, owners
 from lorahub.formats.peft.types import PeftType, type_of
@@ -32,9 +33,6 @@ from lorahub.formats.peft.written import written_choice
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["PeftFormat", "lorahub_formats"]
-
-_TELLING = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".ia3_l")
-"""Ends of keys that only PEFT writes below ``base_model.model.``."""
 
 _KEPT = ("auto_mapping", "modules_to_save", "peft_type", "peft_version", "task_type")
 """Config fields that are worth keeping, and that ``write`` puts back."""
@@ -47,23 +45,27 @@ class PeftFormat:
     name = "peft"
 
     def claims(self, files: AdapterFiles) -> Claim | None:
-        """Sure where the config names a ``peft_type``; half sure where only the tensor names look like PEFT's."""
+        """Sure where the config names a ``peft_type`` and the tensors are named so; less so by the names alone.
+
+        A config beside tensors of other names may be somebody else's: there every format that knows the names is surer.
+        """
         if not files.headers:
             return None
-        if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
+        config = files.configs.get(CONFIG, {})
+        named = named_by_peft(files.headers, config, FILE)
+        if isinstance(config.get("peft_type"), str):
+            if not named:
+                return Claim(0.3, f"{CONFIG} has a peft_type, though no tensor is named as PEFT names them")
             other = bool(lookalike(files.headers.values()))
-            early = bool(files.configs[CONFIG].get("enable_lora"))  # a layout of its own: ``peft_merged``
+            early = bool(config.get("enable_lora"))  # a layout of its own: ``peft_merged``
             return Claim(0.5 if other or early else 1.0, f"{CONFIG} has a peft_type")
-        keys = (key for header in files.headers.values() for key in header.tensors)
-        if any(key.startswith(PREFIX) and key.endswith(_TELLING) for key in keys):
-            return Claim(0.5, f"tensor names begin with {PREFIX}")
-        return None
+        return Claim(0.5, f"tensor names begin with {MODEL}") if named else None
 
     def read(self, files: AdapterFiles, kinds: Sequence[Kind], index: BaseIndex | None) -> Reading:
         """Account for every key of the weights file.
 
         Raises:
-            UnsupportedFormat: there is no config, or several files could hold the weights.
+            UnsupportedFormat: several files could hold the weights.
             IntegrityError: a config field has a type that PEFT never writes.
         """
         file = _weights_file(files)
@@ -71,11 +73,8 @@ class PeftFormat:
         config = files.configs.get(CONFIG, {})
         tag = config.get("peft_type")
         if not isinstance(tag, str):
-            raise UnsupportedFormat(
-                f"{files.folder / file} holds PEFT tensors, but no {CONFIG} with a peft_type lies beside it; without "
-                "it the adapter's alpha, and so its strength, cannot be known",
-                f"put the {CONFIG} that was saved with it into the same folder",
-            )
+            seen = looked_at(file, header, kinds, index)
+            return Reading(format=self.name, file=file, groups=seen.groups, shared=seen.shared, findings=seen.findings)
         about = type_of(tag, config)
         ways = [
             (kind, spelling)

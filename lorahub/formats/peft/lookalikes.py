@@ -1,22 +1,44 @@
-"""Files of trainers that write PEFT's config beside tensors that PEFT does not name so: told apart by those names.
+"""Files that lie beside PEFT's config and are not PEFT's: told apart by the names of their tensors.
 
-Endings and numbers of dimensions only; reading such a file is for the format it is named after.
+Some trainers write that config for tensors that PEFT does not name so, and some people keep other files beside it.
+Beginnings and ends of keys and numbers of dimensions only; reading such a file is for the format it is named after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from lorahub.deltas.kind import JSON
 from lorahub.files.header import Header
-from lorahub.formats.peft.keys import PREFIX
+from lorahub.formats.peft.keys import MODEL, PREFIX
+from lorahub.formats.peft.types import type_of
 
-__all__ = ["TINKER", "TORCHTUNE", "lookalike"]
+__all__ = ["TINKER", "TORCHTUNE", "lookalike", "named_by_peft"]
 
 TINKER, TORCHTUNE = "tinker", "torchtune"
 
 _TORCHTUNE = (".lora_a.weight", ".lora_b.weight")
 _UNEMBED = ".unembed_tokens.lora_A.weight"
 _EXPERTS = tuple(f".experts.{name}.lora_A.weight" for name in ("w1", "w2", "w3"))
+_PROMPTS = ("prompt_embeddings", "prefix_task_")
+"""How the names begin that PEFT gives to what lies outside the model."""
+
+
+def named_by_peft(headers: Mapping[str, Header], config: Mapping[str, JSON], usual: str) -> bool:
+    """Whether PEFT would name tensors so that it saves beside this config.
+
+    Args:
+        headers: weights file name -> header; where one is called as PEFT calls it, that alone counts.
+        config: what lies beside them; empty where nothing does.
+        usual: what PEFT calls its file.
+    """
+    counted = [headers[usual]] if usual in headers else [*headers.values()]
+    keys = [key for header in counted for key in header.tensors]
+    if any(key.startswith(MODEL) for key in keys):
+        return True
+    tag = config.get("peft_type")
+    about = type_of(tag, config) if isinstance(tag, str) else None
+    return bool(about and about.part) and (usual in headers or any(key.startswith(_PROMPTS) for key in keys))
 
 
 def lookalike(headers: Iterable[Header]) -> str:

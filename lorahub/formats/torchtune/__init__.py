@@ -22,7 +22,7 @@ from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.peft.config import CONFIG, base_claim
 from lorahub.formats.peft.lookalikes import TORCHTUNE, lookalike
 from lorahub.formats.rope import to_halves
-from lorahub.formats.suffixes import group_suffixes, unknown_keys
+from lorahub.formats.suffixes import group_suffixes, unknown_fields, unknown_keys
 from lorahub.formats.torchtune.names import FILE, INSIDE, OUTSIDE, ROWS, TorchtuneStems, rotation, torchtune_name
 from lorahub.formats.torchtune.write import write
 from lorahub.hookspecs import hookimpl
@@ -156,21 +156,7 @@ def _about_names(groups: Sequence[Group]) -> list[Finding]:
 
 
 def _about_config(config: Mapping[str, JSON]) -> list[Finding]:
-    unknown = (name for name in config if name not in _USED | _INERT)
-    telling = tuple(sorted(name for name in unknown if config[name] not in (None, False, "", [], {})))
-    if not telling:
-        return []
-    return [
-        Finding(
-            code="config-unknown",
-            axis="format",
-            level=Verdict.DEGRADED,
-            message=f"{CONFIG} has fields of which nobody here knows whether they change the arithmetic",
-            where=telling,
-            remedy="if you know that they do not: --allow config-unknown",
-            allowable=True,
-        )
-    ]
+    return unknown_fields({name: value for name, value in config.items() if name not in _USED | _INERT})
 
 
 @hookimpl
