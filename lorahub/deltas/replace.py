@@ -48,6 +48,10 @@ class Replace(Delta):
         cut = take(self.value, rows, 0)
         return type(self)(take(cut, cols, 1) if cut.dim() > 1 else cut)
 
+    def expert(self, position: int) -> Self:
+        """The value of one matrix, where ``value`` is a stack [E, out, in] that a base keeps one by one."""
+        return type(self)(self.value[position])
+
     def replacement(self) -> torch.Tensor:
         """``value`` as stored."""
         return self.value

@@ -125,7 +125,7 @@ class _Assembly:
         for placed in given.placement.placed:
             self.reads |= {piece.parameter: self._stored(piece.parameter) for piece in placed.siblings.values()}
             for number, piece in enumerate(placed.pieces):
-                source, name = piece.parameter, placed.target.name
+                source, name = piece.parameter, placed.name
                 twins = tied.get(source, [])
                 if placed.target in twins[1:]:
                     continue  # said once, with the first of them
@@ -236,11 +236,17 @@ class _Assembly:
             if source in groups and not self._together(source)
         }
         changed |= {name: {name} for name in self.created if name in groups}
+        self.stale |= {alias for source, _ in self.terms for alias in groups.get(source, ())[1:]} & set(
+            self.index.extras
+        )
         if not changed:
             return
         names = sorted(out for outs in changed.values() for out in outs)
         edits = self.framework.untie(self.index, names)
         resized = sorted(name for name in self.created if name in groups)
+        if edits is None and not resized and all(len(outs) == 1 for outs in changed.values()):
+            self._change_all(names)
+            return
         if edits is None or resized:
             why = f"{resized[0]} changes its shape" if resized else f"{self.framework.name} has no way to say so"
             self.found.append(
@@ -270,6 +276,23 @@ class _Assembly:
                     "to untie them knowingly: --allow tied-parameter",
                 )
             )
+
+    def _change_all(self, names: Sequence[str]) -> None:
+        """Let the change of one name be the change of its parameter, where no checkpoint can hold them apart."""
+        for name in names:
+            source = self.index.stored(name)
+            self.terms[source, source] = self.terms.pop((source, name))
+        others = ", ".join(self.index.tied_with(names[0]))
+        self.found.append(
+            note(
+                "tied-parameter",
+                Verdict.DEGRADED,
+                f"{names[0]} shares its storage with {others}, and the adapter was trained to change it alone; "
+                f"{self.framework.name} has no way to store them apart, so the change would be that of all of them",
+                names,
+                "to change all of them knowingly: --allow tied-parameter",
+            )
+        )
 
     def _together(self, source: str) -> bool:
         """Whether all that changes a parameter is meant for every name that it has."""

@@ -26,6 +26,7 @@ class Notes:
     Attributes:
         index: the base.
         absent: targets whose module the base lacks, or that the framework has no place for.
+        elsewhere: targets of other components of a pipeline than the one that the base is.
         alone: targets whose module the base has, without that parameter.
         misfits: reason -> (target name, what disagrees).
         refused: (code, reason) -> target names; what is stored or laid out in a way that nothing can be added to.
@@ -34,6 +35,7 @@ class Notes:
 
     index: BaseIndex
     absent: list[Target] = field(default_factory=list)
+    elsewhere: list[Target] = field(default_factory=list)
     alone: list[Target] = field(default_factory=list)
     misfits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     refused: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class Notes:
 
     def findings(self, touched: int, landed: int) -> tuple[Finding, ...]:
         """Everything gathered, of an adapter that makes ``touched`` changes of which ``landed`` found a place."""
-        found = [*self._absent(touched, landed), *self._alone(), *self._misfits(), *self._refused(), *self._missing()]
+        found = [*self._absent(touched - len(self.elsewhere), landed), *self._elsewhere(touched), *self._alone()]
+        found += [*self._misfits(), *self._refused(), *self._missing()]
         if not touched:
             found.append(_stop("nothing-lands", "the adapter changes no weight, so there is nothing to merge", ()))
         return tuple(found)
@@ -64,7 +67,21 @@ class Notes:
             others = f"to go on with the other {touched - len(names)}: --allow target-missing"
             return [note("target-missing", Verdict.DEGRADED, message, names, others)]
         remedy = "is it the right base? compare the names: lorahub inspect ADAPTER"
+        parts = sorted({target.component for target in self.absent})
+        if len(parts) > 1 and not any(":" in name for name in self.index.parameters):
+            remedy = f"take the component that this base is: lorahub convert ADAPTER --to peft --component {parts[0]}"
         return [_stop("target-missing", f"nothing of the adapter finds a place: {message}", names, remedy)]
+
+    def _elsewhere(self, touched: int) -> list[Finding]:
+        if not self.elsewhere:
+            return []
+        names = tuple(target.name for target in self.elsewhere)
+        parts = " and ".join(sorted({target.component for target in self.elsewhere}))
+        message = f"{len(names)} of {touched} targets are in {parts}, and {self.index.ref} is another component alone"
+        remedy = (
+            f"merge it into the folder of {parts} too; to merge only what belongs here: --allow component-elsewhere"
+        )
+        return [note("component-elsewhere", Verdict.DEGRADED, message, names, remedy)]
 
     def _alone(self) -> list[Finding]:
         if not self.alone:

@@ -7,7 +7,7 @@ adapter; what a base would need for a new head, its framework says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import final
 
@@ -16,6 +16,7 @@ from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.delta import ALL, Index
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef, Touch
+from lorahub.engine.misfits import reason
 from lorahub.engine.notes import Notes
 from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding
@@ -37,6 +38,7 @@ class Placed:
 
     Attributes:
         target: what is changed, under the base's names.
+        name: what the base calls it; that of the target, but for its component where the base is that one.
         kind: registered kind name.
         touch: what its kind says of the change.
         pieces: where it lands.
@@ -45,6 +47,7 @@ class Placed:
     """
 
     target: Target
+    name: str
     kind: str
     touch: Touch
     pieces: tuple[Piece, ...]
@@ -112,11 +115,14 @@ def place(
         shared: (kind, slot) -> tensor, for slots that an adapter has once.
         hints: what the adapter says of its task, for the framework.
     """
+    could_be = _components_here(groups, index)
     placer = _Placer(kinds, index, framework, shared)
     touched = list(placer.touched(groups))
-    wanted = {target for _, _, target in touched}
-    wanted |= {Target(target.component, target.module, name) for _, touch, target in touched for name in touch.reads}
+    wanted = {placer.there(target, could_be) for _, _, target in touched}
+    wanted |= {replace(target, parameter=name) for _, touch, target in touched for name in touch.reads}
+    wanted |= {placer.there(target, could_be) for target in wanted}
     layouts = framework.layouts(index, wanted)
+    placer.choose(could_be, touched, layouts)
     placed = [found for one in touched if (found := placer.put(*one, layouts))]
     created, edits = placer.create(hints)
     return Placement(
@@ -125,6 +131,15 @@ def place(
         edits=edits,
         findings=placer.notes.findings(len(touched), len(placed) + len(created)),
     )
+
+
+def _components_here(groups: Sequence[Group], index: BaseIndex) -> frozenset[str]:
+    """Which of an adapter's components a base could be that has none itself: those with modules in it."""
+    components = {group.component for group in groups}
+    if len(components) < 2 or "" in components or any(":" in name for name in index.parameters):
+        return frozenset()
+    modules = index.modules()
+    return frozenset(group.component for group in groups if group.module in modules)
 
 
 def logical_shape(layout: Layout, index: BaseIndex) -> tuple[int, ...]:
@@ -159,11 +174,12 @@ class _Placer:
         shared: Mapping[tuple[str, str], TensorRef],
     ) -> None:
         self.notes = Notes(index)
+        self._here: frozenset[str] = frozenset()  # the component that the base is, of an adapter with several
         self._kinds, self._index, self._framework, self._shared = kinds, index, framework, shared
         self._modules = frozenset(index.modules())
         self._bindings: dict[int, Binding] = {}
         self._counted: set[str] = set()
-        self._candidates: list[tuple[Created, str]] = []  # with what disagrees where the base has another shape
+        self._candidates: list[tuple[Created, str, str]] = []  # with what disagrees where the shape differs, and why
 
     def touched(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Touch, Target]]:
         """Every change, with its target."""
@@ -171,30 +187,54 @@ class _Placer:
             for touch in self._kinds[group.kind].touches(group):
                 yield group, touch, Target(group.component, group.module, touch.parameter)
 
+    def there(self, target: Target, here: frozenset[str] | None = None) -> Target:
+        """The target as the base would name it, were it one of these components; without any, the one it is."""
+        return replace(target, component="") if target.component in (self._here if here is None else here) else target
+
+    def choose(
+        self,
+        could_be: frozenset[str],
+        touched: Sequence[tuple[Group, Touch, Target]],
+        layouts: Mapping[Target, Layout],
+    ) -> None:
+        """Settle which component the base is: the only one that it could be, or of several the only one that fits."""
+        wrong = set()
+        for group, touch, target in touched if len(could_be) > 1 else ():
+            layout = layouts.get(self.there(target, could_be))
+            if layout and self._misfit(group, touch, target, logical_shape(layout, self._index)):
+                wrong.add(target.component)
+        left = could_be - wrong
+        self._here = left if len(left) == 1 else frozenset()
+
     def put(self, group: Group, touch: Touch, target: Target, layouts: Mapping[Target, Layout]) -> Placed | None:
         """The place of one change, or None, and then a note says why."""
-        layout = layouts.get(target)
+        there = self.there(target)
+        layout = layouts.get(there)
         if layout is None:
-            if touch.replaces:
-                self._candidates.append((self._new(group, touch, target), ""))
+            if self._here and target.component not in self._here:
+                self.notes.elsewhere.append(target)
+            elif touch.replaces and there == target:
+                self._candidates.append((self._new(group, touch, target), "", ""))
             elif not touch.if_present:
-                known = target.name.rpartition(".")[0] in self._modules
+                known = there.name.rpartition(".")[0] in self._modules
                 (self.notes.alone if known else self.notes.absent).append(target)
             return None
         shape = logical_shape(layout, self._index)
-        if touch.replaces and len(layout.pieces) == 1 and layout.pieces[0].of_parameter.transposed:
-            shape = shape[1::-1]  # values lie in files as the base stores them
+        first = layout.pieces[0].of_parameter
+        if touch.replaces and len(layout.pieces) == 1 and first.transposed and first.expert is None:
+            shape = shape[1::-1]  # values lie in files as the base stores them; one matrix of a stack lies by itself
         if details := self._misfit(group, touch, target, shape):
             only = layout.pieces[0]
             plain = len(layout.pieces) == 1 and only.of_parameter.whole and only.parameter == target.name
             if touch.replaces and plain:
-                self._candidates.append((self._new(group, touch, target), details))
+                why = self._why(group, touch, target, shape)
+                self._candidates.append((self._new(group, touch, target), details, why))
             else:
                 self.notes.misfit(target, details, self._why(group, touch, target, shape))
             return None
         if not self._takes(group, touch, target, layout):
             return None
-        siblings = {name: layouts.get(Target(target.component, target.module, name)) for name in touch.reads}
+        siblings = {name: layouts.get(replace(there, parameter=name)) for name in touch.reads}
         if any(found is None or len(found.pieces) != 1 for found in siblings.values()):
             reads = ", ".join(touch.reads)
             self.notes.refuse(
@@ -203,6 +243,7 @@ class _Placer:
             return None
         return Placed(
             target=target,
+            name=there.name,
             kind=group.kind,
             touch=touch,
             pieces=self._apart(layout.pieces, touch),
@@ -214,17 +255,17 @@ class _Placer:
         """The parameters to create and what that changes elsewhere; none where the framework has no place for them."""
         if not self._candidates:
             return (), Edits()
-        wanted = {new.target.name: (new.shape, new.dtype) for new, _ in self._candidates}
+        wanted = {new.target.name: (new.shape, new.dtype) for new, _, _ in self._candidates}
         edits = self._framework.edits(self._index, wanted, hints)
         if edits is None:
-            for new, details in self._candidates:
+            for new, details, why in self._candidates:
                 if details:
-                    self.notes.misfit(new.target, details, "")
+                    self.notes.misfit(new.target, details, why)
                 else:
                     self.notes.absent.append(new.target)
             return (), Edits()
         self.notes.missing = tuple(name for name in edits.missing if name not in wanted)
-        return tuple(new for new, _ in self._candidates), edits
+        return tuple(new for new, _, _ in self._candidates), edits
 
     def _slots(self, group: Group, touch: Touch) -> Iterator[tuple[str, TensorRef]]:
         for name in touch.slots:
@@ -255,23 +296,14 @@ class _Placer:
         return binding
 
     def _why(self, group: Group, touch: Touch, target: Target, shape: tuple[int, ...]) -> str:
-        """What more is known about a misfit, as a sentence, or ""."""
-        if len(shape) == 2 and not self._index.declared:
+        def turned() -> bool:
             try:
                 self._bind(group, touch, target, shape[::-1])
             except ShapeMisfit:
-                return ""
-            return (
-                "turned around it would fit, so this base seems to store it [in, out]; that is not guessed at: install "
-                "the plugin of its framework, or merge into the live model"
-            )
-        inputs = {ref.shape[1] for _, ref in self._slots(group, touch) if len(ref.shape) == len(shape) > 2}
-        if any(size != shape[1] and shape[1] and size % shape[1] == 0 for size in inputs):
-            return (
-                "the weight is that of a grouped convolution, where every output sees only its own group's inputs; the "
-                "adapter's factors connect all of them, so no weight of this layer equals what was trained"
-            )
-        return ""
+                return False
+            return True
+
+        return reason(self._index, touch, [*self._slots(group, touch)], shape, turned)
 
     def _takes(self, group: Group, touch: Touch, target: Target, layout: Layout) -> bool:
         """Whether something can be added to the stored parameters; a note says why not."""

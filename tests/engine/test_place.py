@@ -73,6 +73,20 @@ def test_a_grouped_convolution_is_refused_with_the_reason(tools):
     assert "grouped convolution" in only(put(world, tools, {"c.weight": tools.lora(8, 4, 3, 3)})).message
 
 
+@pytest.mark.parametrize("config", [{"vocab_size": 50}, {"text_config": {"vocab_size": 50}}])
+def test_a_changed_vocabulary_is_named_with_the_size_that_the_base_should_have(tools, config):
+    world = tools.World({"embed.weight": tools.weights(50, 16)}, config=config)
+    replaced = only(put(world, tools, {"embed.weight": Replace(tools.weights(53, 16))})).message
+    assert "knows 50 words" in replaced
+    assert "resize_token_embeddings(53)" in replaced
+    assert "at random" not in replaced
+    factors = only(put(world, tools, {"embed.weight": tools.lora(53, 16)})).message
+    assert "resize_token_embeddings(53)" in factors
+    assert "at random" in factors
+    narrower = only(put(world, tools, {"embed.weight": tools.lora(50, 12)})).message
+    assert "words" not in narrower
+
+
 def test_an_absent_target_is_degraded_while_something_else_lands(base, tools):
     found = only(put(base, tools, {"layers.0.q.weight": tools.lora(24, 16), "layers.0.qq.weight": tools.lora(24, 16)}))
     assert (found.code, found.level, found.allowable) == ("target-missing", Verdict.DEGRADED, True)
@@ -83,6 +97,55 @@ def test_an_absent_target_is_degraded_while_something_else_lands(base, tools):
 def test_an_adapter_of_which_nothing_lands_cannot_be_allowed(base, tools):
     found = only(put(base, tools, {"model.layers.0.q.weight": tools.lora(24, 16)}))
     assert (found.code, found.level, found.allowable) == ("target-missing", Verdict.INCOMPATIBLE, False)
+
+
+def components(tools, *targets):
+    slots = {"up": (24, 4), "down": (4, 16)}
+    refs = {name: TensorRef(key=name, shape=shape, dtype="F32") for name, shape in slots.items()}
+    return [
+        Group(component=part, module=module, kind="lora", slots=refs, options={"scale": 1.0})
+        for part, module in targets
+    ]
+
+
+def test_of_several_components_the_one_that_the_base_is_lands_and_the_others_are_named(base, tools):
+    groups = components(tools, ("unet", "layers.0.q"), ("unet", "layers.1.q"), ("text_encoder", "encoder.q"))
+    placement = place(groups, tools.kinds, base.index(), base)
+    assert [(one.target.name, one.name) for one in placement.placed] == [
+        ("unet:layers.0.q.weight", "layers.0.q.weight"),
+        ("unet:layers.1.q.weight", "layers.1.q.weight"),
+    ]
+    found = only(placement)
+    assert (found.code, found.level, found.allowable) == ("component-elsewhere", Verdict.DEGRADED, True)
+    assert found.where == ("text_encoder:encoder.q.weight",)
+    assert "1 of 3" in found.message
+
+
+def test_what_the_component_of_the_base_lacks_is_told_apart_from_what_is_elsewhere(base, tools):
+    groups = components(tools, ("unet", "layers.0.q"), ("unet", "layers.9.q"), ("text_encoder", "encoder.q"))
+    placement = place(groups, tools.kinds, base.index(), base)
+    assert {found.code: found.where for found in placement.findings} == {
+        "target-missing": ("unet:layers.9.q.weight",),
+        "component-elsewhere": ("text_encoder:encoder.q.weight",),
+    }
+
+
+def test_of_two_components_with_the_same_modules_the_one_whose_shapes_fit_is_the_base(base, tools):
+    wide = {"up": (36, 4), "down": (4, 32)}
+    other = components(tools, ("text_encoder_2", "layers.0.q"))[0]
+    slots = {name: TensorRef(key=name, shape=shape, dtype="F32") for name, shape in wide.items()}
+    groups = [*components(tools, ("text_encoder", "layers.0.q")), dataclasses.replace(other, slots=slots)]
+    placement = place(groups, tools.kinds, base.index(), base)
+    assert [one.target.name for one in placement.placed] == ["text_encoder:layers.0.q.weight"]
+    found = only(placement)
+    assert (found.code, found.where) == ("component-elsewhere", ("text_encoder_2:layers.0.q.weight",))
+
+
+def test_where_two_components_could_be_the_base_none_is_chosen(base, tools):
+    groups = components(tools, ("text_encoder", "layers.0.q"), ("text_encoder_2", "layers.0.q"))
+    found = only(place(groups, tools.kinds, base.index(), base))
+    assert (found.code, found.level) == ("target-missing", Verdict.INCOMPATIBLE)
+    assert "--component text_encoder" in found.remedy
 
 
 def test_an_adapter_without_changes_says_so(base, tools):

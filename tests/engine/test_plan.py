@@ -208,9 +208,23 @@ def test_a_change_beside_tied_names_unties_nothing(tied, tools):
     assert not tied.asked
 
 
-def test_ties_that_no_configuration_can_part_are_refused(tied, tools):
+@pytest.mark.parametrize("changed", ["embed.weight", "lm_head.weight"])
+def test_where_no_configuration_can_part_them_the_change_of_one_is_knowingly_that_of_all(tied, tools, changed):
     tied.apart = None
-    assert codes(tied.plan({"embed.weight": tools.lora(50, 16)})) == {"tied-parameter": Verdict.INCOMPATIBLE}
+    tied.extras = {"lm_head.weight": tied.tensors["embed.weight"]}
+    plan = tied.plan({changed: tools.lora(50, 16)})
+    assert codes(plan) == {"tied-parameter": Verdict.DEGRADED}
+    assert plan.findings[0].where == (changed,)
+    (step,) = plan.steps
+    assert (step.out, step.source, len(step.terms)) == ("embed.weight", "embed.weight", 1)
+    assert plan.dropped == ("lm_head.weight",)
+    assert not plan.config_edits
+
+
+def test_two_changes_of_ties_that_no_configuration_can_part_are_refused(tied, tools):
+    tied.apart = None
+    plan = tied.plan({"embed.weight": tools.lora(50, 16), "lm_head.weight": tools.lora(50, 16, seed=1)})
+    assert codes(plan) == {"tied-parameter": Verdict.INCOMPATIBLE}
 
 
 def test_an_outdated_second_copy_of_a_tied_parameter_is_left_out(tied, tools):

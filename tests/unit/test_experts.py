@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lorahub.bases.experts import matrix_pieces, stack_pieces, stack_shape
 from lorahub.bases.framework import whole_layouts
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
-from lorahub.bases.layout import Target
+from lorahub.bases.layout import Region, Target
+from lorahub.bases.torch_module import TorchModule
+from lorahub.deltas.kind import Group, TensorRef
+from lorahub.deltas.replace import REPLACE, Replace
+from lorahub.engine.place import place as put
+from lorahub.findings import Verdict
 
 MODULE = "model.layers.0.mlp.experts"
 
@@ -104,3 +110,44 @@ def test_one_expert_of_a_stack_lies_in_a_band_of_its_matrix(turned: bool) -> Non
 def test_one_expert_of_a_stack_has_no_place_where_nobody_says_which_way_round_the_stack_is() -> None:
     index = base({f"{MODULE}.gate_up_proj": (3, 12, 4)})
     assert matrix_pieces(index, f"{MODULE}.0.gate_proj", "weight") == ()
+
+
+def stacked(*shape: int) -> Group:
+    slots = {"value": TensorRef(key="stack", shape=shape, dtype="F32")}
+    return Group(module=MODULE, parameter="gate_up_proj", kind="replace", slots=slots)
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_a_whole_stack_is_replaced_where_the_base_keeps_its_matrices_one_by_one(names: tuple[str, str, str]) -> None:
+    index = experts(MODULE, *names)
+    placement = put([stacked(3, 12, 4)], {"replace": REPLACE}, index, TorchModule())
+    (placed,) = placement.placed
+    assert not placement.findings
+    value = torch.arange(3 * 12 * 4.0).reshape(3, 12, 4)
+    parts = {}
+    for piece in placed.pieces:
+        expert = piece.of_delta.expert
+        assert expert is not None
+        parts[piece.parameter] = Replace(value).expert(expert).region(piece.of_delta.rows, piece.of_delta.cols).value
+    assert torch.equal(parts[f"{MODULE}.2.{names[0]}.weight"], value[2, :6])
+    assert torch.equal(parts[f"{MODULE}.1.{names[1]}.weight"], value[1, 6:])
+    assert len(parts) == 6
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 4), (2, 12, 4), (3, 4, 12), (3, 12, 5), (12, 4)])
+def test_a_stack_of_another_shape_is_refused_before_anything_is_merged(shape: tuple[int, ...]) -> None:
+    index = experts(MODULE, "gate_proj", "up_proj", "down_proj")
+    placement = put([stacked(*shape)], {"replace": REPLACE}, index, TorchModule())
+    (found,) = placement.findings
+    assert (found.code, found.level, placement.placed) == ("shape-mismatch", Verdict.INCOMPATIBLE, ())
+
+
+def test_one_matrix_that_replaces_another_in_a_turned_stack_is_read_as_its_own_module_stores_it() -> None:
+    info = ParameterInfo(shape=(3, 6, 4), dtype="F32", stored_as="down_proj", turned=True)
+    index = BaseIndex(ref=BaseRef(), framework="test", parameters={f"{MODULE}.down_proj": info})
+    slots = {"value": TensorRef(key="one", shape=(4, 6), dtype="F32")}
+    group = Group(module=f"{MODULE}.1.down_proj", parameter="weight", kind="replace", slots=slots)
+    placement = put([group], {"replace": REPLACE}, index, TorchModule())
+    assert not placement.findings
+    (placed,) = placement.placed
+    assert placed.pieces[0].of_parameter == Region(expert=1, transposed=True)

@@ -26,6 +26,7 @@ pytestmark = [
     # peft tells that it saves, or would part, tied weights; that is what these tests are about
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
 ]
 
 Tiny = Callable[..., Any]
@@ -42,7 +43,7 @@ def adapt(model: Any, folder: Path, **config: Any) -> Path:
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, **config))
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "modules_to_save.default" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     wrapped.save_pretrained(folder)
     return folder
@@ -129,6 +130,27 @@ def test_one_of_two_tied_parameters_is_parted_only_knowingly(tiny: Tiny, saved: 
     embedding, head = merged.transformer.wte.weight, merged.lm_head.weight
     assert torch.equal(embedding, model.transformer.wte.weight)
     assert (head - embedding).norm() / embedding.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "how", [{"target_modules": ["shared"]}, {"modules_to_save": ["shared"]}], ids=["factors", "whole"]
+)
+def test_an_embedding_under_many_names_changes_under_all_of_them_and_only_knowingly(
+    tiny: Tiny, saved: Saved, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    model = tiny("t5", "T5ForConditionalGeneration")
+    before = model.shared.weight.clone()
+    base = saved(model)
+    adapter = adapt(model, tmp_path / "adapter", **{"target_modules": ["q"], **how})
+    fresh = transformers.T5ForConditionalGeneration.from_pretrained(base)
+    wanted = peft.PeftModel.from_pretrained(fresh, adapter).merge_and_unload().shared.weight
+    with pytest.raises(Degraded, match="change would be that of all of them"):
+        lorahub.merge(base, {"adapter": adapter}, out=tmp_path / "out")
+    lorahub.merge(base, {"adapter": adapter}, out=tmp_path / "out", allow=["tied-parameter"])
+    merged = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (wanted - before).norm() / before.norm() > 1e-2
+    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        torch.testing.assert_close(merged.get_submodule(name).weight, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_of_a_deeper_model_is_refused_with_what_is_missing(tiny: Tiny, saved: Saved, tmp_path: Path) -> None:
