@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import final
 
 from lorahub.conversion.change import Change, Weight, by_module
-from lorahub.conversion.rewrite import Obstacle, as_difference, rewrite, unscaled
-from lorahub.conversion.unify import ladder, one_kind
+from lorahub.conversion.rewrite import Obstacle, as_difference, as_replacement, rewrite, unscaled
+from lorahub.conversion.unify import biases_beside, ladder, one_kind
 from lorahub.deltas.kind import JSON, Kind
 from lorahub.deltas.lora import LoRA
 from lorahub.errors import CannotCarry
@@ -98,6 +98,7 @@ def fit(
     weight: Weight,
     approximate: Approximate | None,
     leave_out: bool,
+    complete: Callable[[Sequence[Change]], bool] = lambda _: False,
 ) -> Fitted:
     """The changes in a form that the format takes, rewritten no more than it needs.
 
@@ -108,11 +109,12 @@ def fit(
         weight: the base's weights, for rewritings that need them.
         approximate: for what has no exact form; None refuses it.
         leave_out: modules without a word are left out, and told.
+        complete: whether changes of a module are of all that the base has in it, so that it can be kept whole.
 
     Raises:
         CannotCarry: there is no such form; ``findings`` list every target.
     """
-    fitter = _Fitter(carrier, weight, approximate)
+    fitter = _Fitter(carrier, weight, approximate, complete)
     now = fitter.plain(changes) if plain else list(changes)
     error = carrier.refuses(now)
     if error is None:
@@ -151,8 +153,14 @@ _DIFFERENCE = Obstacle("a difference of full rank is no LoRA", "--approximate --
 class _Fitter:
     """The rewritings that are at hand, applied where the format needs them."""
 
-    def __init__(self, carrier: Carrier, weight: Weight, approximate: Approximate | None) -> None:
-        self._carrier, self._weight, self._approximate = carrier, weight, approximate
+    def __init__(
+        self,
+        carrier: Carrier,
+        weight: Weight,
+        approximate: Approximate | None,
+        complete: Callable[[Sequence[Change]], bool],
+    ) -> None:
+        self._carrier, self._weight, self._approximate, self._complete = carrier, weight, approximate, complete
 
     def plain(self, changes: Sequence[Change]) -> list[Change]:
         """Everything as LoRA that can be, by approximation too where that was asked for."""
@@ -212,8 +220,9 @@ class _Fitter:
                 taken += module
                 continue
             moved = [as_difference(change, self._weight) for change in module]
-            gentle = [unscaled(change) for change in moved]
-            other, (reason, remedy) = (gentle, ("", "")) if fits(gentle) is None else self._module(moved)
+            other, (reason, remedy) = self._gently(moved, fits), ("", "")
+            if not other:
+                other, (reason, remedy) = self._module(moved)
             again = fits(other)
             if again is None:
                 anchor = anchor or other
@@ -228,6 +237,13 @@ class _Fitter:
             else:
                 misfits.append(misfit)
         return taken, misfits
+
+    def _gently(self, module: Sequence[Change], fits: Callable[[list[Change]], CannotCarry | None]) -> list[Change]:
+        """One module in the first of the forms that keep its kinds and that the format takes, or nothing."""
+        gentle = [unscaled(change) for change in module]
+        kept = self._approximate is None and self._complete(module)
+        whole = [as_replacement(change, self._weight) for change in module] if kept else gentle
+        return next((each for each in (gentle, biases_beside(gentle), whole) if fits(each) is None), [])
 
     def _module(self, module: Sequence[Change]) -> tuple[list[Change], tuple[str, str]]:
         """One module rewritten as far as it can be, and the first (reason, remedy) why it is not plain, or two ""."""

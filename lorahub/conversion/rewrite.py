@@ -39,6 +39,7 @@ __all__ = [
     "Rewriting",
     "as_difference",
     "as_factors",
+    "as_replacement",
     "rewrite",
     "unscaled",
 ]
@@ -114,6 +115,8 @@ FROM_THE_WEIGHT = frozenset({"kasa", "osf", "pissa", "psoft"})
 """Kinds whose change is of low rank once the weight is known: see ``lorahub.deltas.plain``."""
 
 _ROUNDING = 1e-13  # relative; what is below is the rounding of a decomposition in float64
+
+_TOLD = 5e-7  # of a difference's norm; where float32 loses more of it beside the weight, float64 is kept
 
 _OTHER = Rewriting(rule="low-rank-to-lora", factors=_own)
 
@@ -212,6 +215,22 @@ def as_difference(change: Change, weight: Weight) -> Change:
         return change
     moved = narrowed(delta.value.to(torch.float64) - under, (delta.value,))
     return change.become(Full(moved), "replacement-to-difference")
+
+
+def as_replacement(change: Change, weight: Weight) -> Change:
+    """A whole difference as the parameter that it makes of the base's: in float32 where that tells it apart."""
+    delta, (origin, *more) = change.delta, change.origins
+    if not isinstance(delta, Full) or more or not origin.whole:
+        return change
+    under = weight(origin.target)
+    if under is None or under.shape != delta.diff.shape:
+        return change
+    moved = delta.diff.to(torch.float64) * delta.scale
+    value = under + moved
+    short = value.to(torch.float32)
+    lost = (short.to(torch.float64) - value).norm()
+    exact = float(lost) <= _TOLD * float(moved.norm())
+    return change.become(Replace(short if exact else value), "difference-to-replacement")
 
 
 def _dense(delta: Delta, shape: Shape | None) -> LowRank | None:

@@ -20,9 +20,9 @@ from lorahub.findings import Finding
 from lorahub.formats.assembly import touches
 from lorahub.formats.modules import flat
 
-__all__ = ["translate"]
+__all__ = ["UNDECLARED", "translate"]
 
-_UNDECLARED = "layout-undeclared"
+UNDECLARED = "layout-undeclared"
 """What a format says of modules for which nobody declares where they land."""
 
 
@@ -68,7 +68,7 @@ def translate(
     settled = {header.reading.groups[at].module for at in found}
 
     def left(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
-        return tuple(each for each in findings if each.code != _UNDECLARED or not settled.issuperset(each.where))
+        return tuple(each for each in findings if each.code != UNDECLARED or not settled.issuperset(each.where))
 
     reading = replace(header.reading, groups=tuple(groups), findings=left(header.reading.findings))
     header = replace(header, reading=reading, touches=MappingProxyType(changed), findings=left(header.findings))

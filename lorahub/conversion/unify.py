@@ -15,10 +15,11 @@ from lorahub.conversion.change import Change, Weight
 from lorahub.conversion.folding import fold
 from lorahub.conversion.rewrite import Obstacle, rewrite
 from lorahub.deltas.dora import DoRA
+from lorahub.deltas.full import Full
 from lorahub.deltas.lora import LoRA
 from lorahub.lazy import torch
 
-__all__ = ["Unify", "ladder", "one_kind", "one_rank", "one_scale", "pad"]
+__all__ = ["Unify", "biases_beside", "ladder", "one_kind", "one_rank", "one_scale", "pad"]
 
 Unify = Callable[[Sequence[Change]], "list[Change]"]
 
@@ -35,6 +36,23 @@ def _plain(change: Change, weight: Weight) -> Change:
         return rewrite(change, weight)
     except Obstacle:
         return change
+
+
+def biases_beside(changes: Sequence[Change]) -> list[Change]:
+    """A difference of a bias at the scale of the factors beside it, which is how PEFT keeps one: ``lora_bias``."""
+    scales = {
+        (change.target.component, change.target.module): change.delta.scale
+        for change in changes
+        if isinstance(change.delta, LoRA) and change.target.parameter == "weight" and change.delta.scale
+    }
+    result = []
+    for change in changes:
+        delta, scale = change.delta, scales.get((change.target.component, change.target.module))
+        if isinstance(delta, Full) and change.target.parameter == "bias" and scale and delta.scale != scale:
+            result.append(change.become(Full(fold(delta.diff, delta.scale / scale), scale), "scale-folded"))
+        else:
+            result.append(change)
+    return result
 
 
 def one_scale(changes: Sequence[Change]) -> list[Change]:
@@ -91,11 +109,15 @@ def ladder(weight: Weight) -> tuple[tuple[Unify, ...], ...]:
     plain: Unify = partial(one_kind, weight=weight)
     return (
         (),
+        (biases_beside,),
         (nearest_scale,),
+        (nearest_scale, biases_beside),
         (plain,),
         (plain, nearest_scale),
+        (plain, nearest_scale, biases_beside),
         (plain, one_scale),
         (plain, one_scale, nearest_scale),
+        (plain, one_scale, nearest_scale, biases_beside),
         (plain, one_scale, one_rank),
         (plain, one_scale, one_rank, nearest_scale),
     )

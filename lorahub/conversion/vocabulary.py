@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["PREFIXES", "Word", "words"]
+__all__ = ["PREFIXES", "Lexicon", "Word", "component_of", "family_of", "is_foreign", "lexicon", "lexicons", "words"]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What original checkpoints put before a diffusion model's own names."""
@@ -105,7 +105,12 @@ def _wan() -> tuple[Word, ...]:
             for at, number in ((0, 1), (2, 2))
         ),
         _fused("time_projection.1", "condition_embedder.time_proj"),
+        *(
+            _fused(f"img_emb.proj.{at}", f"condition_embedder.image_embedder.{other}")
+            for at, other in ((0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))
+        ),
         _fused("head.head", "proj_out"),
+        _fused("patch_embedding", "patch_embedding"),
     )
 
 
@@ -121,6 +126,17 @@ def _sd3() -> tuple[Word, ...]:
         _fused(f"{joint}.context_block.mlp.fc1", f"{block}.ff_context.net.0.proj"),
         _fused(f"{joint}.context_block.mlp.fc2", f"{block}.ff_context.net.2"),
         _fused(f"{joint}.x_block.adaLN_modulation.1", f"{block}.norm1.linear"),
+        _fused(f"{joint}.x_block.attn2.qkv", *(f"{block}.attn2.to_{each}" for each in "qkv")),
+        _fused(f"{joint}.x_block.attn2.proj", f"{block}.attn2.to_out.0"),
+        _fused("x_embedder.proj", "pos_embed.proj"),
+        _fused("context_embedder", "context_embedder"),
+        *(
+            _fused(f"{one}.mlp.{at}", f"time_text_embed.{other}.linear_{number}")
+            for one, other in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
+            for at, number in ((0, 1), (2, 2))
+        ),
+        Word(name="final_layer.adaLN_modulation.1", parts=("norm_out.linear",), halves_swapped=True),
+        _fused("final_layer.linear", "proj_out"),
     )
 
 
@@ -134,6 +150,139 @@ _TABLES: Mapping[str, tuple[tuple[Word, ...], frozenset[str]]] = {
 }
 """Family -> its words, and modules of which a model of it has one in either vocabulary."""
 
+_CLASSES: Mapping[str, frozenset[str]] = {
+    "flux": frozenset({"FluxTransformer2DModel", "ChromaTransformer2DModel"}),
+    "sd3": frozenset({"SD3Transformer2DModel"}),
+    "wan": frozenset({"SkyReelsV2Transformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel"}),
+}
+"""Family -> diffusers' classes of such models."""
+
+_EVIDENCE: Mapping[str, re.Pattern[str]] = {
+    "flux": re.compile(r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d"),
+    "sd3": re.compile(r"joint_blocks[._]\d|transformer_blocks[._]\d{1,2}[._]attn2[._]"),
+    "wan": re.compile(r"blocks[._]\d{1,3}[._](self_attn|cross_attn|attn[12])[._]"),
+}
+"""Family -> names that only its models have among these, for adapters whose base is not known."""
+
+_DEPTH: Mapping[str, Mapping[str, int]] = {"flux": {"transformer_blocks": 19, "single_transformer_blocks": 38}}
+"""Family -> how many blocks its models have: HunyuanVideo names its own as Flux does, and has more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lexicon:
+    """The words of one family, as far as some modules need them.
+
+    Attributes:
+        family: which.
+        original: whether the modules are in the original makers' vocabulary, not in that of diffusers.
+        names: a module, dotted or with underscores for dots -> the word, and which of its parts; -1 for its name.
+    """
+
+    family: str
+    original: bool
+    names: Mapping[str, tuple[Word, int]]
+
+    def sure(self, modules: Collection[str]) -> bool:
+        """Whether one of the modules is of this family alone."""
+        return any(_EVIDENCE[self.family].match(module) for module in modules)
+
+
+def lexicons(modules: Collection[str], base: Collection[str] = (), model: str = "") -> list[Lexicon]:
+    """Every family that has a word for all of these modules, in one vocabulary; one that is sure leaves out others.
+
+    Args:
+        modules: of one model, without what a checkpoint puts before them; dotted, or with underscores for dots.
+        base: the model's own modules, where they are known: what tells one family from the others.
+        model: the model's class, where it is known.
+    """
+    if model or base:
+        only = family_of(base, model)
+        return [found for found in [lexicon(only, modules)] if found] if only else []
+    possible = [family for family in _TABLES if not _deeper(modules, _DEPTH.get(family, {}))]
+    known = [found for family in possible if (found := lexicon(family, modules))]
+    return [each for each in known if each.sure(modules)] or known
+
+
+def lexicon(family: str, modules: Collection[str]) -> Lexicon | None:
+    """The family's words for all of these modules, or None where it has not all."""
+    for original in (True, False):
+        names = _names(_TABLES[family][0], modules, original=original)
+        if all(module in names for module in modules):
+            return Lexicon(family=family, original=original, names=names)
+    return None
+
+
+def family_of(base: Collection[str], model: str) -> str:
+    """The family of a model with these modules or of this class; "" for another."""
+    if model:
+        return next((family for family, classes in _CLASSES.items() if model in classes), "")
+    own = set(base)
+    if any(module.startswith("context_embedder.") for module in own):
+        return ""  # HunyuanVideo, whose blocks are named as Flux's
+    return next((family for family, (_, telling) in _TABLES.items() if telling & own), "")
+
+
+def _names(table: Collection[Word], modules: Collection[str], *, original: bool) -> dict[str, tuple[Word, int]]:
+    numbers = sorted({int(each) for module in modules for each in re.findall(r"\d{1,4}", module)})
+    result: dict[str, tuple[Word, int]] = {}
+    for word in table:
+        if not original and ".processor." in word.name:
+            continue  # of XLabs's two names for a module, the model's own is the other
+        for number in numbers if "{n}" in word.name else [0]:
+            said = _with(word, number)
+            named = [(said.name, -1)] if original else [(part, at) for at, part in enumerate(said.parts)]
+            for name, at in named:
+                result[name] = result[name.replace(".", "_")] = (said, at)
+    return result
+
+
+def _with(word: Word, number: int) -> Word:
+    return Word(
+        name=word.name.replace("{n}", str(number)),
+        parts=tuple(part.replace("{n}", str(number)) for part in word.parts),
+        shares=word.shares,
+        halves_swapped=word.halves_swapped,
+    )
+
+
+def _deeper(modules: Collection[str], depth: Mapping[str, int]) -> bool:
+    """Whether there is a block that a model of this depth does not have."""
+    for module in modules:
+        stem, _, rest = module.partition(".")
+        number = rest.partition(".")[0]
+        if stem in depth and number.isdigit() and int(number) >= depth[stem]:
+            return True
+    return False
+
+
+_FOREIGN = re.compile(
+    r"(?P<surely>(double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks)[._]\d)"
+    r"|((label_emb|time_embed)[._]\d|blocks[._]\d{1,4}[._](self_attn|cross_attn)[._]|final_layer[._](linear|adaLN))"
+)
+
+
+def is_foreign(module: str, *, surely: bool = False) -> bool:
+    """Whether the original makers of a diffusion model gave a module its name, and diffusers has another.
+
+    Args:
+        module: without what a checkpoint puts before it; dotted, or with underscores for dots.
+        surely: only where no other model has such names.
+    """
+    found = _FOREIGN.match(module)
+    return found is not None and (not surely or found.group("surely") is not None)
+
+
+_COMPONENTS = re.compile(
+    r"(?P<unet>(down|up)_blocks\.\d+\.|mid_block\.)"
+    r"|(?P<transformer>(single_)?transformer_blocks\.\d+\.|blocks\.\d+\.attn[12]\.)"
+)
+
+
+def component_of(modules: Collection[str]) -> str:
+    """What a pipeline of diffusers calls a model with these modules: "unet", "transformer", or "" for nobody knows."""
+    said = {found.lastgroup or "" for module in modules if (found := _COMPONENTS.match(module))}
+    return said.pop() if len(said) == 1 else ""
+
 
 def words(modules: Collection[str]) -> Iterator[Word]:
     """Every word that speaks of a model with these modules, whichever vocabulary they are in.
@@ -146,12 +295,7 @@ def words(modules: Collection[str]) -> Iterator[Word]:
     family = next((name for name, (_, telling) in _TABLES.items() if telling & known), "")
     for word in _TABLES[family][0] if family else ():
         for number in numbers if "{n}" in word.name else [0]:
-            said = Word(
-                name=word.name.replace("{n}", str(number)),
-                parts=tuple(part.replace("{n}", str(number)) for part in word.parts),
-                shares=word.shares,
-                halves_swapped=word.halves_swapped,
-            )
+            said = _with(word, number)
             if said.name in known or known.issuperset(said.parts):
                 yield said
     if any(module.startswith("down_blocks.0.") for module in known):

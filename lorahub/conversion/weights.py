@@ -47,6 +47,10 @@ def read_files(files: BaseFiles, index: BaseIndex) -> Iterator[Read]:
         yield read
 
 
+_COUNTS = frozenset({"I64", "BOOL"})
+"""Dtypes of counters and masks, which hold what they say: no quantised weight is stored so."""
+
+
 @final
 class BaseWeights:
     """A base by target."""
@@ -71,7 +75,7 @@ class BaseWeights:
         result = torch.empty(logical_shape(layout, self._index), dtype=torch.float64)
         for piece in layout.pieces:
             info = self._index.parameters[piece.parameter]
-            if info.dtype not in FLOATS:
+            if info.dtype not in FLOATS | _COUNTS:
                 raise UnsupportedFormat(
                     f"{piece.parameter} is stored as {info.dtype}, in quantised form", "give the base in 16 bits"
                 )

@@ -15,6 +15,7 @@ from lorahub.bases.index import BaseIndex
 from lorahub.conversion.approximate import approximator
 from lorahub.conversion.carry import Carrier, fit
 from lorahub.conversion.change import Change
+from lorahub.conversion.home import at_home, called
 from lorahub.conversion.naming import as_part, choose_component, respell_hints
 from lorahub.conversion.report import ConversionReport
 from lorahub.converting.opened import Opened
@@ -135,7 +136,13 @@ def _convert(
         return respell_hints(hints, some)
 
     carrier = Carrier(registry.format(request.to), tuple(registry.kinds.values()), hinted)
-    chosen = choose_component(changes, request.component, carrier.takes, request.to)
+    part = called(request.component, {change.target.component for change in changes})
+    chosen = choose_component(changes, part, carrier.takes, request.to)
+    if source.renames:
+        home = at_home(chosen.changes, request.to, source.base.index if source.base else None, source.weight)
+        chosen = replace(chosen, changes=home.changes)
+        source.note(home.findings, home.settled)
+        hints |= {name: value for name, value in home.hints.items() if name not in hints}
     fitted = fit(
         chosen.changes,
         carrier,
@@ -143,6 +150,7 @@ def _convert(
         weight=source.weight,
         approximate=approximator(request.budget, source.weight) if request.budget else None,
         leave_out="cannot-carry" in request.allow,
+        complete=source.complete,
     )
     if request.dtype:
         fitted = replace(fitted, changes=tuple(stored_as(change, request.dtype) for change in fitted.changes))

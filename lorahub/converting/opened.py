@@ -18,8 +18,10 @@ from lorahub.bases.layout import Layout, Target
 from lorahub.conversion.carry import Misfit, refusal
 from lorahub.conversion.change import Change, Origin
 from lorahub.conversion.fused import land
+from lorahub.conversion.home import known_words
 from lorahub.conversion.naming import known_roles, unresolved
-from lorahub.conversion.translate import translate
+from lorahub.conversion.translate import UNDECLARED, translate
+from lorahub.conversion.vocabulary import is_foreign
 from lorahub.conversion.weights import BaseWeights, Read, read_files
 from lorahub.converting.request import Request
 from lorahub.deltas.delta import Delta
@@ -66,6 +68,21 @@ class Opened:
             self._weights = BaseWeights(base.index, self._layouts, held.enter_context(_reader(base)))
         self.findings = (*header.findings, *self._about_parts(), *self._about_placement())
 
+    @property
+    def renames(self) -> bool:
+        """Whether its names may be others than the format's tools read: not where they came from there as they are."""
+        return self.request.to != self.header.format or bool(self._words)
+
+    def note(self, findings: Collection[Finding], settled: Collection[str]) -> None:
+        """Add what there is to say of the names that are written, and leave out what no longer holds.
+
+        Args:
+            findings: to add.
+            settled: modules of the source whose places the vocabulary knows.
+        """
+        kept = (each for each in self.findings if each.code != UNDECLARED or not set(settled).issuperset(each.where))
+        self.findings = (*kept, *findings)
+
     def demand(self) -> None:
         """Go on, or not.
 
@@ -90,6 +107,7 @@ class Opened:
             raise CannotCarry(f"{self.header.label} has no change of weights that could be converted")
         if self.base is None:
             return changes
+        changes = [change for change in changes if not self._is_the_bases(change)]
         landed, stuck = land(changes, self._layouts, self.base.index, self.weight)
         if stuck:
             by_target = {change.target: change for change in changes}
@@ -122,6 +140,16 @@ class Opened:
             **({"base_repo": index.ref.repo, "base_revision": index.ref.commit} if index.ref.repo else {}),
         }
 
+    def complete(self, module: Sequence[Change]) -> bool:
+        """Whether changes of one module are of all that the base has in it, buffers too."""
+        if self.base is None:
+            return False
+        own = {origin.target for change in module for origin in change.origins}
+        names = self.base.index.modules()
+        place = next(iter(own))
+        path = place.name.removesuffix(f".{place.parameter}")
+        return path in names and {target.parameter for target in own} >= set(names[path])
+
     def weight(self, target: Target) -> torch.Tensor | None:
         """The base's weight; None where there is no base, or one that has shapes only (the meta device)."""
         return self._weights.weight(target) if self._weights and not self._weightless else None
@@ -131,6 +159,15 @@ class Opened:
         if layout is None or self.base is None or delta.replacement() is not None:
             return delta.shape()
         return logical_shape(layout, self.base.index)
+
+    def _is_the_bases(self, change: Change) -> bool:
+        """Whether a buffer that a module kept for itself is bit for bit the base's: the layout need not have it."""
+        value = change.delta.replacement()
+        if self.request.to == "peft" or value is None or change.target.parameter in ("weight", "bias"):
+            return False
+        layout = self._layouts.get(change.target)
+        under = self.weight(change.target) if layout is not None else None
+        return under is not None and under.shape == value.shape and torch.equal(under, value.to(torch.float64))
 
     def _about_parts(self) -> Iterator[Finding]:
         said = {key for each in self.header.findings if each.level >= Verdict.DEGRADED for key in each.where}
@@ -167,12 +204,14 @@ class Opened:
         """Names that mean something only where they came from can only be written there."""
         if self.request.to == self.header.format:
             return
-        flat, why = unresolved(self.header, self.base.index if self.base else None, self.request.component, self._words)
+        index = self.base.index if self.base else None
+        flat, why = unresolved(self.header, index, self.request.component, self._words | self._known_words(index))
         if not flat:
             return
         parts = sorted({group.component for group in self.header.reading.groups} - {""})
         several = "--component " + " or --component ".join(parts) if len(parts) > 1 else "--base BASE"
-        remedy = "--base BASE" if self.base is None else f"{several}   (with the model that it was made for)"
+        given = "--base DIFFUSERS_FOLDER" if any(map(is_foreign, flat)) else "--base BASE"
+        remedy = given if self.base is None else f"{several}   (with the model that it was made for)"
         found = Finding(
             code="names-unknown",
             axis="format",
@@ -182,6 +221,13 @@ class Opened:
             remedy=remedy,
         )
         raise CannotCarry(f"{self.header.label} cannot be named in '{self.request.to}'", f"add: {remedy}", (found,))
+
+    def _known_words(self, index: BaseIndex | None) -> frozenset[str]:
+        """Modules that a vocabulary tells the dots of."""
+        parts: dict[str, set[str]] = {}
+        for group in self.header.reading.groups:
+            parts.setdefault(group.component, set()).add(group.module)
+        return frozenset().union(*(known_words(modules, self.request.to, index) for modules in parts.values()))
 
 
 @final

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import lorahub
 from lorahub.errors import LorahubError
+from lorahub.findings import Verdict
 
 FILE = "pytorch_lora_weights.safetensors"
 WIDTH = 3072
@@ -158,15 +159,17 @@ def test_flux_of_diffusers_is_fused_for_the_original_and_splits_again_bit_for_bi
         component="transformer",
     )
     assert (fused.rules["split-to-fused"], fused.rules["rows-reordered"], fused.max_error) == (3, 1, 0.0)
-    assert "lora_transformer_" + f"{prefix}double_blocks_0_img_attn_qkv.lora_up.weight".replace(
-        "model.diffusion_model.", "model_diffusion_model_"
-    ) in load_file(tmp_path / "fused.safetensors")
-    back = lorahub.convert(
-        tmp_path / "fused.safetensors", "diffusers", tmp_path / "back", base=split, component="transformer"
-    ) if not prefix else None  # fmt: skip
-    if back is not None:
-        ours = load_file(tmp_path / "back" / FILE)
-        assert all(torch.equal(ours[key], each) for key, each in tensors.items())
+    stems = {key.partition(".")[0] for key in load_file(tmp_path / "fused.safetensors")}
+    assert stems == {
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_unet_double_blocks_0_txt_attn_qkv",
+        "lora_unet_single_blocks_0_linear1",
+        "lora_unet_final_layer_adaLN_modulation_1",
+    }
+    lorahub.convert(tmp_path / "fused.safetensors", "diffusers", tmp_path / "back", base=split)
+    ours = load_file(tmp_path / "back" / FILE)
+    assert all(torch.equal(ours[key], each) for key, each in tensors.items())
 
 
 def sdxl() -> Any:
@@ -305,3 +308,233 @@ def test_a_module_that_neither_vocabulary_has_is_refused_with_the_others_of_its_
     with pytest.raises(LorahubError, match="double_blocks_7_img_attn_proj"):
         lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "out", base=flux(), component="transformer")
     assert not (tmp_path / "out").exists()
+
+
+def tiny_flux() -> Any:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def loaded(folder: Path, model: Any) -> set[str]:
+    """The modules of the model that diffusers puts the file's factors on."""
+
+    def load() -> None:
+        state, metadata = diffusers.FluxPipeline.lora_state_dict(folder, return_lora_metadata=True)[:2]
+        assert metadata is None or isinstance(metadata, dict)
+        diffusers.FluxPipeline.load_lora_into_transformer(state, network_alphas=None, transformer=model)
+
+    quietly(load)
+    names = {name for name, _ in model.named_modules() if ".lora_A." in name}
+    return {name.partition(".lora_A.")[0] for name in names}
+
+
+TINY: Mapping[str, tuple[int, int]] = {
+    "double_blocks_0_img_attn_qkv": (48, 16),
+    "double_blocks_0_txt_attn_proj": (16, 16),
+    "single_blocks_0_linear1": (112, 16),
+    "final_layer_adaLN_modulation_1": (32, 16),
+}
+SPLIT = {
+    *(f"transformer_blocks.0.attn.to_{each}" for each in "qkv"),
+    "transformer_blocks.0.attn.to_add_out",
+    *(f"single_transformer_blocks.0.attn.to_{each}" for each in "qkv"),
+    "single_transformer_blocks.0.proj_mlp",
+    "norm_out.linear",
+}
+
+
+def original_tiny_flux(place: Path) -> Path:
+    shapes = {"double_blocks.0.img_attn.qkv": (48, 16), "double_blocks.0.txt_attn.proj": (16, 16)}
+    shapes |= {"single_blocks.0.linear1": (112, 16), "final_layer.adaLN_modulation.1": (32, 16)}
+    save_file({f"{name}.weight": drawn(*shape, seed=at) for at, (name, shape) in enumerate(shapes.items())}, place)
+    return place
+
+
+@pytest.mark.parametrize("based", ["none", "original", "diffusers"])
+def test_flux_of_kohya_is_what_diffusers_loads_whatever_the_base_is_called(based: str, tmp_path: Path) -> None:
+    save_file(kohya(TINY), tmp_path / "x.safetensors")
+    base = {"none": None, "original": original_tiny_flux(tmp_path / "base.safetensors"), "diffusers": tiny_flux()}[
+        based
+    ]
+    report = lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "out", base=base)
+    assert (report.max_error, report.losses) == (0.0, ())
+    assert loaded(tmp_path / "out", tiny_flux()) == SPLIT
+    split = lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "split", base=tiny_flux())
+    assert report.rules == split.rules
+    one, other = load_file(tmp_path / "out" / FILE), load_file(tmp_path / "split" / FILE)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_flux_goes_to_diffusers_and_comes_back_to_kohyas_own_keys(tmp_path: Path) -> None:
+    tensors = kohya(TINY)
+    save_file(tensors, tmp_path / "x.safetensors")
+    lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "out")
+    report = lorahub.convert(tmp_path / "out", "kohya", tmp_path / "back.safetensors")
+    assert report.max_error == 0.0
+    found = load_file(tmp_path / "back.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], each) for key, each in tensors.items())
+
+
+def test_a_base_in_the_other_vocabulary_does_not_change_what_the_tool_reads(tmp_path: Path) -> None:
+    """Split and turned for the base, and fused and turned back for kohya: the numbers are those that were given."""
+    tensors = kohya(TINY)
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = lorahub.convert(tmp_path / "x.safetensors", "kohya", tmp_path / "back.safetensors", base=tiny_flux())
+    assert report.max_error == 0.0
+    found = load_file(tmp_path / "back.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], each) for key, each in tensors.items())
+
+
+def test_a_part_of_a_pipeline_may_be_called_what_diffusers_calls_it(tmp_path: Path) -> None:
+    save_file(kohya(TINY), tmp_path / "x.safetensors")
+    lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "out", component="transformer")
+    assert loaded(tmp_path / "out", tiny_flux()) == SPLIT
+
+
+def test_a_pipelines_flux_becomes_the_files_of_sd_scripts_and_diffusers_splits_them_again(tmp_path: Path) -> None:
+    """Fused where one of three was trained too; diffusers' own conversion reads the keys, and knows one width only."""
+    sizes = {"attn.to_q": (WIDTH, WIDTH), "attn.to_v": (WIDTH, WIDTH), "ff.net.0.proj": (4 * WIDTH, WIDTH)}
+    tensors = {}
+    for seed, (name, (out, into)) in enumerate(sizes.items()):
+        tensors[f"transformer.transformer_blocks.1.{name}.lora_A.weight"] = drawn(2, into, seed=seed)
+        tensors[f"transformer.transformer_blocks.1.{name}.lora_B.weight"] = drawn(out, 2, seed=seed + 100)
+    stem = "transformer.single_transformer_blocks.0.proj_mlp"
+    tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = (
+        drawn(2, WIDTH, seed=7),
+        drawn(4 * WIDTH, 2, seed=8),
+    )
+    (tmp_path / "theirs").mkdir()
+    save_file(tensors, tmp_path / "theirs" / FILE)
+    lorahub.convert(tmp_path / "theirs", "kohya", tmp_path / "x.safetensors", verify=False)
+    written = load_file(tmp_path / "x.safetensors")
+    assert {key.partition(".")[0] for key in written} == {
+        "lora_unet_double_blocks_1_img_attn_qkv",
+        "lora_unet_double_blocks_1_img_mlp_0",
+        "lora_unet_single_blocks_0_linear1",
+    }
+    found = _convert_kohya_flux_lora_to_diffusers({key: each.clone() for key, each in written.items()})
+    for key in [key for key in tensors if ".lora_A." in key]:
+        other = key.replace(".lora_A.", ".lora_B.")
+        change, ours = tensors[other].double() @ tensors[key].double(), found[other].double() @ found[key].double()
+        assert change.norm() > 1e-2
+        assert (change - ours).norm() <= 1e-6 * change.norm()
+    key = "transformer.transformer_blocks.1.attn.to_k.lora_{}.weight"
+    assert not (found[key.format("B")] @ found[key.format("A")]).any() if key.format("B") in found else True
+
+
+def test_wan_of_diffusers_becomes_musubis_keys_and_diffusers_reads_them_back(tmp_path: Path) -> None:
+    tensors = {}
+    for seed, name in enumerate(("blocks.0.attn1.to_k", "blocks.1.attn2.to_out.0", "blocks.0.ffn.net.0.proj")):
+        tensors[f"transformer.{name}.lora_A.weight"] = drawn(2, 24, seed=seed)
+        tensors[f"transformer.{name}.lora_B.weight"] = drawn(24, 2, seed=seed + 100)
+    (tmp_path / "theirs").mkdir()
+    save_file(tensors, tmp_path / "theirs" / FILE)
+    report = lorahub.convert(tmp_path / "theirs", "kohya", tmp_path / "x.safetensors")
+    assert report.max_error == 0.0
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "x.safetensors")} == {
+        "lora_unet_blocks_0_self_attn_k",
+        "lora_unet_blocks_1_cross_attn_o",
+        "lora_unet_blocks_0_ffn_0",
+    }
+    lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "back")
+    back = load_file(tmp_path / "back" / FILE)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], each) for key, each in tensors.items())
+
+
+@pytest.mark.parametrize(("to", "prefix"), [("diffusers", "transformer."), ("peft", "base_model.model.")])
+def test_xlabs_processors_need_no_base_to_become_the_modules_that_they_change(
+    to: str, prefix: str, tmp_path: Path
+) -> None:
+    stem = "double_blocks.0.processor.qkv_lora1"
+    tensors = {f"{stem}.down.weight": drawn(2, 16, seed=0), f"{stem}.up.weight": drawn(48, 2, seed=1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = lorahub.convert(tmp_path / "x.safetensors", to, tmp_path / "out")
+    assert "layout-undeclared" not in {finding.code for finding in report.findings}
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    found = load_file(file)
+    modules = {key.removeprefix(prefix).partition(".lora_")[0] for key in found}
+    assert modules == {f"transformer_blocks.0.attn.to_{each}" for each in "qkv"}
+    for at, each in enumerate("qkv"):
+        up = found[f"{prefix}transformer_blocks.0.attn.to_{each}.lora_B.weight"]
+        assert torch.equal(up, tensors[f"{stem}.up.weight"][16 * at : 16 * (at + 1)])
+    lorahub.convert(tmp_path / "x.safetensors", "kohya", tmp_path / "fused.safetensors")
+    fused = load_file(tmp_path / "fused.safetensors")
+    assert torch.equal(fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], tensors[f"{stem}.up.weight"])
+
+
+def test_names_that_several_models_share_are_not_guessed_at(tmp_path: Path) -> None:
+    """Attention of Flux, Stable Diffusion 3 and Qwen-Image: the same for diffusers, three vocabularies elsewhere."""
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    (tmp_path / "theirs").mkdir()
+    save_file({f"{stem}.lora_A.weight": drawn(2, 16, seed=0), f"{stem}.lora_B.weight": drawn(16, 2, seed=1)},
+              tmp_path / "theirs" / FILE)  # fmt: skip
+    with pytest.raises(LorahubError, match="several models") as stop:
+        lorahub.convert(tmp_path / "theirs", "kohya", tmp_path / "x.safetensors")
+    assert "--base DIFFUSERS_FOLDER" in stop.value.hint
+    assert {finding.code for finding in stop.value.findings} == {"names-unknown"}
+    lorahub.convert(tmp_path / "theirs", "kohya", tmp_path / "x.safetensors", base=tiny_flux(), component="transformer")
+    assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in load_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_a_makers_name_that_no_word_is_known_for_is_refused(to: str, tmp_path: Path) -> None:
+    stem = "diffusion_model.double_blocks.0.img_attn.elsewhere"
+    save_file({f"{stem}.lora_A.weight": drawn(2, 16, seed=0), f"{stem}.lora_B.weight": drawn(16, 2, seed=1)},
+              tmp_path / "x.safetensors")  # fmt: skip
+    with pytest.raises(LorahubError, match="original makers") as stop:
+        lorahub.convert(tmp_path / "x.safetensors", to, tmp_path / "out")
+    assert "--base DIFFUSERS_FOLDER" in stop.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_kohyas_trainers_do_not_read_is_written_with_a_word_about_who_does(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn1.to_q"
+    (tmp_path / "theirs").mkdir()
+    save_file({f"{stem}.lora_A.weight": drawn(2, 16, seed=0), f"{stem}.lora_B.weight": drawn(16, 2, seed=1)},
+              tmp_path / "theirs" / FILE)  # fmt: skip
+    report = lorahub.convert(tmp_path / "theirs", "kohya", tmp_path / "x.safetensors")
+    (finding,) = [each for each in report.findings if each.code == "names-of-diffusers"]
+    assert "ComfyUI and OneTrainer read" in finding.message
+    assert finding.level == Verdict.UNVERIFIED  # said aloud, and no obstacle
+    assert "lora_transformer_transformer_blocks_0_attn1_to_q.alpha" in load_file(tmp_path / "x.safetensors")
+
+
+def test_clip_is_written_for_kohya_as_kohya_names_it_and_read_by_either_release(tmp_path: Path) -> None:
+    config = transformers.CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.CLIPTextModel(config)
+    old, new = tmp_path / "old", tmp_path / "new"
+    model.save_pretrained(new)
+    model.save_pretrained(old)
+    weights = load_file(new / "model.safetensors")
+    bare = {name.removeprefix("text_model."): each for name, each in weights.items()}
+    save_file(bare, new / "model.safetensors")
+    save_file({f"text_model.{name}": each for name, each in bare.items()}, old / "model.safetensors")
+    for written in ("", "text_model."):
+        folder = tmp_path / f"theirs{written}"
+        folder.mkdir()
+        stem = f"text_encoder.{written}encoder.layers.0.mlp.fc1"
+        factors = {f"{stem}.lora_A.weight": drawn(2, 16, seed=0), f"{stem}.lora_B.weight": drawn(24, 2, seed=1)}
+        save_file(factors, folder / FILE)
+        for base in (None, old, new):
+            place = tmp_path / f"{written}{base.name if base else 'none'}.safetensors"
+            part = {"component": "text_encoder"} if base else {}
+            lorahub.convert(folder, "kohya", place, base=base, **part)
+            assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight" in load_file(place)
+            for there in (old, new):
+                report = lorahub.check(place, base=there)
+                assert "target-missing" not in {finding.code for finding in report.findings}

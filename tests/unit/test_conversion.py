@@ -359,11 +359,11 @@ def test_an_alpha_of_kohya_is_the_alpha_of_diffusers(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "flux.safetensors", {"lorahub.modules": json.dumps({stem: "final_layer.linear"})})
     lorahub.convert(tmp_path / "flux.safetensors", "diffusers", tmp_path / "out")
     ((target, delta),) = read(tmp_path / "out").deltas.items()
-    assert target == Target("unet", "final_layer.linear", "weight")
+    assert target == Target("transformer", "proj_out", "weight")
     assert isinstance(delta, LoRA)
     assert delta.scale == 0.25
     with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 1
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 1
 
 
 def test_unifying_changes_nothing() -> None:
@@ -693,7 +693,15 @@ def test_whole_differences_travel_with_the_factors(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out.safetensors")
     assert len([key for key in written if not key.endswith(".alpha")]) == len(tensors) == 10
     assert report.losses == ()
-    source, found = read(tmp_path / "wan.safetensors").deltas, read(tmp_path / "out.safetensors").deltas
+    assert {key.partition(".")[0].removesuffix("_q") for key in written} >= {
+        "lora_unet_blocks_0_self_attn",
+        "lora_unet_blocks_0_norm3",
+    }
+    source = {
+        Target("unet", target.module, target.parameter): delta
+        for target, delta in read(tmp_path / "wan.safetensors").deltas.items()
+    }
+    found = read(tmp_path / "out.safetensors").deltas
     assert source.keys() == found.keys()
     assert all(same(source[target], found[target]) for target in source)
 
@@ -970,6 +978,72 @@ def test_a_replaced_parameter_is_a_difference_where_the_base_is_at_hand(tmp_path
     assert isinstance(found, Full)
     close(found.diff.numpy(), (value - base.model["score.weight"]).numpy(), 1e-6)  # type: ignore[index,union-attr,operator]
     assert report.rules == {"rename": 1, "replacement-to-difference": 1}
+
+
+@pytest.mark.parametrize("counted", [7, 8])
+def test_a_counter_that_nothing_touched_needs_no_word(counted: int, tmp_path: Path) -> None:
+    """Modules kept whole bring their buffers along: those that are the base's own change nothing."""
+    norm = "stem.normalization"
+    base = based({f"{MODULES[0]}.weight": (OUT, IN), f"{norm}.weight": (8,), f"{norm}.running_mean": (8,)}, {})
+    counter = ParameterInfo(shape=(), dtype="I64", stored_as=f"{norm}.num_batches_tracked")
+    model: Any = {**base.model, counter.stored_as: torch.tensor(7)}  # type: ignore[dict-item]
+    infos = {**base.index.parameters, counter.stored_as: counter}
+    base = replace(base, index=replace(base.index, parameters=infos), model=model)
+    kept = {
+        "weight": drawn(8, seed=3),
+        "running_mean": model[f"{norm}.running_mean"].clone(),
+        "num_batches_tracked": torch.tensor(counted),
+    }
+    whole = {Target("", norm, name): Replace(value) for name, value in kept.items()}
+    write(tmp_path / "peft", {**on(lora(1)), **whole}, modules_to_save=[norm])
+    if counted != 7:
+        with pytest.raises(CannotCarry, match="no word"):
+            lorahub.convert(tmp_path / "peft", "kohya", tmp_path / "out", base=base)
+        return
+    report = lorahub.convert(tmp_path / "peft", "kohya", tmp_path / "out", base=base)
+    assert set(read(tmp_path / "out").deltas) == {Target("", norm, "weight"), *on(lora(1))}
+    assert report.rules["replacement-to-difference"] == 1
+    assert lorahub.diff(tmp_path / "peft", tmp_path / "peft", base=base).equal
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_a_bias_beside_factors_is_pefts_lora_bias_and_comes_back(scale: float, tmp_path: Path) -> None:
+    biased = {Target("", module, "bias"): Full(drawn(OUT, seed=at), scale) for at, module in enumerate(MODULES)}
+    factors = on(*(lora(seed, scale=scale) for seed in range(3)))
+    write(tmp_path / "peft", {**factors, **biased})
+    lorahub.convert(tmp_path / "peft", "kohya", tmp_path / "x.safetensors")
+    assert f"lycoris_{MODULES[0].replace('.', '_')}.diff_b" in load_file(tmp_path / "x.safetensors")
+    report = lorahub.convert(tmp_path / "x.safetensors", "peft", tmp_path / "back")
+    assert report.max_error is not None
+    assert report.max_error < 1e-7
+    one, other = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("peft", "back"))
+    assert one.keys() == other.keys()
+    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["lora_bias"] is True
+    for key, each in one.items():
+        close(other[key].numpy(), each.numpy(), 1e-7)
+        assert scale != 0.5 or torch.equal(other[key], each)
+
+
+def test_a_head_trained_whole_comes_back_to_peft_where_the_base_is_at_hand(tmp_path: Path) -> None:
+    base = based({f"{MODULES[0]}.weight": (OUT, IN), "score.weight": (3, IN)}, {})
+    head = Target("", "score", "weight")
+    value = drawn(3, IN, seed=8)
+    write(tmp_path / "peft", {**on(lora(1)), head: Replace(value)}, modules_to_save=["score"])
+    lorahub.convert(tmp_path / "peft", "kohya", tmp_path / "x.safetensors", base=base)
+    report = lorahub.convert(tmp_path / "x.safetensors", "peft", tmp_path / "back", base=base)
+    found = read(tmp_path / "back").deltas[head]
+    assert isinstance(found, Replace)
+    assert report.rules["difference-to-replacement"] == 1
+    close(found.value.numpy(), value.numpy(), 1e-6)
+
+
+def test_a_module_that_peft_could_not_load_is_not_kept_whole(tmp_path: Path) -> None:
+    """PEFT wants all that a kept module has; a file with a part of it gives only that part."""
+    norm = "stem.normalization"
+    base = based({f"{MODULES[0]}.weight": (OUT, IN), f"{norm}.weight": (8,), f"{norm}.running_mean": (8,)}, {})
+    write(tmp_path / "x", {**on(lora(1)), Target("", norm, "weight"): Full(drawn(8))}, "kohya")
+    with pytest.raises(CannotCarry, match="no word"):
+        lorahub.convert(tmp_path / "x", "peft", tmp_path / "out", base=base)
 
 
 def test_a_bare_model_is_the_base_of_the_component_that_is_named(tmp_path: Path) -> None:

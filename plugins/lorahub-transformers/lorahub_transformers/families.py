@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["FAMILIES", "Family", "Head"]
+__all__ = ["FAMILIES", "OUTER", "Family", "Head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,10 @@ class Family:
     def head(self, name: str) -> Head | None:
         """The class of that name."""
         return next((head for head in self.heads if head.name == name), None)
+
+
+OUTER: Mapping[str, str] = MappingProxyType({"clip_text_model": "text_model."})
+"""``model_type`` -> a level around all modules that releases before the fifth had, and their files have still."""
 
 
 def _each(stem: str, *leaves: str) -> tuple[str, ...]:

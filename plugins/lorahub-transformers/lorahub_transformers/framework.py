@@ -24,7 +24,8 @@ from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
 from lorahub_transformers import heads
 from lorahub_transformers.families import FAMILIES, Family, Head
-from lorahub_transformers.names import aliases, is_below, matches, spelling_of
+from lorahub_transformers.moved import moved
+from lorahub_transformers.names import aliases, is_below, matches, outer_aliases, spelling_of
 from lorahub_transformers.order import registered
 
 if TYPE_CHECKING:
@@ -92,7 +93,15 @@ class Transformers:
         family = _family(files.config)
         if family is None:
             return BaseIndex(
-                ref=ref, framework=self.name, parameters=in_order(stored.items()), config=files.config, declared=False
+                ref=ref,
+                framework=self.name,
+                parameters=in_order(stored.items()),
+                aliases=(
+                    *moved(files.config, in_order(stored.items())),
+                    *outer_aliases(files.config.get("model_type"), stored),
+                ),
+                config=files.config,
+                declared=False,
             )
         spelling = spelling_of(family, stored)
         named: dict[str, ParameterInfo] = {}
@@ -124,6 +133,10 @@ class Transformers:
                 ref=ref,
                 framework=self.name,
                 parameters=in_order(entries.items()),
+                aliases=(
+                    *moved(config, in_order(entries.items())),
+                    *outer_aliases(config.get("model_type"), entries),
+                ),
                 tied=groups,
                 config=config,
                 registered=tuple(name for name, _ in model.named_modules() if name),
