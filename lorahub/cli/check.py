@@ -44,7 +44,7 @@ def check(
         text=f"{report.verdict}: {report.adapter} with {report.against}\n{aligned(axes)}",
         bare=str(report.verdict),
     )
-    out.findings(report.findings)
+    out.findings(report.findings, allowed=allow)
     if report.verdict is Verdict.INCOMPATIBLE and report.axes["integrity"] is Verdict.INCOMPATIBLE:
         return 5
     return EXIT.get(report.verdict, 0)

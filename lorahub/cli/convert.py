@@ -86,7 +86,7 @@ def convert(
             hub=hub,
             progress=progress,
         )
-    out.findings(report.findings)
+    out.findings(report.findings, allowed=allow)
     out.answer(report.document(), text=_text(report, each=verify is True), bare=report.out)
     for loss in report.losses:
         out.say(f"not carried: {loss}")

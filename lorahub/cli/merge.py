@@ -56,7 +56,7 @@ def merge(
         job.refuse()
         return
     job.refuse()
-    out.findings(job.findings)
+    out.findings(job.findings, allowed=allow)
     assert target is not None
     with out.progress("merging") as progress:
         report = job.write(target, keep_base_tokenizer=tokenizer == "base", threads=threads, progress=progress)

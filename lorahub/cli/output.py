@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -127,13 +127,20 @@ class Output:
         if self.mode != "quiet":
             sys.stderr.write(plain(text) + "\n")
 
-    def findings(self, findings: Sequence[Finding]) -> None:
-        """Findings worth saying, worst first; mere notes are left to ``--json``."""
+    def findings(self, findings: Sequence[Finding], *, allowed: Collection[str] = ()) -> None:
+        """Findings worth saying, worst first; mere notes are left to ``--json``.
+
+        Args:
+            findings: all there are.
+            allowed: codes that ``--allow`` accepted.
+        """
         for finding in sorted(findings, key=lambda each: -each.level):
-            if finding.level >= Verdict.UNVERIFIED:
-                self.say(f"{_LEVEL_WORDS[finding.level]}: {finding.show()}")
-                if finding.remedy:
-                    self.say(f"  {finding.remedy}")
+            if finding.level < Verdict.UNVERIFIED:
+                continue
+            accepted = finding.allowable and finding.code in allowed
+            self.say(f"{'allowed' if accepted else _LEVEL_WORDS[finding.level]}: {finding.show()}")
+            if finding.remedy and not accepted:
+                self.say(f"  {finding.remedy}")
 
     def error(self, error: LorahubError) -> None:
         """A failure: what, the findings behind it, and what to do next."""
