@@ -155,3 +155,13 @@ def test_a_kind_whose_tensors_are_shared_is_named_without_a_base(lorahub: Cli, t
     assert "nothing that changes weights" not in run.out
     assert "unilora" in run.out
     assert lorahub("inspect", tmp_path, "--json").json()["kinds"] == ["unilora"]
+
+
+def test_a_single_number_in_the_place_of_a_matrix_is_a_finding_without_a_config_too(
+    tmp_path: Path, registry: Registry
+) -> None:
+    stem = "base_model.model.layers.0.q"
+    save_file(tmp_path / "adapter_model.safetensors", {f"{stem}.miss_block": torch.tensor(1.0), "a": torch.ones(2, 6)})
+    findings = {each.code: each for each in open_header(tmp_path, registry).findings}
+    assert findings.keys() >= {"config-missing", "key-unknown"}
+    assert any(f"{stem}.miss_block" in each.where for each in findings.values() if each.code != "config-missing")

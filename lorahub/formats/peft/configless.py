@@ -13,7 +13,7 @@ from dataclasses import replace
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.disputes import Choice
 from lorahub.deltas.kind import JSON, Group, Kind, Spelling, TensorRef
-from lorahub.errors import LorahubError, UnsupportedKind
+from lorahub.errors import IntegrityError, LorahubError, UnsupportedKind
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.peft.bare import group_bare
@@ -100,6 +100,8 @@ def _unscaled(kind: Kind, spelling: Spelling) -> Spelling:
                 kind.touches(Group(module=module, kind=kind.name, slots=slots, options=made))
         except KeyError as option:  # what it changes follows from the config, not from its tensors
             raise UnsupportedKind(f"{module}: without {CONFIG} nobody knows its {option.args[0]}") from None
+        except IndexError:  # with a config, its own reader of options would have judged the shapes first
+            raise IntegrityError(f"{module}: its tensors have too few dimensions for {kind.title}") from None
         return made
 
     return replace(spelling, options=options, disputed=_undisputed, complete=None)
