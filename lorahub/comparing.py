@@ -13,7 +13,7 @@ from lorahub.adapter import load as load_tensors
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.composition.comparing import Comparison, Weights, compare, compare_parts
-from lorahub.conversion.weights import BaseWeights, read_files
+from lorahub.conversion.weights import BaseWeights
 from lorahub.errors import UsageError
 from lorahub.files.tensors import DictSource, FileSource
 from lorahub.plugins import load_registry
@@ -102,11 +102,5 @@ def _weights(base: Base, targets: Collection[Target], adapters: Collection[Adapt
         for name in delta.reads
     }
     layouts = base.framework.layouts(base.index, {*targets, *reads})
-    with ExitStack() as held:
-        if base.files is not None:
-            read = held.enter_context(read_files(base.files, base.index))
-        else:
-            assert base.model is not None  # a base is files or a model
-            live = base.framework.parameters(base.model, base.index)
-            read = lambda name: live[name].detach().cpu()  # noqa: E731 - one of two ways to read
+    with base.tensors() as read:
         yield BaseWeights(base.index, layouts, read).weight

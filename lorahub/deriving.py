@@ -20,7 +20,6 @@ from lorahub.composition import resize as resizing
 from lorahub.composition.budgeting import budget_of
 from lorahub.composition.pairing import Pair, Way, pair
 from lorahub.composition.report import ReduceReport, Row, unmet
-from lorahub.conversion.weights import read_files
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
 from lorahub.engine.crew import crew_size
@@ -236,21 +235,11 @@ def resize(
     )
 
 
-def _live(base: Base) -> Mapping[str, torch.Tensor]:
-    assert base.model is not None  # a base is files or a model
-    tensors = base.framework.parameters(base.model, base.index)
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-
 @contextmanager
 def _reader(base: Base, name_of: Callable[[Pair], str]) -> Iterator[extraction.Read]:
     """Reads a pair's parameter from files or a live model; what it gives may be written to."""
-    if base.files is not None:
-        with read_files(base.files, base.index) as read:
-            yield lambda each: read(name_of(each))
-        return
-    live = _live(base)
-    yield lambda each: live[name_of(each)].clone()
+    with base.tensors() as read:
+        yield (lambda each: read(name_of(each))) if base.files else (lambda each: read(name_of(each)).clone())
 
 
 def _new(out: str | os.PathLike[str]) -> Path:

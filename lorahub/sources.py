@@ -6,8 +6,8 @@ A source is a folder, a file, ``ns/name@1.2`` on a hub, or an object that is ope
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,7 +20,7 @@ from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layout import Target
 from lorahub.bases.open import index_base, index_live, survey_base
 from lorahub.bases.weights import weights_digest
-from lorahub.conversion.weights import BaseWeights, read_files
+from lorahub.conversion.weights import BaseWeights, Read, read_files
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import InvalidRef, NotFound, Unavailable, UsageError
 from lorahub.hub import open_hub
@@ -246,7 +246,7 @@ def inspect(source: Source, *, hub: str | None = None, progress: Progress = quie
 
 def weigh(
     source: Source,
-    base: Source | None = None,
+    base: Source | nn.Module | Base | None = None,
     *,
     compat: str | None = None,
     hub: str | None = None,
@@ -256,7 +256,7 @@ def weigh(
 
     Args:
         source: a folder, a file, or a reference, which is pulled.
-        base: a folder, a file, or ``ns/name[@COMMIT]``: for relative norms, and for changes that depend on weights.
+        base: see ``open_base``: for relative norms, and for changes that depend on weights.
         compat: see ``load``.
         hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
         progress: called with (targets done, targets in all).
@@ -268,14 +268,13 @@ def weigh(
     if base is None:
         return weighing.weigh(load(source, compat=compat, hub=hub), progress=progress)
     registry, opened = load_registry(), open_base(base)
-    assert opened.files is not None  # no live model
     header = header_of(source, registry, hub=hub, progress=quiet, index=opened.index, compat=compat)
     adapter = load_tensors(header, registry, index=opened.index)
     siblings = {
         Target(target.component, target.module, name) for target, each in adapter.deltas.items() for name in each.reads
     }
     layouts = opened.framework.layouts(opened.index, {*adapter.deltas, *siblings})
-    with read_files(opened.files, opened.index) as read:
+    with opened.tensors() as read:
         return weighing.weigh(adapter, base=BaseWeights(opened.index, layouts, read), progress=progress)
 
 
@@ -349,6 +348,21 @@ class Base:
     framework: Framework
     files: BaseFiles | None = None
     model: nn.Module | None = None
+
+    @contextmanager
+    def tensors(self) -> Iterator[Read]:
+        """Its parameters by canonical name, on the CPU, from its files or from the live model, whose own they may be.
+
+        Raises:
+            IntegrityError: a file is not the one that was surveyed.
+        """
+        if self.files is not None:
+            with read_files(self.files, self.index) as read:
+                yield read
+        else:
+            assert self.model is not None  # a base is files or a model
+            live = self.framework.parameters(self.model, self.index)
+            yield lambda name: live[name].detach().cpu()
 
 
 def open_base(base: Source | nn.Module | Base, *, digest: bool = False, progress: Progress = quiet) -> Base:

@@ -6,7 +6,7 @@ Everything here is in the source's own terms; what the target format makes of it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast, final
 
@@ -22,7 +22,7 @@ from lorahub.conversion.home import known_words
 from lorahub.conversion.naming import known_roles, unresolved
 from lorahub.conversion.translate import UNDECLARED, translate
 from lorahub.conversion.vocabulary import is_foreign
-from lorahub.conversion.weights import BaseWeights, Read, read_files
+from lorahub.conversion.weights import BaseWeights
 from lorahub.converting.request import Request
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON
@@ -65,7 +65,7 @@ class Opened:
                 replace(target, parameter=name) for target, touch in header.touches.items() for name in touch.reads
             }
             self._layouts = {**base.framework.layouts(base.index, wanted), **words}
-            self._weights = BaseWeights(base.index, self._layouts, held.enter_context(_reader(base)))
+            self._weights = BaseWeights(base.index, self._layouts, held.enter_context(base.tensors()))
         self.findings = (*header.findings, *self._about_parts(), *self._about_placement())
 
     @property
@@ -244,18 +244,6 @@ class _Declared:
     def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
         """The framework's."""
         return self._framework.edits(index, created, hints)
-
-
-@contextmanager
-def _reader(base: Base) -> Iterator[Read]:
-    """The base's tensors by canonical name, from its files or from the live model."""
-    if base.files is not None:
-        with read_files(base.files, base.index) as read:
-            yield read
-    else:
-        assert base.model is not None  # a base is files or a model
-        live = base.framework.parameters(base.model, base.index)
-        yield lambda name: live[name].detach().cpu()
 
 
 def _is_meta(base: Base) -> bool:
