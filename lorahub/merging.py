@@ -18,6 +18,7 @@ from lorahub.engine.merge import Merged, merge_into
 from lorahub.engine.plan import Plan
 from lorahub.engine.plan import plan as plan_merge
 from lorahub.engine.report import MergeReport
+from lorahub.engine.sharding import local_parts
 from lorahub.engine.stream import stream_merge
 from lorahub.errors import Unavailable, UsageError
 from lorahub.files.digest import file_digest
@@ -363,10 +364,13 @@ def merge(
         raise UsageError(
             "merging a checkpoint on disk needs a place for the result", "pass out=FOLDER, or a live model"
         )
+    brought = job.adapters(load_registry())
+    live = job.base.framework.parameters(job.base.model, job.base.index)
+    local, parameters = local_parts(job.plan, live, brought)
     return merge_into(
-        job.base.framework.parameters(job.base.model, job.base.index),
-        job.plan,
-        job.adapters(load_registry()),
+        parameters,
+        local,
+        brought,
         threads=threads,
         progress=progress,
     )
