@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorahub.deltas.kind import Kind
     from lorahub.formats.format import Format
     from lorahub.runtimes.runtime import Runtime
+    from lorahub.storages.storage import Storage
 
 __all__ = [
     "HOOKSPEC_VERSION",
@@ -27,6 +28,7 @@ __all__ = [
     "lorahub_frameworks",
     "lorahub_kinds",
     "lorahub_runtimes",
+    "lorahub_storages",
 ]
 
 HOOKSPEC_VERSION = (1, 0)
@@ -57,6 +59,12 @@ def lorahub_frameworks() -> list[Framework]:
 @hookspec
 def lorahub_runtimes() -> list[Runtime]:
     """Runtime tables for ``lorahub check --for NAME``: what a serving runtime accepts."""
+    return []
+
+
+@hookspec
+def lorahub_storages() -> list[Storage]:
+    """Storages: how quantised modules keep their weights, and how other numbers are put there."""
     return []
 
 

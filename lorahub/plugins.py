@@ -35,7 +35,7 @@ __all__ = ["GROUP", "PluginInfo", "Registry", "load_registry", "name_clash"]
 GROUP = "lorahub"
 """The entry-point group."""
 
-ROOMS = ("lorahub.deltas", "lorahub.formats", "lorahub.bases", "lorahub.runtimes")
+ROOMS = ("lorahub.deltas", "lorahub.formats", "lorahub.bases", "lorahub.runtimes", "lorahub.storages")
 """Packages whose modules may implement hooks."""
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")

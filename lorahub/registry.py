@@ -1,4 +1,4 @@
-"""Everything that is registered, as a value: kinds, formats, frameworks, runtimes, commands, plugins.
+"""Everything that is registered, as a value: kinds, formats, frameworks, runtimes, storages, commands, plugins.
 
 Knows what an object of each sort must have and what to say where a name is unknown.  ``plugins.py`` fills it.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorahub.deltas.kind import Kind
     from lorahub.formats.format import Format
     from lorahub.runtimes.runtime import Runtime
+    from lorahub.storages.storage import Storage
 
 __all__ = ["SORTS", "PluginInfo", "Registry", "Sort", "State", "unmet"]
 
@@ -83,6 +84,7 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
                 "untie",
                 "companions",
                 "parameters",
+                "site",
                 "open_base",
             ),
             unknown=PluginError,
@@ -91,6 +93,12 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
             one="runtime",
             hook="lorahub_runtimes",
             attributes=("name", "title", "versions", "rules"),
+            unknown=UsageError,
+        ),
+        "storages": Sort(
+            one="storage",
+            hook="lorahub_storages",
+            attributes=("name", "library", "holds", "stored"),
             unknown=UsageError,
         ),
         "commands": Sort(
@@ -160,6 +168,7 @@ class Registry:
     formats: Mapping[str, Format] = field(default_factory=lambda: MappingProxyType({}))
     frameworks: Mapping[str, Framework] = field(default_factory=lambda: MappingProxyType({}))
     runtimes: Mapping[str, Runtime] = field(default_factory=lambda: MappingProxyType({}))
+    storages: Mapping[str, Storage] = field(default_factory=lambda: MappingProxyType({}))
     commands: Mapping[str, click.Command] = field(default_factory=lambda: MappingProxyType({}))
     plugins: tuple[PluginInfo, ...] = ()
 

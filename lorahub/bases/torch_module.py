@@ -6,27 +6,39 @@ declared; from files alone it knows names and shapes only.  Imports no model lib
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from lorahub.bases.calls import site_of
 from lorahub.bases.framework import BaseFiles, Created, Edits, whole_layouts
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo, natural
 from lorahub.bases.layout import Layout, Target
+from lorahub.bases.site import Site
 from lorahub.deltas.kind import JSON
 from lorahub.errors import UnsupportedFormat, UsageError
 from lorahub.files.dtypes import from_torch, stored_shape
 from lorahub.findings import Claim
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
+from lorahub.storages.storage import Held, held_in
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorahub.bases.framework import Framework
 
-__all__ = ["ROLES", "TRANSPOSED", "TorchModule", "in_order", "live_entries", "live_tensors", "lorahub_frameworks"]
+__all__ = [
+    "ROLES",
+    "TRANSPOSED",
+    "TorchModule",
+    "held_parameters",
+    "in_order",
+    "live_entries",
+    "live_tensors",
+    "lorahub_frameworks",
+]
 
 ROLES: Mapping[str, str] = MappingProxyType(
     {
@@ -124,6 +136,10 @@ class TorchModule:
         """The module's own tensors by name."""
         return live_tensors(model)
 
+    def site(self, model: nn.Module, name: str) -> Site | None:
+        """By the exact class of the module; see ``lorahub.bases.calls``."""
+        return site_of(model, name)
+
     def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
         """Refuse: weights alone do not say which class to build.
 
@@ -141,10 +157,42 @@ def in_order(entries: Iterable[tuple[str, ParameterInfo]]) -> Mapping[str, Param
     return MappingProxyType(dict(sorted(entries, key=lambda entry: natural(entry[0]))))
 
 
-def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the state dict (parameters and persistent buffers) by name: the module's own, not copies."""
-    state = model.state_dict(keep_vars=True)
+def live_tensors(model: nn.Module, held: Mapping[str, Held] | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of the state dict (parameters and persistent buffers) by name: the module's own, not copies.
+
+    Of a quantised weight that is the tensor with its codes; what else belongs to its stored form is left out.
+
+    Args:
+        model: the module.
+        held: what is held in quantised form, where that is known already.
+    """
+    held = held_in(model) if held is None else held
+    state: dict[str, object] = {}
+    if held:
+        inside = {_split(name)[0] for name in held}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name in inside:  # asking such a module for its state can change it
+                state |= {f"{name}.{own}" if name else own: value for own, value in _own(module)}
+            else:
+                module._save_to_state_dict(state, f"{name}." if name else "", True)  # noqa: SLF001 - one module's share
+        hidden = {".".join(filter(None, (_split(name)[0], own))) for name, one in held.items() for own in one.hidden}
+        state = {name: value for name, value in state.items() if name not in hidden}
+    else:
+        state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}  # not extra state
+
+
+def held_parameters(model: nn.Module, index: BaseIndex) -> dict[str, Held]:
+    """Canonical name -> what is held in quantised form, of the live model that ``index`` was made of."""
+    named = {info.stored_as: name for name, info in index.parameters.items() if info.storage}
+    return {named[live]: held for live, held in held_in(model).items() if live in named} if named else {}
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters and persistent buffers."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    passing = module._non_persistent_buffers_set  # noqa: SLF001 - said nowhere else
+    yield from ((name, value) for name, value in module.named_buffers(recurse=False) if name not in passing)
 
 
 def live_entries(
@@ -160,26 +208,29 @@ def live_entries(
         UnsupportedFormat: a tensor of a dtype that no safetensors file can hold.
     """
     groups: dict[object, list[str]] = {}
-    tensors = live_tensors(model)
-    for name in sorted(tensors, key=natural):
-        groups.setdefault(_storage(tensors[name]), []).append(name)
+    held = held_in(model)
+    tensors = live_tensors(model, held)
+    for name in sorted({*tensors, *held}, key=natural):
+        groups.setdefault(_storage(tensors[name]) if name in tensors else held[name].identity, []).append(name)
     modules = dict(model.named_modules(remove_duplicate=False))
     roles = {name: _role(module) for name, module in modules.items()}
     entries, tied = {}, []
     for names in groups.values():
         ordered = sorted(names, key=lambda name: name not in leaders)  # stable: leaders first, then natural order
-        name, tensor = ordered[0], tensors[ordered[0]]
+        name = ordered[0]
+        one = held[name] if name in held else tensors[name]
         module, parameter = _split(name)
         role, transposed = roles.get(module, ("", False))
         is_weight = parameter == "weight"
-        code = from_torch(tensor.dtype)
+        code = from_torch(one.dtype)
         entries[name] = ParameterInfo(
-            shape=stored_shape(code, tuple(tensor.shape)),
+            shape=stored_shape(code, tuple(one.shape)),
             dtype=code,
             stored_as=name,
             transposed=transposed and is_weight,
             role=role if is_weight else "",
-            turned=_turned(modules.get(module)) if tensor.dim() == 3 else None,
+            turned=_turned(modules.get(module)) if len(one.shape) == 3 else None,
+            storage=held[name].storage if name in held else "",
         )
         if len(ordered) > 1:
             tied.append(tuple(ordered))

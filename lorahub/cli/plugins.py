@@ -26,6 +26,7 @@ def plugins(out: Output) -> None:
         ("formats", ", ".join(sorted(registry.formats))),
         ("frameworks", ", ".join(sorted(registry.frameworks))),
         ("runtimes", ", ".join(sorted(registry.runtimes))),
+        ("storages", ", ".join(sorted(registry.storages))),
     ]
     text = f"{aligned(rows)}\n\n{aligned(builtin)}" if len(rows) > 1 else f"no plugins installed\n\n{aligned(builtin)}"
     out.answer(

@@ -21,6 +21,7 @@ from lorahub.hookspecs import hookimpl
 from lorahub.plugins import Registry, load_registry, name_clash
 from lorahub.registry import SORTS, PluginInfo, unmet
 from lorahub.runtimes.runtime import Runtime
+from lorahub.storages.storage import Storage
 
 
 @dataclass
@@ -287,6 +288,7 @@ def test_what_is_asked_of_objects_is_what_their_types_declare() -> None:
     assert set(SORTS["frameworks"].attributes) == public_members(Framework)
     assert set(SORTS["kinds"].attributes) == {field.name for field in fields(Kind)}
     assert set(SORTS["runtimes"].attributes) == {field.name for field in fields(Runtime)}
+    assert set(SORTS["storages"].attributes) == public_members(Storage)
 
 
 def test_every_hook_has_its_place_in_the_registry() -> None:
