@@ -2,7 +2,8 @@
 
 All sides change the same memory, one after another, repeat by repeat, and the weights are put back in between (not
 timed).  The floor is one pass that reads and writes every weight that a merge changes (``W.mul_(1)``).  lorahub's time
-is that of the whole call: opening the adapter's files, planning, checking, merging, and the copies that undo needs.
+is that of the whole call: opening the adapter's files, planning, checking, merging, measuring what is kept, and what
+undoing exactly needs; with ``undo="none"``, which is what PEFT's merge offers, without that last part.
 """
 
 from __future__ import annotations
@@ -30,13 +31,22 @@ ADDMM = "torch addmm_, bf16 factors"
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
 
+UNDO = {"": "auto", ", no undo": "none"}
+"""How lorahub's sides are named, and what they keep for undoing."""
+
+
+def _peft(word: str) -> str:
+    return f"PEFT merge_adapter, {word} factors"
+
+
+def _ours(word: str, kept: str) -> str:
+    return f"lorahub.merge, {word} factors{kept}"
+
+
 PAIRS = [
-    ("PEFT merge_adapter, bf16 factors", "lorahub.merge, bf16 factors"),
-    ("PEFT merge_adapter, fp32 factors", "lorahub.merge, fp32 factors"),
-    ("lorahub.merge, bf16 factors", FLOOR),
-    ("lorahub.merge, fp32 factors", FLOOR),
-    ("PEFT merge_adapter, bf16 factors", FLOOR),
-    ("PEFT merge_adapter, fp32 factors", FLOOR),
+    *((_peft(word), _ours(word, kept)) for kept in UNDO for word in FACTORS),
+    *((_ours(word, kept), FLOOR) for kept in UNDO for word in FACTORS),
+    *((_peft(word), FLOOR) for word in FACTORS),
     (ADDMM, FLOOR),
 ]
 
@@ -92,9 +102,10 @@ def _compare(
         }
         for word, wrapped in in_peft.items():
             wrapped.save_pretrained(Path(folder) / word)
-            sides[f"PEFT merge_adapter, {word} factors"] = Side(wrapped.merge_adapter, partial(_forget_merge, wrapped))
+            sides[_peft(word)] = Side(wrapped.merge_adapter, partial(_forget_merge, wrapped))
             adapter = lorahub.load(Path(folder) / word)
-            sides[f"lorahub.merge, {word} factors"] = Side(partial(lorahub.merge, live(), {"a": adapter}))
+            for kept, undo in UNDO.items():
+                sides[_ours(word, kept)] = Side(partial(lorahub.merge, live(), {"a": adapter}, undo=undo))
         backup = [weight.clone() for weight in changed]
         samples: dict[str, list[Sample]] = {name: [] for name in sides}
         results: dict[str, list[torch.Tensor]] = {}
@@ -106,7 +117,7 @@ def _compare(
                 taken = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
                 if repeat:
                     samples[name].append(taken)
-                elif "fp32" in name:
+                elif name in (_peft("fp32"), _ours("fp32", "")):
                     results[name] = [weight.clone() for weight in changed]
                 del result
                 side.reset()

@@ -13,6 +13,8 @@ from typing import final
 
 from lorahub.engine.crew import Workspace
 from lorahub.engine.planes import Plane, Rows, Whole
+from lorahub.engine.rounding.fast import FAST
+from lorahub.engine.rounding.mode import Mode
 from lorahub.engine.steps import Step
 from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
 from lorahub.engine.windows import gather
@@ -52,9 +54,11 @@ class Fold:
     Building a fold computes with factors, so it is done in the thread that runs it.
     """
 
-    def __init__(self, step: Step, items: Sequence[Ingredient], device: torch.device | None = None) -> None:
+    def __init__(
+        self, step: Step, items: Sequence[Ingredient], device: torch.device | None = None, mode: Mode = FAST
+    ) -> None:
         self._step, self._items = step, items
-        self._sums = Sums(to_torch(step.after.dtype), device or torch.device("cpu"))
+        self._sums = Sums(to_torch(step.after.dtype), device or torch.device("cpu"), mode, step.out)
         self.units = tuple(self._cut(torch_shape(step.after.dtype, step.after.shape)))
 
     def run(self, unit: Unit, before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
@@ -100,7 +104,8 @@ class Fold:
             return
         for expert in range(shape[0]):
             items = of.get(expert, ())
-            one: Plane = Rows.of(shape[1:], items, self._sums) or Whole(shape[1:], items, self._sums)
+            sums = replace(self._sums, first=expert * math.prod(shape[1:]))
+            one: Plane = Rows.of(shape[1:], items, sums) or Whole(shape[1:], items, sums)
             yield Unit(slice(expert, expert + 1), one, one.windows, inner=True)
 
     def _not_finite(self, fault: NotFiniteHere) -> NotFinite:

@@ -1,4 +1,4 @@
-"""``W' = W0 + sum of weight * delta(W0)`` over one matrix or vector, rounded once: where the numbers are made.
+"""``W' = W0 + sum of weight * delta(W0)`` over one matrix or vector: in windows of rows, or as a whole.
 
 Two ways: ``Rows`` goes through the matrix in windows of rows and never forms a low-rank change as a whole; ``Whole``
 takes any delta and any region, at the price of a few copies of the matrix.  Knows no plans, files or models.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Protocol, Self, final
 
 from lorahub.bases.layout import Region
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.engine.crew import Workspace
-from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, squares
+from lorahub.engine.recipes import Factors, Keep, Put, Recipe, Stretch, Sum
+from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
 from lorahub.engine.windows import cut
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
@@ -68,109 +69,16 @@ class _Part:
         )
 
 
-class _Recipe(Protocol):
-    """What happens to rows over which the same ingredients are active; ``rows`` counts from the first of them."""
-
-    def fold(
-        self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums
-    ) -> Change: ...
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Keep:
-    """Nothing happens."""
-
-    def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
-        assert before is not None
-        out.copy_(before)
-        if not before.is_floating_point():
-            return Change()
-        return Change(squares(space.take("total", before.shape, sums.dtype, out.device).copy_(before)))
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Put:
-    """A replacement alone: its value is copied, with one rounding where it is stored wider."""
-
-    value: torch.Tensor
-
-    def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
-        change = Change()
-        if before is not None and out.is_floating_point():
-            total = space.take("total", before.shape, sums.dtype, out.device).copy_(before)
-            change = Change(squares(total), squares(total.sub_(sums.cast(self.value[rows]))))
-        out.copy_(self.value[rows])
-        if not all_finite(out):
-            raise NotFiniteHere(before=False)
-        return change
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """Low-rank changes alone, as one product with the sum of its squares; weights and scales are within ``up``."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    squares: float
-
-    @classmethod
-    def of(
-        cls, factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]], device: torch.device, dtype: torch.dtype
-    ) -> Self:
-        """One product out of several (up, down, weight)."""
-        up = torch.cat([up.to(device, dtype) * weight for up, _, weight in factors], 1)
-        down = torch.cat([down.to(device, dtype) for _, down, _ in factors])
-        wide, long = up.double(), down.double()
-        size = float((wide.T @ wide * (long @ long.T)).sum())
-        return cls(up, down, max(size, 0.0))  # rounding can take a vanishing product below zero
-
-    def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
-        assert before is not None
-        total = space.take("total", before.shape, self.up.dtype, out.device).copy_(before)
-        size = squares(total)
-        self.add(rows, total)
-        sums.finish(total, out, size, self.squares)
-        return Change(size, 0.0 if rows.start else self.squares)  # counted once, with the first window
-
-    def add(self, rows: slice, total: torch.Tensor) -> None:
-        total.view(total.shape[0], -1).addmm_(self.up[rows], self.down)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """Anything: a value or the weights as they were, and all that is added to them."""
-
-    value: torch.Tensor | None
-    product: _Product | None
-    deltas: tuple[tuple[float, Delta], ...]
-
-    def fold(self, rows: slice, before: torch.Tensor | None, out: torch.Tensor, space: Workspace, sums: Sums) -> Change:
-        assert before is not None
-        untouched = space.take("untouched", before.shape, sums.dtype, out.device).copy_(before)
-        total = space.take("total", before.shape, sums.dtype, out.device)
-        total.copy_(untouched if self.value is None else self.value[rows])
-        if self.product is not None:
-            self.product.add(rows, total)
-        for weight, delta in self.deltas:
-            total.add_(delta.region(rows, ALL).delta(untouched), alpha=weight)
-        change = Change(squares(untouched), squares(untouched.sub_(total)))
-        sums.finish(total, out, change.before, change.added)
-        return change
-
-
-def _recipe(parts: Sequence[_Part], sums: Sums) -> _Recipe:
+def _recipe(parts: Sequence[_Part], sums: Sums) -> Recipe:
     """What parts over the same rows come to."""
     value = next((part.value for part in parts if part.value is not None), None)
-    deltas = tuple((part.weight, part.delta) for part in parts if part.delta is not None)
-    factors = [(*part.factors, part.weight) for part in parts if part.factors is not None]
+    deltas = [(part.weight, part.delta) for part in parts if part.delta is not None]
+    factors = [Factors(*part.factors, part.weight) for part in parts if part.factors is not None]
     if not factors and not deltas:
-        return _Keep() if value is None else _Put(value)
-    product = _Product.of(factors, sums.device, sums.dtype) if factors else None
-    return product if product and value is None and not deltas else _Sum(value, product, deltas)
+        return Keep() if value is None else Put(value)
+    if value is None and not deltas:
+        return sums.mode.product(factors, sums)
+    return Sum(value, factors, deltas, sums)
 
 
 @final
@@ -179,14 +87,14 @@ class Rows:
 
     def __init__(self, shape: Sequence[int], parts: Sequence[_Part], sums: Sums) -> None:
         self._sums = sums
-        self._recipes: dict[int, tuple[int, _Recipe]] = {}  # first row of a window -> first row of its recipe, and it
-        row_bytes = math.prod(shape[1:]) * sums.dtype.itemsize
+        self._row = math.prod(shape[1:])
+        self._recipes: dict[int, tuple[int, Recipe]] = {}  # first row of a window -> first row of its recipe, and it
         edges = sorted({0, shape[0], *(edge for part in parts for edge in (part.start, part.stop))})
         windows: list[slice] = []
         for start, stop in pairwise(edges):
             active = [part.cut(start, stop) for part in parts if part.start <= start and stop <= part.stop]
             recipe = _recipe(active, sums)
-            for window in cut(start, stop, row_bytes, window=sums.window):
+            for window in cut(start, stop, self._row * sums.dtype.itemsize, window=sums.window):
                 self._recipes[window.start] = start, recipe
                 windows.append(window)
         self.windows = tuple(windows)
@@ -200,13 +108,39 @@ class Rows:
     def run(self, windows: Sequence[slice], before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
         """Fold some consecutive windows; see ``Plane``."""
         first, change = windows[0].start, Change()
-        for window in windows:
-            here = slice(window.start - first, window.stop - first)
-            start, recipe = self._recipes[window.start]
-            rows = slice(window.start - start, window.stop - start)
-            part = None if before is None else before[here]
-            change += recipe.fold(rows, part, out[here], space, self._sums)
+        for start, group in groupby(windows, lambda window: self._recipes[window.start][0]):
+            several = tuple(group)
+            top, bottom = several[0].start, several[-1].stop
+            recipe = self._recipes[top][1]
+            here = slice(top - first, bottom - first)
+            at = Stretch(
+                rows=slice(top - start, bottom - start),
+                windows=tuple(slice(window.start - top, window.stop - top) for window in several),
+                before=None if before is None else before[here],
+                out=out[here],
+                first=self._sums.first + top * self._row,
+                space=space,
+            )
+            change += recipe.fold(at, self._sums)
+            if not isinstance(recipe, Keep) or (at.before is not None and at.before.dtype != at.out.dtype):
+                _demand_finite(at.before, at.out)
         return change
+
+
+def _demand_finite(before: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Raise where a result is not finite, and say whether that is the base's fault.
+
+    Raises:
+        NotFiniteHere: it is not.
+    """
+    if is_finite(out):
+        return
+    if before is None or before.data_ptr() != out.data_ptr():
+        raise NotFiniteHere(before=before is not None and not all_finite(before))
+    wide = out.double()  # the weights are gone: NaN comes of no sum of numbers, and overflow does not come from afar
+    near = float(wide[torch.isfinite(wide)].abs().max()) if bool(torch.isfinite(wide).any()) else math.inf
+    limit = float(torch.finfo(out.dtype).max)
+    raise NotFiniteHere(before=bool(torch.isnan(wide).any()) or near < limit / 1024)
 
 
 def _span(index: Index, size: int) -> range | None:
@@ -257,18 +191,23 @@ class Whole:
         Raises:
             NotLocal: a delta would have to be cut in a way it cannot be.
         """
-        untouched = self._sums.cast(torch.zeros_like(out) if before is None else before.clone())
+        sums = self._sums
+        untouched = torch.zeros_like(out, dtype=sums.dtype) if before is None else before.to(sums.dtype, copy=True)
         total = untouched.clone()
         rest = []
         for item in self._items:
             if item.weight == 1 and (value := item.delta.replacement()) is not None:
-                item.piece.of_parameter.put(total, self._sums.cast(item.piece.of_delta.of(value)))
+                item.piece.of_parameter.put(total, sums.cast(item.piece.of_delta.of(value)))
             else:
                 rest.append(item)
         for item in rest:
             self._add(item, untouched, total)
-        change = Change(squares(untouched), squares(untouched.sub_(total)))
-        self._sums.finish(total, out, change.before, change.added)
+        sums.mode.round(total, out, sums.name, sums.first)
+        added = total.sub_(untouched)
+        kept = untouched if before is None or before.dtype == out.dtype else sums.cast(before.to(out.dtype))
+        change = Change.of(kept, added, sums.cast(out))
+        if not is_finite(out):
+            raise NotFiniteHere(before=not all_finite(untouched))
         return change
 
     def _add(self, item: Ingredient, untouched: torch.Tensor, total: torch.Tensor) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import cast
 
 from lorahub.deltas.kind import JSON
+from lorahub.engine.retention import Retention
+from lorahub.findings import Finding
 
 __all__ = ["MergeReport"]
 
@@ -25,6 +29,10 @@ class MergeReport:
         resumed: files that an earlier run had finished.
         threads: how many folded.
         plan: digest of the plan.
+        undo: way back -> bytes that it holds; nothing where there is none.
+        retained: parameter -> how much of its change is left as stored, where that was measured.
+        retention: the same of all changes together.
+        findings: what there is to say about that.
     """
 
     changes: Mapping[str, float | None]
@@ -36,6 +44,10 @@ class MergeReport:
     resumed: int = 0
     threads: int
     plan: str
+    undo: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    retained: Mapping[str, Retention] = field(default_factory=lambda: MappingProxyType({}))
+    retention: Retention | None = None
+    findings: tuple[Finding, ...] = ()
 
     @property
     def changed(self) -> int:
@@ -55,6 +67,7 @@ class MergeReport:
 
     def document(self) -> dict[str, JSON]:
         """The report as JSON-ready values."""
+        told = [finding.document() for finding in self.findings]
         return {
             "changed": self.changed,
             "largest_change": self.largest_change,
@@ -67,5 +80,9 @@ class MergeReport:
             "resumed": self.resumed,
             "threads": self.threads,
             "plan": self.plan,
+            "undo": dict(self.undo),
+            "retention": asdict(self.retention) if self.retention else None,
+            "retained": {name: asdict(each) for name, each in self.retained.items()},
+            "findings": cast("list[JSON]", told),
             "changes": dict(self.changes),
         }

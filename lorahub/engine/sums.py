@@ -1,8 +1,6 @@
-"""How changes to weights are summed: in which dtype, in windows of which size, and whether the result is a number.
+"""What is summed and what came of it: the ingredients of one stored parameter, and how large their effect was.
 
-Sums are float32 for bfloat16 and 8-bit storage and float64 for anything finer, and are rounded once.  Float16 keeps
-eleven bits: the roundings of a float32 sum reach them in more than one of ten thousand elements where a change is as
-large as its weight (3 in 10,000 measured at rank 4), so its sums are float64 as well.
+Knows shapes and dtypes; the arithmetic is in ``recipes`` and, where modes differ, in ``rounding``.
 """
 
 from __future__ import annotations
@@ -10,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import TYPE_CHECKING, Self, final
 
 from lorahub.bases.layout import Piece
 from lorahub.deltas.delta import Delta
 from lorahub.engine.windows import UNIT, WINDOW
 from lorahub.lazy import torch
 
-__all__ = ["Change", "Ingredient", "NotFiniteHere", "Sums", "all_finite", "squares"]
+if TYPE_CHECKING:
+    from lorahub.engine.rounding.mode import Mode
+
+__all__ = ["Change", "Ingredient", "NotFiniteHere", "Sums", "all_finite", "is_finite", "squares"]
 
 _ON_DEVICE = 1 << 26  # bytes of a window or unit beyond the CPU, where the cost is launches and not caches
 
@@ -50,13 +51,41 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Sums of squares: of the weights before, and of what was added to them."""
+    """What happened to some weights, as sums over their elements; they add up over rows and parameters.
+
+    A large matrix is measured on some of its rows, evenly spread (``windows.sample``), and the sums are scaled up.
+
+    Attributes:
+        before: squares of the weights before.
+        added: squares of what was to be added to them.
+        wanted: the same where ``kept`` and ``lost`` were measured; 0 where they were not.
+        kept: products of what was to be added with what the stored weights changed by.
+        lost: squares of the difference of these two.
+    """
 
     before: float = 0.0
     added: float = 0.0
+    wanted: float = 0.0
+    kept: float = 0.0
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, before: torch.Tensor, added: torch.Tensor, after: torch.Tensor, share: float = 1.0) -> Self:
+        """Measured on tensors of one shape and a wide dtype; every element stands for ``share`` elements."""
+        effect = (after - before).reshape(-1)
+        start, wanted = before.reshape(-1), added.reshape(-1)
+        kept, size = _dot(effect, wanted), _dot(wanted, wanted)
+        lost = effect.sub_(wanted)
+        return cls(_dot(start, start) * share, size * share, size * share, kept * share, _dot(lost, lost) * share)
 
     def __add__(self, other: Change) -> Change:
-        return Change(self.before + other.before, self.added + other.added)
+        return Change(
+            self.before + other.before,
+            self.added + other.added,
+            self.wanted + other.wanted,
+            self.kept + other.kept,
+            self.lost + other.lost,
+        )
 
     @property
     def relative(self) -> float | None:
@@ -65,43 +94,52 @@ class Change:
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class Sums:
-    """How sums are made for one stored parameter.
+    """How sums are made for one stored parameter, or for a part of it.
 
     Attributes:
         storage: what results are rounded to.
         device: where sums are made.
-        dtype: dtype of the sums.
-        window, unit: bytes of a window in ``dtype``, and of a unit as stored.
+        mode: how they are made and rounded.
+        name: the parameter.
+        first: how many of its elements lie before this part.
     """
 
-    def __init__(self, storage: torch.dtype, device: torch.device) -> None:
-        self.storage, self.device = storage, device
-        self.dtype = torch.float32 if storage.itemsize < 4 and storage != torch.float16 else torch.float64
-        self.window, self.unit = (WINDOW, UNIT) if device.type == "cpu" else (_ON_DEVICE, _ON_DEVICE)
-        self._safe = torch.finfo(storage).max / 2 if storage.is_floating_point else math.inf
+    storage: torch.dtype
+    device: torch.device
+    mode: Mode
+    name: str = ""
+    first: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the sums."""
+        return self.mode.sums(self.storage)
+
+    @property
+    def window(self) -> int:
+        """Bytes of a window in ``dtype``."""
+        return WINDOW if self.device.type == "cpu" else _ON_DEVICE
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a unit as stored."""
+        return UNIT if self.device.type == "cpu" else _ON_DEVICE
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` where and as sums are made."""
         return tensor.to(self.device, self.dtype)
 
-    def finish(self, total: torch.Tensor, out: torch.Tensor, before: float, added: float) -> None:
-        """Round ``total`` into ``out`` and make sure that it is finite.
 
-        No element is larger than the norms of the two summands together, so these prove it in nearly every case.
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.dot(one, other))
 
-        Args:
-            total: the sum.
-            out: the same shape, in storage dtype.
-            before: sum of squares of the untouched weights.
-            added: sum of squares of what was added to them, or more.
 
-        Raises:
-            NotFiniteHere: it is not.
-        """
-        out.copy_(total)
-        if not math.sqrt(before) + math.sqrt(added) < self._safe and not all_finite(out):
-            raise NotFiniteHere(before=not math.isfinite(before))
+def is_finite(tensor: torch.Tensor) -> bool:
+    """``all_finite`` in one pass: NaN and infinity survive every sum; only where the sum is none is each looked at."""
+    summable = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return (summable and math.isfinite(float(tensor.sum()))) or all_finite(tensor)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

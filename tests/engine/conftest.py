@@ -21,6 +21,7 @@ from lorahub.deltas.ia3 import IA3, Gain
 from lorahub.deltas.kind import Group, Kind, TensorRef
 from lorahub.deltas.lora import LORA, LoRA
 from lorahub.deltas.replace import REPLACE, Replace
+from lorahub.engine.casting import cast
 from lorahub.engine.merge import Merged, merge_into
 from lorahub.engine.plan import Plan, plan
 from lorahub.engine.report import MergeReport
@@ -119,11 +120,18 @@ class World:
     # What adapters do to it.
 
     def plan(
-        self, *adapters: Deltas, weights: Collection[float] | None = None, allow: Collection[str] = (), **header: Any
+        self,
+        *adapters: Deltas,
+        weights: Collection[float] | None = None,
+        allow: Collection[str] = (),
+        mode: str = "fast",
+        dtype: str | None = None,
+        **header: Any,
     ) -> Plan:
         weights = list(weights or [1.0] * len(adapters))
         given = {chr(97 + n): (make_header(deltas, **header), weights[n]) for n, deltas in enumerate(adapters)}
-        return plan(self.index(), self, given, KINDS, allow=allow)
+        planned = plan(self.index(), self, given, KINDS, allow=allow, mode=mode)
+        return planned if dtype is None else cast(planned, self.index(), dtype)
 
     def merge(self, live: Mapping[str, torch.Tensor], *adapters: Deltas, threads: int = 1, **options: Any) -> Merged:
         return merge_into(live, self.plan(*adapters, **options), bring(*adapters), threads=threads)
@@ -185,6 +193,12 @@ def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def survey(folder: Path) -> BaseFiles:
+    """The weights files of a folder that ``World.save`` made."""
+    headers = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    return BaseFiles(folder=folder, headers=headers, configs={}, others=())
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,11 +23,13 @@ FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def reference(weight: torch.Tensor, *terms: tuple[float, Delta]) -> torch.Tensor:
-    """``W0 + sum of weight * delta(W0)`` in float64, rounded once."""
+    """``W0 + sum of weight * delta(W0)`` in float64, rounded once: to float16 by NumPy, since PyTorch rounds twice."""
     wide = weight.double()
     total = wide.clone()
     for factor, delta in terms:
         total += factor * delta.delta(wide)
+    if weight.dtype == torch.float16:
+        return torch.from_numpy(total.numpy().astype(np.float16))
     return total.to(weight.dtype)
 
 
@@ -308,6 +311,6 @@ def test_eight_bit_floats_are_summed_in_float32(tools, dtype):
     world = tools.World({"m.weight": tools.weights(64, 32, dtype=torch.float32).to(dtype)})
     delta = tools.lora(64, 32)
     live = world.live()
-    world.merge(live, {"m.weight": delta})
+    world.merge(live, {"m.weight": delta}, allow=["delta-lost"])  # of 2 bits, most changes are
     expected = (world.tensors["m.weight"].double() + delta.delta(world.tensors["m.weight"].double())).float().to(dtype)
     assert (live["m.weight"].view(torch.uint8) == expected.view(torch.uint8)).double().mean() > 0.99

@@ -12,6 +12,7 @@ from lorahub.deltas.lora import LoRA
 from lorahub.deltas.replace import Replace
 from lorahub.engine.crew import Workspace, crew_size, run_jobs
 from lorahub.engine.fold import Fold
+from lorahub.engine.rounding.fast import FAST
 from lorahub.engine.steps import Form, Step
 from lorahub.engine.sums import Ingredient, Sums
 from lorahub.engine.windows import cut, gather
@@ -118,7 +119,7 @@ def test_opposite_adapters_change_nothing(tools):
 
 def test_sums_are_finer_than_what_they_are_rounded_to():
     storages = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32, torch.float64)
-    assert {storage: Sums(storage, torch.device("cpu")).dtype for storage in storages} == {
+    assert {storage: Sums(storage, torch.device("cpu"), FAST).dtype for storage in storages} == {
         torch.bfloat16: torch.float32,
         torch.float16: torch.float64,
         torch.float8_e4m3fn: torch.float32,

@@ -1,0 +1,26 @@
+"""The merge of many patches in plain torch: what ``merge_triton`` computes, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
+from lorahub.engine.sums import Change, all_finite, squares
+
+__all__ = ["merge_patches"]
+
+
+def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
+    """Change every weight, and say what came of each; see ``Patch``."""
+    return [_merge(patch) for patch in patches]
+
+
+def _merge(patch: Patch) -> Outcome:
+    dtype = accumulator(patch.weight.dtype)
+    if patch.saved is not None:
+        patch.saved.copy_(patch.weight)
+    before = patch.weight.to(dtype)
+    added = patch.up.to(dtype) @ patch.down.to(dtype) * patch.scale
+    patch.weight.copy_(before + added)
+    finite = all_finite(before) and all_finite(patch.weight)
+    return Outcome(Change(squares(before), squares(added)), finite=finite)

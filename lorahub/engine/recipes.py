@@ -1,0 +1,168 @@
+"""What happens to rows over which the same ingredients are active: nothing, a new value, or a sum.
+
+Changes of low rank alone are summed in a way that depends on the mode (``rounding``).  Knows no plans, files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from lorahub.deltas.delta import ALL, Delta
+from lorahub.engine.crew import Workspace
+from lorahub.engine.sums import Change, Sums
+from lorahub.engine.windows import sample
+from lorahub.lazy import torch
+
+__all__ = ["Factors", "Keep", "Put", "Recipe", "Stretch", "Sum", "joined"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Consecutive rows of a recipe that are folded in one go.
+
+    Attributes:
+        rows: which, counted from the recipe's first.
+        windows: what is summed at a time, counted from the stretch's first row.
+        before: these rows of the untouched weight, or None where the result does not depend on it.
+        out: where they go, in storage dtype; may be the memory of ``before``.
+        first: how many elements of the stored parameter lie before them.
+        space: scratch memory.
+    """
+
+    rows: slice
+    windows: tuple[slice, ...]
+    before: torch.Tensor | None
+    out: torch.Tensor
+    first: int
+    space: Workspace
+
+    def parts(self) -> Iterator[Stretch]:
+        """The stretch window by window."""
+        wide = self.out[0].numel()
+        for window in self.windows:
+            yield Stretch(
+                rows=slice(self.rows.start + window.start, self.rows.start + window.stop),
+                windows=(slice(0, window.stop - window.start),),
+                before=None if self.before is None else self.before[window],
+                out=self.out[window],
+                first=self.first + window.start * wide,
+                space=self.space,
+            )
+
+    def start(self, pick: slice, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of some rows as they would be stored with nothing added to them: what changes are measured from."""
+        return self.untouched[pick].to(self.out.dtype).to(self.out.device, dtype, copy=True)
+
+    @property
+    def untouched(self) -> torch.Tensor:
+        """``before``, where it is known to be there."""
+        assert self.before is not None
+        return self.before
+
+    def scratch(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Scratch memory in the shape of ``out``."""
+        return self.space.take(name, self.out.shape, dtype, self.out.device)
+
+
+class Recipe(Protocol):
+    """What happens to some rows."""
+
+    def fold(self, at: Stretch, sums: Sums) -> Change:
+        """Fold a stretch; whether the result is finite is looked at by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """``weight * up @ down``: ``up`` [rows, r], ``down`` [r, columns], in stored dtypes."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    weight: float
+
+
+def joined(factors: Sequence[Factors], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up and down of one product that is the sum of all, over the first one's weight; float64 until the end."""
+    leading = factors[0].weight
+    ups, downs = [], []
+    for each in factors:
+        ratio = each.weight / leading if leading else each.weight
+        ups.append(each.up.to(device, dtype) if ratio == 1 else (each.up.to(device).double() * ratio).to(dtype))
+        downs.append(each.down.to(device, dtype))
+    return torch.cat(ups, 1).contiguous(), torch.cat(downs).contiguous()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Nothing happens, but for a cast where the result is stored in another dtype."""
+
+    def fold(self, at: Stretch, sums: Sums) -> Change:
+        """See ``Recipe``."""
+        if at.untouched.dtype == at.out.dtype:
+            at.out.copy_(at.untouched)
+        else:
+            sums.mode.round(at.untouched, at.out, sums.name, at.first)
+        if not at.out.is_floating_point():
+            return Change()
+        pick, share = sample(at.out.shape)
+        some = at.start(pick, sums.dtype).reshape(-1)
+        return Change(float(torch.dot(some, some)) * share)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A replacement alone: its value is copied, with one rounding where it is stored wider."""
+
+    value: torch.Tensor
+
+    def fold(self, at: Stretch, sums: Sums) -> Change:
+        """See ``Recipe``."""
+        value = self.value[at.rows]
+        pick, share = sample(at.out.shape)
+        measured = at.before is not None and at.out.is_floating_point()
+        kept = at.start(pick, sums.dtype) if measured else None
+        if value.is_floating_point() and value.dtype.itemsize > at.out.dtype.itemsize:
+            sums.mode.round(value.to(at.out.device), at.out, sums.name, at.first)
+        else:
+            at.out.copy_(value)
+        if kept is None:
+            return Change()
+        return Change.of(kept, sums.cast(value[pick]) - kept, sums.cast(at.out[pick]), share)
+
+
+@final
+class Sum:
+    """Anything: a value or the weights as they were, and all that is added to them."""
+
+    def __init__(
+        self,
+        value: torch.Tensor | None,
+        factors: Sequence[Factors],
+        deltas: Sequence[tuple[float, Delta]],
+        sums: Sums,
+    ) -> None:
+        self._value, self._deltas = value, deltas
+        self._product = (*joined(factors, sums.device, sums.dtype), factors[0].weight) if factors else None
+
+    def fold(self, at: Stretch, sums: Sums) -> Change:
+        """See ``Recipe``."""
+        change = Change()
+        for part in at.parts():
+            change += self._window(part, sums)
+        return change
+
+    def _window(self, at: Stretch, sums: Sums) -> Change:
+        untouched = at.scratch("untouched", sums.dtype).copy_(at.untouched)
+        kept = untouched if at.untouched.dtype == at.out.dtype else at.start(slice(None), sums.dtype)
+        total = at.scratch("total", sums.dtype)
+        total.copy_(untouched if self._value is None else self._value[at.rows])
+        if self._product is not None:
+            up, down, weight = self._product
+            total.view(total.shape[0], -1).addmm_(up[at.rows], down, alpha=weight)
+        for weight, delta in self._deltas:
+            total.add_(delta.region(at.rows, ALL).delta(untouched), alpha=weight)
+        sums.mode.round(total, at.out, sums.name, at.first)
+        return Change.of(kept, total.sub_(untouched), sums.cast(at.out))

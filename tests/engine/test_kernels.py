@@ -1,0 +1,260 @@
+"""The merge kernels: both twins against float64 loops, and what the compiled one is compiled to.
+
+Without a device the kernel runs under Triton's interpreter, which computes with the same program; on one it runs
+compiled.  Whether it is fast is for benchmarks to say; here only what can be read off its code is checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorahub.deltas.lora import LoRA
+from lorahub.engine.kernels import choice, merge_torch
+from lorahub.engine.kernels.patches import Patch
+from lorahub.engine.rounding import fast
+from lorahub.engine.rounding.nearest import nearest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+pytestmark = [  # what the interpreter's arithmetic says where a device says nothing
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+STORED = [torch.bfloat16, torch.float16, torch.float32]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
+
+
+@pytest.fixture
+def kernel():
+    return importlib.import_module("lorahub.engine.kernels.merge_triton")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("this platform compiles kernels for its device")
+    return request.param
+
+
+@pytest.fixture(params=["torch", "triton"])
+def merge(request, device, kernel):
+    return merge_torch.merge_patches if request.param == "torch" else kernel.merge_patches
+
+
+SHAPES = [(64, 128, 16), (37, 50, 5), (1, 1, 1), (3, 300, 33), (130, 200, 128), (65, 16, 512), (5, 7, 2)]
+
+
+def patches(stored, factors, device="cpu", *, seed=0, saved=True, strided=False):
+    """Changes about as large as the weights, where rounding shows most."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    made = []
+    for number, (m, n, r) in enumerate(SHAPES):
+        weight = numbers(m, n).mul(0.05).to(device, stored)
+        if strided:
+            wide = (
+                torch.zeros(2 * m, n + 3, dtype=stored, device=device) if number % 2 else torch.zeros(n, m).to(weight)
+            )
+            view = wide[::2, :n] if number % 2 else wide.T
+            weight = view.copy_(weight)
+        made.append(
+            Patch(
+                weight=weight,
+                up=(numbers(m, r) * 0.05).to(device, factors),
+                down=(numbers(r, n) / r**0.5).to(device, factors),
+                scale=0.37 * (1 + number),
+                saved=torch.empty(m, n, dtype=stored, device=device) if saved else None,
+            )
+        )
+    return made
+
+
+def by_loop(patch):
+    """The weights after the merge, element by element in Python's float64."""
+    weight, up, down = (tensor.double().tolist() for tensor in (patch.weight, patch.up, patch.down))
+    total = [
+        [before + patch.scale * sum(left * down[k][j] for k, left in enumerate(up[i])) for j, before in enumerate(row)]
+        for i, row in enumerate(weight)
+    ]
+    return torch.tensor(total, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", STORED)
+def test_every_matrix_is_the_float64_sum_rounded_once(merge, device, stored, factors, strided):
+    given = patches(stored, factors, device, strided=strided)
+    before = [patch.weight.clone() for patch in given]
+    expected = [by_loop(patch) for patch in given]
+    outcomes = merge(given)
+    wrong = elements = 0
+    for patch, weight, total, outcome in zip(given, before, expected, outcomes, strict=True):
+        found = patch.weight.double().cpu()
+        step = torch.finfo(stored).eps * torch.maximum(weight.double().abs().cpu(), total.abs())
+        assert ((found - total).abs() <= step + torch.finfo(stored).smallest_normal).all()
+        wrong += (patch.weight.cpu() != total.to(stored)).sum().item()
+        elements += total.numel()
+        assert torch.equal(patch.saved, weight)
+        assert outcome.finite
+        change = torch.linalg.vector_norm(total - weight.double().cpu()) / torch.linalg.vector_norm(weight.double())
+        assert outcome.change.relative == pytest.approx(change.item(), rel=1e-4)
+        assert outcome.change.relative > 1e-2
+    assert wrong <= 5e-4 * elements  # ties of sums that are as large as the weights themselves
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_nothing_but_the_weights_is_written(merge, device, stored):
+    given = patches(stored, torch.float32, device, saved=False, strided=True)
+    around = [patch.weight._base.clone() for patch in given]
+    inside = [torch.zeros_like(patch.weight._base, dtype=torch.bool) for patch in given]
+    for patch, mask in zip(given, inside, strict=True):
+        mask.as_strided(patch.weight.shape, patch.weight.stride(), patch.weight.storage_offset()).fill_(True)
+    merge(given)
+    for patch, before, mask in zip(given, around, inside, strict=True):
+        assert torch.equal(patch.weight._base[~mask], before[~mask])
+        assert not torch.equal(patch.weight._base[mask], before[mask])
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "up", "down"])
+def test_numbers_that_are_none_are_told_of(merge, device, stored, value, where):
+    given = patches(stored, torch.float32, device)
+    getattr(given[1], where)[-1, -1] = value
+    assert [each.finite for each in merge(given)] == [number != 1 for number in range(len(given))]
+
+
+def test_a_sum_beyond_the_largest_number_is_told_of(merge, device):
+    given = patches(torch.float16, torch.float32, device)
+    given[3].weight[0, 0] = 65504.0
+    given[3].up[0] = given[3].down[:, 0] * 1e4
+    assert [each.finite for each in merge(given)] == [number != 3 for number in range(len(given))]
+
+
+def test_the_number_of_programs_changes_no_bit(kernel, monkeypatch):
+    results = []
+    for programs in (1, 3, 64):
+        monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+        given = patches(torch.bfloat16, torch.float32)
+        kernel.merge_patches(given)
+        results.append([patch.weight for patch in given])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even(kernel):
+    exact = torch.tensor([[1.0, 1.0078125, -1.0, 3.0e38, 1e-40, 256.0]])
+    half = torch.tensor([[2.0**-8, 2.0**-8, -(2.0**-8), 0.0, 0.0, 1.0]])  # half a step, onto even and odd neighbours
+    weight = exact.to(torch.bfloat16)
+    expected = (weight.double() + half.double()).to(torch.bfloat16)
+    kernel.merge_patches([Patch(weight=weight, up=torch.ones(1, 1), down=half, scale=1.0)])
+    assert torch.equal(weight, expected)
+
+
+def test_no_patches_and_empty_ones_are_nothing_to_do(merge):
+    empty = Patch(weight=torch.empty(0, 4), up=torch.empty(0, 2), down=torch.empty(2, 4), scale=1.0)
+    assert merge([]) == []
+    assert [each.finite for each in merge([empty])] == [True]
+
+
+def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
+    def wrong(given):
+        outcomes = kernel.merge_patches(given)
+        given[0].weight[3, 3] += 1
+        return outcomes
+
+    assert choice.agrees(kernel.merge_patches, torch.device("cpu"))
+    assert not choice.agrees(wrong, torch.device("cpu"))
+
+
+def test_a_device_without_a_compiled_kernel_is_told_so():
+    chosen = choice.merger(torch.device("cpu"))
+    assert chosen.name == "torch"
+    assert "CUDA" in chosen.reason
+
+
+def test_a_kernel_that_cannot_be_compiled_is_replaced_and_the_reason_kept(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", None)
+    chosen = choice.merger.__wrapped__(torch.device("cuda", 0))
+    assert chosen.merge is merge_torch.merge_patches
+    assert "merge_triton" in chosen.reason
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_merge_goes_through_the_kernel_of_the_device_and_back(tools, kernel, stored, monkeypatch):
+    launched = []
+
+    def merge(given):
+        launched.extend(given)
+        return kernel.merge_patches(given)
+
+    monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge))
+    weights = {
+        "a.weight": tools.weights(48, 40, seed=1, dtype=stored),
+        "b.weight": tools.weights(24, 16, 3, 3, seed=2, dtype=stored),
+    }
+    changes = {"a.weight": tools.lora(48, 40, seed=3), "b.weight": tools.lora(24, 16, 3, 3, seed=4)}
+    small = {name: LoRA(each.up, each.down, each.scale * 0.1) for name, each in changes.items()}
+    world = tools.World(weights)
+    live = world.live()
+    merged = world.merge(live, small)
+    assert len(launched) == 2
+    for name, weight in weights.items():
+        exact = weight.double() + small[name].delta(weight.double())
+        assert not torch.equal(live[name], weight)
+        assert (live[name] != nearest(exact, stored)).double().mean() < 2e-3
+    assert set(merged.report.changes) == set(weights)
+    merged.undo()
+    assert all(torch.equal(live[name], weight) for name, weight in weights.items())
+
+
+COMPILE = """
+import json, sys
+import triton
+import triton.language as language
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lorahub.engine.kernels import merge_triton as kernel
+
+capability, stored = int(sys.argv[1]), sys.argv[2]
+half = stored == "int16"
+rows, cols, ranks = kernel.BLOCK
+constants = dict(STORE=getattr(language, stored), FACTOR=language.float32, PRODUCT="tf32x3", SAVE=False, WIDE=True)
+constants |= dict(SUM=language.float32 if half else language.float64, ROWS=rows, COLS=cols, RANKS=ranks)
+arguments = dict(table="*i64", scales="*fp64", part_of_tile="*i32", tiles="i32", sums="*fp64")
+source = ASTSource(kernel.merge_tiles, arguments, constants)
+code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=kernel._WARPS))
+print(json.dumps(dict(shared=code.metadata.shared, ptx=code.asm["ptx"])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("stored", ["int16", "float16", "float32"])
+def test_the_kernel_compiles_for_devices_that_are_not_here_and_moves_16_bytes_at_a_time(capability, stored):
+    around = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), stored]
+    done = subprocess.run(command, env=around, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    code = json.loads(done.stdout)
+    assert code["shared"] <= 100 << 10
+    assert "mma" in code["ptx"]  # products run on tensor cores
+    assert "st.global.v4" in code["ptx"]
+    assert "ld.global.v4" in code["ptx"]
