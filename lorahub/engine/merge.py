@@ -1,33 +1,69 @@
 """Merge into a live model: every parameter of the plan changes, or none does, and ``undo`` gives back the exact bits.
 
 Weights are changed where they lie, so whatever else refers to them (views, optimizers, captured graphs) goes on doing
-so.  Knows no files and no frameworks: parameters come by canonical name.
+so.  Knows no files and no frameworks: parameters come by canonical name.  How weights get from one merge to the next is
+in ``passage``, and what undoing needs in ``undo``.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from types import TracebackType
-from typing import Self, final
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol, Self, final
 
-from lorahub.bases.layout import Piece
 from lorahub.engine.bind import Bound, HasDeltas
-from lorahub.engine.crew import Job, Workspace, crew_size, run_jobs
-from lorahub.engine.fold import Change, Fold, Unit, with_rows
+from lorahub.engine.crew import crew_size
+from lorahub.engine.fold import with_rows
+from lorahub.engine.passage import Passage
 from lorahub.engine.plan import Plan
+from lorahub.engine.quantised import Quantised
 from lorahub.engine.report import MergeReport
+from lorahub.engine.rounding.fast import FAST
+from lorahub.engine.state import State, demand_in_place, demand_unaltered, reverse_of, untouched
 from lorahub.engine.steps import Step
-from lorahub.engine.undo import Copies
+from lorahub.engine.undo import Keeping
+from lorahub.engine.undoing.keeper import Keeper
 from lorahub.errors import BaseMismatch, Incompatible, UsageError
 from lorahub.files.dtypes import to_torch, torch_shape
 from lorahub.lazy import torch
+from lorahub.storages.storage import Held
 
-__all__ = ["Merged", "merge_into"]
+__all__ = ["Again", "Arranged", "Merged", "merge_into"]
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arranged:
+    """A merge that only needs doing.
+
+    Attributes:
+        parameters: canonical name -> the live tensor.
+        plan: made for exactly these.
+        adapters: name -> adapter, as in the plan.
+        held: canonical name -> what is held there, for parameters that are quantised.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    plan: Plan
+    adapters: Mapping[str, HasDeltas]
+    held: Mapping[str, Held] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Again(Protocol):
+    """Plans another merge into the same model."""
+
+    def __call__(self, adapters: Any, weights: Any, allow: Collection[str], /) -> Arranged:
+        """Plan and judge it.
+
+        Args:
+            adapters: as for ``lorahub.merge``; None for those of the merge that this goes on from.
+            weights: one per adapter, in order or by name.
+            allow: finding codes to accept.
+        """
 
 
 def merge_into(
@@ -35,8 +71,11 @@ def merge_into(
     plan: Plan,
     adapters: Mapping[str, HasDeltas],
     *,
+    held: Mapping[str, Held] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    keeping: Keeping | None = None,
+    again: Again | None = None,
 ) -> Merged:
     """Execute ``plan`` on tensors in place; an error or interrupt at any point leaves every one as it was.
 
@@ -45,36 +84,67 @@ def merge_into(
     Args:
         parameters: canonical name -> the live tensor, on any device; nothing but the plan's parameters is looked at.
         plan: made for exactly these parameters.
-        adapters: name -> adapter, as in the plan.
+        adapters: name -> adapter, as in the plan; they are held as long as the merge can be undone.
+        held: canonical name -> what is held there, for parameters that are quantised.
         threads: how many parameters are folded at a time; as many as PyTorch would use by default.
         progress: called from this thread with (parameters done, in all).
+        keeping: how it is to be undone; the fastest way that there is room for by default.
+        again: plans another merge, for ``Merged.swap``.
 
     Returns:
-        ``report``, and ``undo()``.  As a context manager it is undone at the end of the block.
+        ``report``, ``undo()`` and ``swap()``.  As a context manager it is undone at the end of the block.
 
     Raises:
         BaseMismatch, Degraded: the plan's findings forbid it, or the parameters are not those it was made for.
         Incompatible: it cannot be done in a live model (new heads, untied weights): merge to disk.
-        UsageError: the adapters are not those it was made for.
+        UsageError: the adapters are not those it was made for, or there is no such way back.
         NotFinite: a result would hold NaN or infinity.
-        LorahubError: there is no memory for the copies that undo needs.
+        LorahubError: there is no memory for what undo needs.
     """
-    plan.check()
+    arranged = Arranged(parameters=parameters, plan=plan, adapters=adapters, held=held or {})
+    keeping = keeping or Keeping()
     count = crew_size(threads)
-    bound = Bound(plan, adapters)
-    tensors = _tensors(parameters, plan)
-    return _Merging(parameters, tensors, plan, bound, count).run(progress)
+    state = _state(arranged, keeping, {})
+    report = Passage(parameters, None, state, count).run(progress)
+    return Merged(parameters, state, report, count, keeping, again)
 
 
-def _tensors(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+def _state(arranged: Arranged, keeping: Keeping, old: Mapping[str, Keeper]) -> State:
+    """What is to be merged, with keepers that hold nothing yet."""
+    plan = arranged.plan
+    plan.check()
+    bound = Bound(plan, arranged.adapters)
+    steps = tuple(step for step in plan.steps if step.out not in arranged.held)
+    if plan.mode != FAST.spelled and len(steps) < len(plan.steps):
+        raise Incompatible(
+            f"mode {plan.mode} rounds to numbers, and this model holds some of its parameters in quantised form",
+            "merge in mode fast, or into the base in 16 bits on disk",
+        )
+    tensors = _tensors(arranged.parameters, plan, steps)
+    return State(
+        plan=plan,
+        bound=bound,
+        steps=steps,
+        tensors=tensors,
+        keepers=keeping.keepers(steps, tensors, bound, reverse_of(bound, tensors), old),
+        quantised=Quantised(
+            [step for step in plan.steps if step.out in arranged.held],
+            arranged.held,
+            bound,
+            untouched(arranged.parameters, old),
+        ),
+    )
+
+
+def _tensors(parameters: Mapping[str, torch.Tensor], plan: Plan, steps: Sequence[Step]) -> dict[str, torch.Tensor]:
     """The tensors to change, as views with an axis 0 and no graph; refuses what cannot be changed in place."""
     _demand_same_architecture(plan)
-    faults = [fault for step in plan.steps if (fault := _fault(parameters.get(step.out), step))]
+    faults = [fault for step in steps if (fault := _fault(parameters.get(step.out), step))]
     faults += [f"it has no {name}" for name in plan.reads if name not in parameters]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise BaseMismatch(f"the model does not fit the plan: {faults[0]}{more}", "plan against this model")
-    tensors = {step.out: with_rows(parameters[step.out].detach()) for step in plan.steps}
+    tensors = {step.out: with_rows(parameters[step.out].detach()) for step in steps}
     owners: list[tuple[torch.device, int, int, str]] = sorted(
         (
             (tensor.device, tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
@@ -132,108 +202,6 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 @final
-class _Merging:
-    """A merge under way."""
-
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        tensors: dict[str, torch.Tensor],
-        plan: Plan,
-        bound: Bound,
-        threads: int,
-    ) -> None:
-        self._parameters, self._tensors = parameters, tensors
-        self._plan, self._bound, self._threads = plan, bound, threads
-        self._copies = Copies(tensors)
-        self._held: dict[str, torch.Tensor] = {}
-        self._changes: dict[str, dict[int, Change]] = {step.out: {} for step in plan.steps}
-        self._left: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._finished = 0
-
-    def run(self, progress: Progress | None) -> Merged:
-        start = time.perf_counter()
-
-        def tick() -> None:
-            if progress:
-                progress(self._finished, len(self._plan.steps))
-
-        # What reads siblings is folded before any of them changes, and put in place with the others.
-        reading = [step for step in self._plan.steps if any(term.siblings for term in step.terms)]
-        try:
-            run_jobs((self._ahead(step) for step in reading), self._threads)
-            run_jobs((self._open(step) for step in self._plan.steps), self._threads, tick=tick)
-            report = self._report(time.perf_counter() - start)
-        except BaseException:
-            self._copies.restore(self._threads)
-            raise
-        return Merged(self._copies, report, self._threads)
-
-    def _fold(self, step: Step) -> Fold:
-        def sibling(piece: Piece) -> torch.Tensor:
-            return self._parameters[piece.parameter].detach()
-
-        return Fold(step, self._bound.ingredients(step, sibling), self._tensors[step.out].device)
-
-    def _ahead(self, step: Step) -> Job:
-        def job(space: Workspace) -> None:
-            tensor, fold = self._tensors[step.out], self._fold(step)
-            held = torch.empty_like(tensor)
-            for unit in fold.units:
-                self._note(step, unit, fold.run(unit, tensor[unit.rows], held[unit.rows], space))
-            self._held[step.out] = held
-
-        return job
-
-    def _open(self, step: Step) -> Job:
-        def put(_: Workspace) -> None:
-            tensor, rows = self._tensors[step.out], slice(0, None)
-            self._copies.save(step.out, rows)
-            tensor.copy_(self._held.pop(step.out))
-            self._copies.mark(step.out, rows)
-            self._finish(step)
-
-        def job(_: Workspace) -> Iterator[Job]:
-            fold = self._fold(step)
-            self._left[step.out] = len(fold.units)
-            if not fold.units:
-                self._finish(step)
-            for unit in fold.units:
-                yield self._one(step, fold, unit)
-
-        return put if step.out in self._held else job
-
-    def _one(self, step: Step, fold: Fold, unit: Unit) -> Job:
-        def job(space: Workspace) -> None:
-            rows = unit.rows
-            before = self._copies.save(step.out, rows)
-            self._note(step, unit, fold.run(unit, before, self._tensors[step.out][rows], space))
-            self._copies.mark(step.out, rows)
-            with self._lock:
-                self._left[step.out] -= 1
-                last = not self._left[step.out]
-            if last:
-                self._finish(step)
-
-        return job
-
-    def _note(self, step: Step, unit: Unit, change: Change) -> None:
-        self._changes[step.out][unit.rows.start] = change
-
-    def _finish(self, step: Step) -> None:
-        with self._lock:
-            self._finished += 1
-
-    def _report(self, seconds: float) -> MergeReport:
-        changes = {
-            name: sum((parts[start] for start in sorted(parts)), Change()).relative
-            for name, parts in self._changes.items()
-        }
-        return MergeReport(changes=changes, seconds=seconds, threads=self._threads, plan=self._plan.digest())
-
-
-@final
 class Merged:
     """A model with adapters merged into it, and the way back.
 
@@ -242,42 +210,120 @@ class Merged:
         # the weights are what they were, bit for bit
 
     Attributes:
-        report: what changed.
+        report: what changed, and how much memory the way back takes.
     """
 
-    def __init__(self, copies: Copies, report: MergeReport, threads: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        state: State,
+        report: MergeReport,
+        threads: int,
+        keeping: Keeping,
+        again: Again | None,
+    ) -> None:
         self.report = report
-        self._copies, self._threads = copies, threads
-        self._state = "merged"
+        self._parameters = parameters
+        self._threads, self._keeping, self._plan_again = threads, keeping, again
+        self._now: State | None = state
+        self._given: Any = None  # what ``swap`` was given, or None for what ``again`` knows
+        self._undoing = False
         self._lock = threading.Lock()
+        self._undone = False
+        if keeping.policy == "none":
+            state.drop()
+            self._now = None
+            self.report = replace(report, undo={})
 
     def undo(self) -> None:
-        """Give every weight its exact former bits and free the copies.
+        """Give every weight its exact former bits and free what that took.
 
         Raises:
-            UsageError: it was undone already, or someone changed the weights since, which undoing would lose; the
-                message names them.  Then nothing is changed, and ``undo`` works again once they are back.
+            UsageError: it was undone already, nothing was kept, the model was moved, or someone changed the weights
+                since, which undoing would lose; the message names them.  Then nothing is changed, and ``undo`` works
+                again once they are back.
+            IntegrityError: what was kept does not give back what was there.  Nothing is changed.
         """
         with self._lock:
-            if self._state == "undone":
-                raise UsageError("this merge was undone already", "merge again to have it back")
-            if self._state == "merged" and (names := self._copies.altered(self._threads)):
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UsageError(
-                    f"{', '.join(names[:3])}{more} changed since they were merged, and undoing would lose that",
-                    "undo later merges first, the last one before the others; or load the base again",
-                )
-            self._state = "undoing"  # from here on only going on makes sense, whatever is raised
-            self._copies.restore(self._threads)
-            self._copies.drop()
-            self._state = "undone"
+            now = self._reachable("undone")
+            demand_in_place(self._parameters, now)
+            if not self._undoing:
+                demand_unaltered(now, self._threads)
+            self._undoing = True  # from here on only going on makes sense, whatever is raised
+            now.take_off(self._threads)
+            now.drop()
+            self._now, self._undone = None, True
+
+    def swap(self, adapters: Any, *, weights: Any = None, allow: Collection[str] = ()) -> MergeReport:
+        """Put other adapters in the place of these, in one pass: the bits of merging them into the untouched model.
+
+        Whatever is raised, the weights are then as they were; one exception is an ``IntegrityError`` that says that
+        nothing is merged any more.
+
+        Args:
+            adapters: as for ``lorahub.merge``.
+            weights: one per adapter, in order or by name.
+            allow: finding codes to accept.
+
+        Raises:
+            UsageError: as ``undo``; or the merge was made from a plan: ``swap_to`` takes another.
+            LorahubError: as ``lorahub.merge``.
+        """
+        if self._plan_again is None:
+            raise UsageError("this merge was made from a plan, so other adapters need one too", "swap_to(ARRANGED)")
+        given = self._given if adapters is None else adapters
+        report = self.swap_to(self._plan_again(given, weights, allow))
+        self._given = given
+        return report
+
+    def set_weights(self, weights: Any, *, allow: Collection[str] = ()) -> MergeReport:
+        """Merge the adapters that ``merge`` or ``swap`` was given last at other weights instead; see ``swap``.
+
+        Args:
+            weights: one per adapter, in order or by name.
+            allow: finding codes to accept.
+        """
+        return self.swap(None, weights=weights, allow=allow)
+
+    def swap_to(self, arranged: Arranged, *, progress: Progress | None = None) -> MergeReport:
+        """As ``swap``, to a merge that is planned already, into the same model.
+
+        Args:
+            arranged: what is to be merged instead.
+            progress: called from this thread with (parameters done, in all).
+        """
+        with self._lock:
+            old = self._reachable("swapped")
+            if self._undoing:
+                raise UsageError("this merge is half undone", "undo() goes on with it")
+            demand_in_place(arranged.parameters, old)
+            new = _state(arranged, self._keeping, old.keepers)
+            passage = Passage(arranged.parameters, old, new, self._threads)
+            try:
+                self.report = passage.run(progress)
+                self._now, self._parameters = new, arranged.parameters
+            finally:
+                if passage.lost:
+                    self._now, self._undone = None, True
+            old.drop()
+        return self.report
 
     @property
     def undone(self) -> bool:
         """Whether the weights are what they were."""
-        return self._state == "undone"
+        return self._undone
+
+    def _reachable(self, what: str) -> State:
+        if self._undone:
+            raise UsageError("this merge was undone already", "merge again to have it back")
+        if self._now is None:
+            raise UsageError(
+                f'this merge cannot be {what}: undo="none" kept nothing', "load the base again; or merge with undo="
+            )
+        return self._now
 
     def __enter__(self) -> Self:
+        self._reachable("undone at the end of a block")
         return self
 
     def __exit__(

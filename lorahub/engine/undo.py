@@ -1,105 +1,195 @@
-"""Copies of the weights a merge changes, and the way back to them: exact bits, or a refusal.
+"""The way back from a merge: which keeper serves which parameter, and going back all at once or not at all.
 
-A fingerprint of what the merge wrote tells whether anyone changed the weights since; then going back would lose that
-change, and is refused.  Knows tensors and rows; no plans.
+Knows plans and tensors; what is kept and how is in ``undoing``, one file each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lorahub.engine.bind import Bound
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.errors import LorahubError
+from lorahub.engine.fold import Fold
+from lorahub.engine.steps import Step
+from lorahub.engine.undoing.choice import can_journal, choose, held_bytes
+from lorahub.engine.undoing.copies import Copies, HostCopies
+from lorahub.engine.undoing.journal import Journal
+from lorahub.engine.undoing.keeper import POLICIES, Keeper, Policy
+from lorahub.engine.undoing.memory import free_bytes
+from lorahub.engine.undoing.reload import BaseRows, Reload
+from lorahub.errors import UsageError
 from lorahub.lazy import torch
 
-__all__ = ["Copies", "fingerprint"]
+__all__ = ["Keeping", "altered", "restore"]
 
-_WORD = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
-
-
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits as integers, modulo 2**64, as a scalar tensor: another after nearly any change."""
-    tensor = tensor.detach()
-    width = tensor.dtype.itemsize
-    if tensor.is_contiguous() and (tensor.numel() * width) % 8 == 0 and (tensor.storage_offset() * width) % 8 == 0:
-        return tensor.reshape(-1).view(torch.int64).sum()
-    word: torch.dtype = getattr(torch, _WORD.get(width, "uint8"))
-    return tensor.contiguous().view(word).sum(dtype=torch.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    name: str
-    rows: slice
-    copy: torch.Tensor
-    mark: torch.Tensor | None  # None until the merge has written these rows
+_SAMPLE = 64  # rows of a parameter that its norm is taken from
 
 
 @final
-class Copies:
-    """Copies of rows of tensors, taken before they are written to; safe to use from several threads on other rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """How a merge is to be undone.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Reserve memory for a copy of each tensor; it is used when rows are saved.
+    Attributes:
+        policy: as ``lorahub.merge`` takes it.
+        base: the files that the weights came from, for "reload"; None where nobody knows.
+    """
+
+    policy: Policy = "auto"
+    base: BaseRows | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist.
 
         Raises:
-            LorahubError: the system will not give that much.
+            UsageError: no such policy, or "reload" without files.
         """
-        self._tensors = tensors
-        self._space = _reserve(tensors)
-        self._saved: dict[tuple[str, int], _Saved] = {}
+        if self.policy not in POLICIES:
+            raise UsageError(f"undo={self.policy!r} is no way back", f"one of {', '.join(POLICIES)}")
+        if self.policy == "reload" and self.base is None:
+            raise UsageError(
+                'undo="reload" reads the weights again, and nobody said where they lie', "name the base: origin=FOLDER"
+            )
 
-    def save(self, name: str, rows: slice) -> torch.Tensor:
-        """Copy some rows of a tensor, before anything is written to them; gives the copy."""
-        copy = self._space[name][rows].copy_(self._tensors[name][rows])
-        self._saved[name, rows.start] = _Saved(name, rows, copy, None)
-        return copy
+    def keepers(
+        self,
+        steps: Sequence[Step],
+        tensors: Mapping[str, torch.Tensor],
+        bound: Bound,
+        reverse: Callable[[Step], Callable[[], Fold]],
+        old: Mapping[str, Keeper],
+    ) -> dict[str, Keeper]:
+        """A keeper for each parameter that is changed.
 
-    def mark(self, name: str, rows: slice) -> None:
-        """Remember what was written to saved rows."""
-        saved = self._saved[name, rows.start]
-        self._saved[name, rows.start] = _Saved(name, rows, saved.copy, fingerprint(self._tensors[name][rows]))
+        Args:
+            steps: of the plan.
+            tensors: the parameters, with an axis 0.
+            bound: the plan with its deltas.
+            reverse: what makes the fold that takes a step's change off.
+            old: the keepers of what is merged now; their copies are shared.
 
-    def altered(self, threads: int) -> list[str]:
-        """The tensors whose saved rows no longer hold what was marked, sorted."""
-        names: set[str] = set()
+        Raises:
+            LorahubError: there is no room.
+            BaseMismatch: the files do not have a parameter.
+        """
+        policy, sizes = self._policy(steps, tensors, bound)
+        if policy == "reload":
+            assert self.base is not None  # demanded when this was made
+            self.base.demand(tensors)
+        result: dict[str, Keeper] = {}
+        for step in steps:
+            name, tensor, before = step.out, tensors[step.out], old.get(step.out)
+            if policy == "reload" and self.base is not None:
+                result[name] = Reload(name, tensor, self.base)
+            elif policy == "journal" and can_journal(step, *([sizes[name]] if name in sizes else [])):
+                result[name] = Journal(name, tensor, reverse(step))
+            else:
+                kind = HostCopies if policy == "host" else Copies
+                result[name] = kind(name, tensor, instead_of=before if type(before) is kind else None)
+        return result
 
-        def look(saved: _Saved) -> Job:
-            def job(_: Workspace) -> None:
-                if saved.mark is not None and not torch.equal(
-                    saved.mark, fingerprint(self._tensors[saved.name][saved.rows])
-                ):
-                    names.add(saved.name)
+    def _policy(
+        self, steps: Sequence[Step], tensors: Mapping[str, torch.Tensor], bound: Bound
+    ) -> tuple[Policy, Mapping[str, float]]:
+        """The policy that was asked for, or the one that fits, and sizes of changes where it needs them.
 
-            return job
+        "none" needs one too, until all is done.
+        """
+        chosen, needs = self.policy, dict[Policy, int]()
+        if chosen in {"auto", "none"}:
+            devices, cpu = {tensor.device for tensor in tensors.values()}, torch.device("cpu")
+            free = [room for device in devices if (room := free_bytes(device)) is not None]
+            here = min(free) if free else None
+            rooms: dict[Policy, int | None] = {"copy": here, "journal": here, "host": free_bytes(cpu)}
+            needs["copy"] = held_bytes(steps, "copy")
+            chosen = choose(needs | {"journal": 0}, rooms)
+        if chosen != "journal":
+            return chosen, {}
+        sizes = {
+            step.out: size
+            for step in steps
+            if can_journal(step) and (size := _relative(step, bound, tensors[step.out])) is not None
+        }
+        if needs:  # copies are too large
+            needs["journal"] = held_bytes(steps, "journal", sizes)
+            if devices - {cpu}:
+                needs["host"] = needs["copy"]
+            if self.base is not None:
+                needs["reload"] = 0
+            chosen = choose(needs, rooms)
+        return chosen, sizes
 
-        run_jobs(map(look, self._saved.values()), threads)
-        return sorted(names)
 
-    def restore(self, threads: int) -> None:
-        """Put every saved row back; an interrupt waits until that is done."""
+def _relative(step: Step, bound: Bound, tensor: torch.Tensor) -> float | None:
+    """About how large a step's change is to its weights (Frobenius norms), or None where that takes more than a look.
 
-        def put(saved: _Saved) -> Job:
-            def job(_: Workspace) -> None:
-                self._tensors[saved.name][saved.rows].copy_(saved.copy)
-
-            return job
-
-        run_jobs(map(put, list(self._saved.values())), threads, to_the_end=True)
-
-    def drop(self) -> None:
-        """Free the memory."""
-        self._saved.clear()
-        self._space.clear()
+    The norm of the weights is that of some of their rows.  Of a change that is cut the whole counts.
+    """
+    added = 0.0
+    for item in bound.ingredients(step, lambda _: tensor):
+        low = item.delta.low_rank()
+        if low is None:
+            return None
+        up, down = low.up.float(), low.down.float()
+        added += (item.weight * low.scale) ** 2 * float(((up.T @ up) * (down @ down.T)).sum())
+    rows = tensor[:: max(len(tensor) // _SAMPLE, 1)].float()
+    weights = float(rows.square().mean()) * tensor.numel() if rows.numel() else 0.0
+    return float((max(added, 0.0) / weights) ** 0.5) if weights else None
 
 
-def _reserve(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    try:
-        return {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    except (RuntimeError, MemoryError) as error:  # torch says RuntimeError where memory is short
-        raise LorahubError(
-            f"there is no room for copies of the {len(tensors)} parameters that would change: {error}",
-            "merge to disk instead, which needs no copies",
-        ) from None
+def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
+    """The parameters that no longer hold what was written, sorted; for the others, that they can be restored.
+
+    Nothing is written.
+
+    Raises:
+        IntegrityError: one holds what was written, and cannot be restored.
+    """
+    names: set[str] = set()
+
+    def look(keeper: Keeper) -> Job:
+        def each(_: Workspace) -> list[Job]:
+            way = keeper.open() if keeper.verified else None
+
+            def unit(rows: slice) -> Job:
+                def job(space: Workspace) -> None:
+                    if not keeper.matches(rows, keeper.tensor[rows]):
+                        names.add(keeper.name)
+                    elif way is not None:
+                        way.recover(rows, space)
+
+                return job
+
+            return [unit(rows) for rows in keeper.units]
+
+        return each
+
+    run_jobs(map(look, keepers.values()), threads)
+    return sorted(names)
+
+
+def restore(keepers: Mapping[str, Keeper], threads: int) -> None:
+    """Put back what every written row held before, each once; an interrupt waits until that is done.
+
+    Raises:
+        IntegrityError: a row cannot be restored; it is left, and those that were not reached.  Going on is possible.
+    """
+
+    def put(keeper: Keeper) -> Job:
+        def each(_: Workspace) -> list[Job]:
+            way = keeper.open()
+
+            def unit(rows: slice) -> Job:
+                def job(space: Workspace) -> None:
+                    keeper.tensor[rows].copy_(way.recover(rows, space))
+                    keeper.forget(rows)
+
+                return job
+
+            return [unit(rows) for rows in keeper.units]
+
+        return each
+
+    run_jobs([put(keeper) for keeper in keepers.values() if keeper.units], threads, to_the_end=True)
