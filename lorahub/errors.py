@@ -22,6 +22,7 @@
     │   ├── AccessDenied                         private, gated or without permission
     │   └── Offline                              the network is needed and not allowed or not there
     ├── WriteFailed                     exit 1   the target could not be written (no space, no permission)
+    ├── RankFailed                      exit 1   another process of the same run failed or is gone
     ├── PushRefused                     exit 1   the folder holds what must not be published
     ├── MissingDependency               exit 1   an optional package is needed for this
     └── PluginError                     exit 1   a plugin is broken, blocked or in conflict
@@ -56,6 +57,7 @@ __all__ = [
     "Offline",
     "PluginError",
     "PushRefused",
+    "RankFailed",
     "RecordError",
     "Unavailable",
     "UnsafePath",
@@ -174,6 +176,10 @@ class Offline(Unavailable):
 
 class WriteFailed(LorahubError):
     """The target could not be written: no space, no permission, or something is in the way."""
+
+
+class RankFailed(LorahubError):
+    """Another process of the same run failed or is gone; nothing was published, and what is finished is kept."""
 
 
 class PushRefused(LorahubError):

@@ -19,6 +19,7 @@ from lorahub.bases.weights import weights_digest
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError, NotFound, UnsupportedFormat, UsageError
 from lorahub.files.header import Header, read_header
+from lorahub.files.journal import demand_settled
 from lorahub.files.raw import open_regular, read_into
 from lorahub.files.shards import read_shards
 from lorahub.files.tensors import WEIGHT_FILES
@@ -62,6 +63,7 @@ def survey_base(place: str | os.PathLike[str]) -> BaseFiles:
         weights = place
     else:
         raise NotFound(f"there is no base at {place}", "give a folder with config.json and safetensors files")
+    demand_settled(folder)
     if weights.name.endswith(_INDEX):
         headers: Mapping[Path, Header] = read_shards(weights)
     elif weights.suffix == ".safetensors":

@@ -1,6 +1,7 @@
 """The files of a merged checkpoint, laid out before a byte is read: which tensor lies where, and what it is made from.
 
-The base's shards, names and order are kept; what is new goes to the last shard.  Knows headers; no tensors.
+The base's shards, names and order are kept; what is new goes to the last shard, and copies of repeated layers to that
+of their source.  Knows headers; no tensors.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def lay_out(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
                 shard.add(step.saved_as, step.after, step=(step, file))
             elif name not in plan.dropped and (saved := plan.renamed.get(name, name)) not in made:
                 shard.add(saved, Form(info.shape, info.dtype), copy=Copy(file, name))
-        for step in beside if file == last else ():
-            copied = not step.terms and step.stored_as  # untied as it is
+        for step in (step for step in beside if _home(step, plan, where, last) == file):
+            copied = not step.terms and step.stored_as and step.before == step.after  # untied as it is
             source = where.get(step.stored_as, "")
             if copied:
                 shard.add(step.saved_as, step.after, copy=Copy(source, step.stored_as))
@@ -88,6 +89,12 @@ def lay_out(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
         shards.append(shard.done(files))
     _demand_distinct(shards)
     return tuple(shard for shard in shards if shard.entries)
+
+
+def _home(step: Step, plan: Plan, where: Mapping[str, str], last: str) -> str:
+    """The file for what has no place in the base's."""
+    moved = plan.repeated is not None and plan.repeated.layers.number(step.out) is not None
+    return where.get(step.stored_as, last) if moved else last
 
 
 class _Draft:

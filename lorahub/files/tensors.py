@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Self, final
 
 from lorahub.errors import IntegrityError, NotFound, Unavailable, UnsupportedFormat, UsageError
+from lorahub.files.bulk import Span, read_views
 from lorahub.files.containers import weights_header_of
 from lorahub.files.digest import digest_tensors
 from lorahub.files.dtypes import DTYPES, from_torch, stored_shape, to_torch, torch_shape
 from lorahub.files.gguf import dequantise
 from lorahub.files.grammar import show
-from lorahub.files.header import Header, Limits, TensorInfo
+from lorahub.files.header import Header, Known, Limits, TensorInfo
 from lorahub.files.raw import CHUNK, Bytes, as_bytes, open_regular, read_into
 from lorahub.files.shards import check_shards, read_index, shard_paths
 from lorahub.lazy import torch
@@ -171,8 +172,8 @@ class TensorSource(ABC):
 class FileSource(TensorSource):
     """The tensors of one weights file in any container, which stays open until the source is closed."""
 
-    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
-        """Open the file and check its header.
+    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None, known: Known | None = None) -> None:
+        """Open the file and check its header; ``known`` is as for ``parse_header``.
 
         Raises:
             HeaderError, NotFound, AccessDenied: as ``read_weights_header``.
@@ -180,7 +181,7 @@ class FileSource(TensorSource):
         self.path = Path(path)
         with ExitStack() as undo:
             self._file = undo.enter_context(open_regular(self.path))
-            self.header = weights_header_of(self._file, limits)
+            self.header = weights_header_of(self._file, limits, known)
             undo.pop_all()
         self.headers = MappingProxyType({self.path: self.header})
         super().__init__(str(self.path), self.header.tensors)
@@ -199,17 +200,40 @@ class FileSource(TensorSource):
         self.read_into(name, 0, raw)
         return dequantise(info, bytes(raw), f"tensor {show(name)} of {self.path}")
 
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors at once; those that lie one behind the other share a piece of memory, and no number of it.
+
+        Raises:
+            NotFound, UsageError, IntegrityError, UnsupportedFormat, MissingDependency: as ``read``.
+        """
+        infos = {name: self.info(name) for name in names}
+        spans = {name: self._span(info) for name, info in infos.items() if _plain(info)}
+        views = dict(zip(spans, read_views(list(spans.values()), self._read_at), strict=True))
+        return {name: views[name] if name in views else self.read(name) for name in infos}
+
+    def _span(self, info: TensorInfo) -> Span:
+        start = self.header.data_start + info.start
+        return Span(start, start + info.nbytes, to_torch(info.dtype), torch_shape(info.dtype, info.shape))
+
+    def _read_at(self, offset: int, view: memoryview) -> None:
+        if self._file.closed:
+            raise UsageError(f"{self.path} was closed and cannot be read from any more")
+        read_into(self._file, offset, view)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def _fill(self, name: str, start: int, view: memoryview) -> None:
-        if self._file.closed:
-            raise UsageError(f"{self.path} was closed and cannot be read from any more")
-        read_into(self._file, self.header.span(name)[0] + start, view)
+        self._read_at(self.header.span(name)[0] + start, view)
 
     def _locate(self, name: str) -> Location:
         return Location(self.path, *self.header.span(name))
+
+
+def _plain(info: TensorInfo) -> bool:
+    """Whether a tensor's bytes are its values, whatever they are."""
+    return bool(info.nbytes) and info.dtype in DTYPES and info.dtype != "BOOL" and not info.turned
 
 
 @final

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import threading
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +22,11 @@ from typing import Self, TypeAlias, final
 
 from lorahub.errors import HeaderError, UsageError, WriteFailed
 from lorahub.files.atomic import flush, new_partial, put_in_place, write_failed
+from lorahub.files.direct import BLOCK, Direct
 from lorahub.files.dtypes import DTYPES, from_torch, nbytes, stored_shape
 from lorahub.files.grammar import show
 from lorahub.files.header import METADATA, Header, Limits, parse_header
-from lorahub.files.raw import Bytes, as_bytes, copy_range, open_regular, write_at
+from lorahub.files.raw import Bytes, as_bytes, copy_range, open_regular, read_into, write_at
 from lorahub.files.tensors import tensor_bytes
 from lorahub.lazy import torch
 
@@ -87,6 +89,11 @@ class StreamWriter:
     without it, by an exception or otherwise, discards the work.  ``write`` and ``copy_from`` may be called from
     several threads.
 
+    Attributes:
+        path: where the file goes.
+        header: as it will be read back.
+        sums: (offset in the file, bytes, CRC-32) of what ``write`` was given, where that was asked for.
+
         with StreamWriter(path, {"w": ("F32", [2])}) as out:
             out.write("w", 0, data)
             out.commit()
@@ -99,25 +106,36 @@ class StreamWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         limits: Limits | None = None,
+        sums: bool = False,
     ) -> None:
         """Lay the file out, create it beside ``path`` and reserve its room.
+
+        Args:
+            path: where it goes.
+            entries: its tensors.
+            metadata: of its header.
+            limits: what ``parse_header`` allows.
+            sums: keep the checksum of all that is written.
 
         Raises:
             UsageError, UnsupportedFormat: as ``encode_header``.
             WriteFailed: it cannot be created, or there is no room for it.
         """
         self.path = Path(path)
-        encoded, self.header = _layout(entries, metadata, limits)
+        self._encoded, self.header = _layout(entries, metadata, limits)
         self._written = {name: _Coverage() for name in self.header.tensors}
+        self.sums: list[tuple[int, int, int]] = []
+        self._summed = sums
         self._lock = threading.Lock()
         self._done = False
         try:
             self._file, self._partial = new_partial(self.path)
         except OSError as error:
             raise write_failed(self.path, error) from None
+        self._direct = Direct(self._file, self._partial)
         try:
             _reserve(self._file.fileno(), self.header.size)
-            write_at(self._file, 0, encoded)
+            write_at(self._file, 0, self._encoded)
         except BaseException as error:
             self.discard()
             if isinstance(error, OSError):
@@ -134,10 +152,16 @@ class StreamWriter:
         view = as_bytes(data)
         at = self._claim(name, offset, len(view))
         try:
-            write_at(self._file, at, view)
+            self._direct.write(at, view)
         except OSError as error:
             raise write_failed(self.path, error) from None
         self._note(name, offset, len(view))
+        if self._summed:
+            self.sums.append((at, len(view), zlib.crc32(view)))
+
+    def phase(self, name: str, offset: int) -> int:
+        """Where in a block byte ``offset`` of a tensor goes; memory that begins so needs no copy on its way."""
+        return (self.header.span(name)[0] + offset) % BLOCK
 
     def copy_from(self, name: str, source: str | os.PathLike[str], offset: int, length: int, *, at: int = 0) -> None:
         """Copy bytes of another file, ``length`` from its ``offset``, to byte ``at`` of a tensor.
@@ -156,6 +180,30 @@ class StreamWriter:
                 raise write_failed(self.path, error) from None
         self._note(name, at, length)
 
+    def copy_whole(self, source: str | os.PathLike[str]) -> bool:
+        """Take over a file of the very same layout; whether it is one.
+
+        From its first byte to its last, so that file systems that can (Btrfs, XFS) share its blocks and copy nothing.
+
+        Raises:
+            UsageError, NotFound, AccessDenied, IntegrityError, WriteFailed: as ``copy_from``.
+        """
+        self._unfinished()
+        with open_regular(source) as file:
+            before = bytearray(self.header.data_start)
+            if os.fstat(file.fileno()).st_size != self.header.size:
+                return False
+            read_into(file, 0, before)
+            if before != self._encoded:
+                return False
+            try:
+                copy_range(file, 0, self._file, 0, self.header.size)
+            except OSError as error:
+                raise write_failed(self.path, error) from None
+        for name, info in self.header.tensors.items():
+            self._note(name, 0, info.nbytes)
+        return True
+
     def commit(self) -> Path:
         """Bring the file to the disk and put it at ``path``, replacing what was there.
 
@@ -173,6 +221,7 @@ class StreamWriter:
                 f"{', '.join(map(show, missing[:3]))}{more}"
             )
         try:
+            self._direct.close()
             flush(self._file)
             self._file.close()
             put_in_place(self._partial, self.path)
@@ -187,6 +236,8 @@ class StreamWriter:
         if self._done:
             return
         self._done = True
+        with suppress(OSError):
+            self._direct.close()
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):  # the name tells that it is unfinished, wherever it stays behind

@@ -288,4 +288,4 @@ def test_memory_grows_with_threads_and_with_the_copies_that_undo_keeps(tools):
     plan = world.plan({name: tools.lora(2048, 2048) for name in world.tensors})
     assert plan.peak_bytes(threads=2) > plan.peak_bytes(threads=1)
     assert plan.peak_bytes(streamed=False) >= 4 * 2048 * 2048 * 2
-    assert plan.peak_bytes(threads=2) < 2 * 2048 * 2048 * 2 * 2
+    assert plan.peak_bytes(threads=2) <= 256 << 20

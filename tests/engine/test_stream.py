@@ -156,6 +156,51 @@ def test_mixed_dtypes_stay_aligned_when_something_is_added(tools, tmp_path):
     assert tools.read(tmp_path / "out").keys() == {"a.weight", "b.weight", "c.weight"}
 
 
+def test_a_shard_that_nothing_changes_is_copied_from_its_first_byte_to_its_last(base, tools, tmp_path, monkeypatch):
+    files, whole = base.save(tmp_path / "base", shards=3), []
+    real = StreamWriter.copy_whole
+    monkeypatch.setattr(StreamWriter, "copy_whole", lambda *args: whole.append(real(*args)) or whole[-1])
+    adapter = {"layers.0.q.weight": tools.lora(24, 16)}
+    report = base.stream(files, tmp_path / "out", adapter)
+    assert whole == [True, True]
+    assert report.bytes_read == sum(tensor.numel() * 2 for tensor in base.tensors.values())
+    monkeypatch.setattr(StreamWriter, "copy_whole", lambda *_: False)
+    base.stream(files, tmp_path / "other", adapter)
+    assert tools.contents(tmp_path / "out") == tools.contents(tmp_path / "other")
+
+
+def test_a_file_of_another_layout_is_not_copied_whole(base, adapter, tools, tmp_path):
+    base.save(tmp_path / "base")
+    header = read_header(tmp_path / "base" / "model.safetensors")
+    entries = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+    for change in ({"extra": ("F32", [1])}, {"norm.weight": ("F16", [16])}):
+        with StreamWriter(tmp_path / "x", {**entries, **change}, {"format": "pt"}) as out:
+            assert not out.copy_whole(tmp_path / "base" / "model.safetensors")
+    with StreamWriter(tmp_path / "x", entries, {"format": "pt"}) as out:
+        assert out.copy_whole(tmp_path / "base" / "model.safetensors")
+        assert out.commit().read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_file_of_an_earlier_run_is_made_again_though_nothing_shows_it_but_its_bytes(
+    base, adapter, tools, tmp_path, monkeypatch
+):
+    files, out = base.save(tmp_path / "base", shards=3), tmp_path / "out"
+    base.stream(files, tmp_path / "expected", adapter)
+    _stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        base.stream(files, out, adapter)
+    monkeypatch.undo()
+    for number, path in enumerate(sorted(staging_of(out).glob("*.safetensors"))):
+        stamp = path.stat()
+        data = bytearray(path.read_bytes())
+        data[-1 if number else read_header(path).data_start] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    report = base.stream(files, out, adapter)
+    assert report.resumed == 0
+    assert tools.contents(out) == tools.contents(tmp_path / "expected")
+
+
 def test_weights_behind_links_are_read_through_them(base, adapter, tools, tmp_path):
     files = base.save(tmp_path / "blobs")
     (tmp_path / "base").mkdir()
@@ -370,13 +415,13 @@ def test_one_run_at_a_time_has_a_destination(base, adapter, tmp_path):
 def test_a_staging_folder_starts_afresh_where_its_journal_is_not_ours(tmp_path):
     out = tmp_path / "out"
     staging_of(out).mkdir()
-    (staging_of(out) / "journal.json").write_text("not json")
+    (staging_of(out) / "journal-0.json").write_text("not json")
     (staging_of(out) / "sub").mkdir()
     (staging_of(out) / "sub" / "x").write_text("x")
     staging = Staging(out, {"plan": "p"})
     assert dict(staging.finished) == {}
-    assert [path.name for path in staging.folder.iterdir()] == ["journal.json"]
-    staging.abandon(resumable=True)
+    assert [path.name for path in staging.folder.iterdir()] == ["journal-0.json"]
+    staging.abandon(KeyboardInterrupt(), resumable=True)
     staging.release()
     assert not staging.folder.exists()
 
@@ -447,7 +492,7 @@ print(json.dumps(results))
 """Merges in child processes that kill themselves at their n-th call of the system, before it (n even) or after it."""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next_with_the_same_bytes(tools, tmp_path):
     script = tmp_path / "killer.py"
     script.write_text(KILLER)
