@@ -19,8 +19,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
+    from lorahub.attaching import attach as attach
     from lorahub.comparing import diff as diff
     from lorahub.converting import convert as convert
+    from lorahub.dequantising import dequantise as dequantise
     from lorahub.deriving import extract as extract
     from lorahub.deriving import resize as resize
     from lorahub.errors import LorahubError as LorahubError
@@ -46,8 +48,10 @@ _HOME = {
     "LorahubError": "errors",
     "Ref": "names",
     "Verdict": "findings",
+    "attach": "attaching",
     "check": "merging",
     "convert": "converting",
+    "dequantise": "dequantising",
     "diff": "comparing",
     "extract": "deriving",
     "hookimpl": "hookspecs",

@@ -16,19 +16,28 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
 
+from lorahub.bases.index import BaseRef
 from lorahub.bases.layout import Layout, Piece, Region, Target
+from lorahub.bases.torch_module import TorchModule
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
+from lorahub.engine.plan import Form, Plan, Step, Term
 from lorahub.errors import BaseMismatch, CannotCarry, NotLocal, UnsupportedKind
 from lorahub.lazy import torch
+from lorahub.live.attached import Live
 from lorahub.shapes import Binding, ShapeMisfit, unify
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "LAWS",
     "Case",
     "additive_kinds_ignore_the_weight_and_commute",
+    "attached_equals_merged",
     "cases",
     "check_kind",
     "declarations_are_what_build_does",
@@ -289,6 +298,45 @@ def spellings_lose_nothing(kind: Kind) -> None:
             _same(kind.build(read, tensors)[parameter], case, f"what {spelling.format} reads back")
 
 
+def attached_equals_merged(kind: Kind) -> None:
+    """Law 9: a module with two deltas attached gives what it gives with both merged, and rows of a batch may differ.
+
+    Linear layers, embeddings and convolutions (one of them in groups, strided and dilated), and biases.
+    """
+    for case in cases(kind):
+        for how, module, name, x in _modules(case):
+            says = f"{case.name}: {how}"
+            weight = module.get_parameter(name).detach()
+            plain = module(x).detach()
+            terms = {"one": (0.75, case.delta), "other": (-0.5, case.other)}
+
+            def given(
+                value: torch.Tensor, module: nn.Module = module, name: str = name, x: torch.Tensor = x
+            ) -> torch.Tensor:
+                output: torch.Tensor = torch.func.functional_call(module, {name: value}, x)
+                return output.detach()
+
+            merged = weight + sum(strength * delta.delta(weight) for strength, delta in terms.values())
+            expected = given(merged)
+            by_row = [(row, weight + delta.delta(weight)) for row, delta in ((0, case.other), (2, case.delta))]
+            of_row = [(row, alone, given(alone)[row]) for row, alone in by_row]
+            _hold(not torch.equal(expected, plain), f"{says}: merging makes no difference, so nothing is tested")
+            live = _attach(module, name, {adapter: delta for adapter, (_, delta) in terms.items()})
+            try:
+                live.set_adapters([*terms], weights=[strength for strength, _ in terms.values()])
+                found = module(x).detach()
+                _close_outputs(found, expected, (x, weight, merged), f"{says}: attached, it is not what merging gives")
+                if name == "weight":
+                    live.set_rows(["other", None, "one"])
+                    rows = module(x).detach()
+                    for row, alone, own in of_row:
+                        _close_outputs(rows[row], own, (x, weight, alone), f"{says}: row {row} is not its own")
+                    _hold(torch.equal(rows[1], plain[1]), f"{says}: a row without an adapter changes")
+            finally:
+                live.detach()
+            _hold(torch.equal(module(x), plain), f"{says}: detached, the module is not what it was")
+
+
 LAWS: Mapping[str, Callable[[Kind], None]] = MappingProxyType(
     {
         law.__name__: law
@@ -302,6 +350,7 @@ LAWS: Mapping[str, Callable[[Kind], None]] = MappingProxyType(
             layouts_land_alike,
             declarations_are_what_build_does,
             spellings_lose_nothing,
+            attached_equals_merged,
         )
     }
 )
@@ -324,6 +373,90 @@ def _close(found: torch.Tensor, expected: torch.Tensor, weight: torch.Tensor, se
     error = float((found - expected).abs().max()) if found.shape == expected.shape and found.numel() else 0.0
     bound = n * torch.finfo(torch.float64).eps * largest
     _hold(found.shape == expected.shape and error <= bound, f"{sentence} (off by {error:.1e}, allowed {bound:.1e})")
+
+
+def _close_outputs(found: torch.Tensor, expected: torch.Tensor, used: Sequence[torch.Tensor], sentence: str) -> None:
+    """Equal but for the order of float64 operations.
+
+    An output is a sum of at most as many products as the weight has elements, added up over a rank before or after;
+    no partial sum is larger than that many products of the largest input and the largest weight, and each rounds by
+    half an eps of that.
+    """
+    x, *weights = used
+    n = max(weight.numel() for weight in weights)
+    largest = max(1.0, *(float(weight.abs().max()) for weight in weights))
+    largest *= 1.0 if not x.is_floating_point() else max(1.0, float(x.abs().max()))
+    error = float((found - expected).abs().max())
+    bound = n * torch.finfo(torch.float64).eps * largest * n
+    _hold(error <= bound, f"{sentence} (off by {error:.1e}, allowed {bound:.1e})")
+
+
+def _modules(case: Case) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Modules that have the case's weight, in float64: (what it is, module, which parameter, a batch of 3 for it)."""
+    sizes, generator = case.weight.shape, case.generator
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def holding(module: nn.Module, name: str) -> nn.Module:
+        module = module.double().eval()
+        with torch.no_grad():
+            module.get_parameter(name).copy_(case.weight)
+        return module
+
+    if len(sizes) == 1:
+        yield "a bias", holding(torch.nn.Linear(5, sizes[0]), "bias"), "bias", noise(3, 5)
+        return
+    if len(sizes) == 2:
+        yield "a linear layer", holding(torch.nn.Linear(sizes[1], sizes[0]), "weight"), "weight", noise(3, 2, sizes[1])
+        ids = torch.randint(sizes[0], (3, 20), generator=generator)
+        yield "an embedding", holding(torch.nn.Embedding(*sizes), "weight"), "weight", ids
+        return
+    out, width, *kernel = sizes
+    make = getattr(torch.nn, f"Conv{len(kernel)}d")
+    places = [6] * len(kernel)
+    yield "a convolution", holding(make(width, out, kernel, padding=1), "weight"), "weight", noise(3, width, *places)
+    grouped = make(2 * width, out, kernel, groups=2, stride=2, dilation=2, padding=2, padding_mode="circular")
+    yield "a convolution in groups", holding(grouped, "weight"), "weight", noise(3, 2 * width, *places)
+
+
+def _attach(module: nn.Module, name: str, deltas: Mapping[str, Delta]) -> Live:
+    """The deltas attached to one parameter, under their names and inactive."""
+    framework = TorchModule()
+    index = framework.index_model(module, BaseRef())
+    form = Form(tuple(index.parameters[name].shape), index.parameters[name].dtype)
+    target = Target("", "", name)
+
+    def plan(adapter: str, delta: Delta) -> Plan:
+        term = Term(
+            adapter=adapter,
+            weight=1.0,
+            target=target,
+            piece=Piece(parameter=name),
+            kind=delta.kind,
+            additive=delta.additive,
+            replaces=delta.replacement() is not None,
+            local=False,
+            rank=None,
+        )
+        step = Step(out=name, source=name, before=form, after=form, terms=(term,), stored_as=name, saved_as=name)
+        return Plan(base=BaseRef(), framework=framework.name, steps=(step,), untouched=())
+
+    live = Live(
+        module,
+        index,
+        framework,
+        plan=lambda adapter, delta: (plan(adapter, cast("Delta", delta)), _Holder({target: cast("Delta", delta)})),
+        judge=lambda _: None,
+    )
+    for adapter, delta in deltas.items():
+        live.add(adapter, delta)
+    return live
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    deltas: Mapping[Target, Delta]
 
 
 def _same(delta: Delta, case: Case, says: str) -> None:

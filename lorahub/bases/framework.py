@@ -16,6 +16,7 @@ from lorahub.bases.experts import matrix_pieces, stack_pieces
 from lorahub.bases.fused_experts import part_pieces
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layout import Layout, Piece, Region, Target
+from lorahub.bases.site import Site
 from lorahub.deltas.kind import JSON
 from lorahub.files.header import Header, TensorInfo
 from lorahub.findings import Claim
@@ -139,6 +140,12 @@ class Framework(Protocol):
 
     def parameters(self, model: nn.Module, index: BaseIndex) -> Mapping[str, torch.Tensor]:
         """The live tensors by canonical name; tied names give the same tensor."""
+
+    def site(self, model: nn.Module, name: str) -> Site | None:
+        """How a module's output comes from the parameter of that dotted name in ``model``.
+
+        None where that is not known: whoever wants to change the parameter puts another in its place.
+        """
 
     def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
         """The model in ``folder``, on the CPU, in ``dtype`` (safetensors code) or as stored.

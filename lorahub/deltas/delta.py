@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
+from lorahub.bases.site import Site
 from lorahub.errors import NotLocal, UnsupportedKind
 from lorahub.lazy import torch
 
@@ -84,6 +85,27 @@ class Delta(ABC):
     def low_rank(self) -> LowRank | None:
         """The change as exact factors, or None."""
         return None
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """What the change at weight 1 adds to a module's output, for changes that do not look at the weight.
+
+        It is ``site.call(x, delta(W))`` by a shorter way.  Whether there is one follows from delta and site alone, and
+        never from ``x`` and ``y``, which may have no rows at all.
+
+        Args:
+            x: the module's input, [..., in]; for embeddings ids, for convolutions [batch, in, *places].
+            y: its output, which other changes may be in already: for shape, dtype and device, in which it computes.
+            site: how the output comes from the weight, of which this is the whole change.
+
+        Returns:
+            A tensor like ``y``, through which gradients flow to ``x`` and to factors; or None: use the changed weight.
+        """
+        low = self.low_rank()
+        if low is None:
+            return None
+        up, down = low.up.to(y), low.down.to(y)
+        inputs = x if site.op == "embedding" else x.to(y.dtype)
+        return site.outer(site.inner(inputs, up, down) * low.scale, up, down)
 
     def expert(self, position: int) -> Delta:
         """The change of one matrix of a stack, for kinds that say so in ``Touch.stacks``.

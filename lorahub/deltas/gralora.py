@@ -27,6 +27,8 @@ from lorahub.shapes import ShapeMisfit
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["GRALORA", "GraLoRA"]
 
 
@@ -102,6 +104,18 @@ class GraLoRA(Delta):
             ups.append(self.general_up)
             downs.append(self.general_down)
         return LowRank(cut(torch.cat(ups, 1), self.rows, 0), cut(torch.cat(downs), self.cols, 1), self.scale)
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """To a linear layer: block by block, without the zeros between."""
+        if site.op != "linear" or self.rows or self.cols:
+            return Delta.contribution(self, x, y, site)
+        x, k = x.to(y.dtype), self.down.shape[0]
+        inner = torch.einsum("...li,lir->...lr", torch.unflatten(x, -1, (k, -1)), self.down.to(y))
+        mixed = torch.unflatten(inner, -1, (k, -1)).transpose(-3, -2).flatten(-2)
+        outputs = torch.einsum("...jr,jro->...jo", mixed, self.up.to(y)).flatten(-2)
+        if self.general_down is not None and self.general_up is not None:
+            outputs = outputs + x @ self.general_down.to(y).T @ self.general_up.to(y).T
+        return outputs * self.scale
 
     def shape(self) -> tuple[int, ...]:
         """``[out, in]``."""

@@ -29,6 +29,8 @@ from lorahub.shapes import ShapeMisfit
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["LOKR", "LoKr"]
 
 
@@ -133,6 +135,31 @@ class LoKr(Delta):
         if rank >= min(size):
             return None
         return LowRank(cut(_kron(up1, up2), self.rows, 0), _kron(down1, down2), self.scale)
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """One side after the other, which are never multiplied out: inputs ``[c, d]``, outputs ``[a, b]``."""
+        if self.trailing or self.rows or self.cols or site.groups > 1:
+            return Delta.contribution(self, x, y, site)
+        first, second = self._sides(y.dtype, y.device)
+        left = _product(first)
+        c = left.shape[1]
+        if site.op == "embedding":
+            b = second[0].shape[0]
+            right = _product((torch.nn.functional.embedding(x % b, second[0]), *second[1:]))
+            return (left[x // b][..., None] * right[..., None, :]).flatten(-2) * self.scale
+        axis = -1 - len(site.kernel)
+        inputs = torch.unflatten(x.to(y.dtype), axis, (c, -1))
+        if site.op == "linear":
+            for part in reversed(second):
+                inputs = torch.nn.functional.linear(inputs, part)
+            return (left @ inputs).flatten(-2) * self.scale
+        planes = inputs.flatten(0, axis - 1)  # every one of the c meets the same kernels
+        if len(second) == 1:
+            outputs = site.call(planes, second[0].reshape(-1, planes.shape[1], *site.kernel))
+        else:
+            outputs = site.outer(site.inner(planes, *second), *second)
+        outputs = left @ torch.unflatten(outputs, 0, (*x.shape[:axis], c)).flatten(axis)
+        return outputs.reshape(y.shape) * self.scale
 
     def shape(self) -> tuple[int, ...] | None:
         """``[a b, c d, *k]`` where the tensors tell the kernel, else None."""

@@ -25,6 +25,8 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["MISS", "Bat", "MiSS"]
 
 
@@ -61,6 +63,15 @@ class MiSS(Delta):
             endless(cuts, size, weight.device) for cuts, size in zip((self.rows, self.cols), weight.shape, strict=True)
         )
         return self.block.to(weight).T[rows % m][:, cols % r]
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """To a linear layer: inputs that meet the same row of the block are summed first."""
+        if site.op != "linear" or self.rows or self.cols:
+            return None
+        r, m = self.block.shape
+        pieces = torch.unflatten(torch.nn.functional.pad(x.to(y.dtype), (0, -x.shape[-1] % r)), -1, (-1, r))
+        outputs = pieces.sum(-2) @ self.block.to(y)
+        return outputs.repeat(*(1 for _ in y.shape[1:]), y.shape[-1] // m)
 
     def region(self, rows: Index, cols: Index) -> Self:
         """Any rows and columns that do not count from the end, which the block does not know.

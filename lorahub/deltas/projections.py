@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from lorahub.deltas.cut import counts_from_the_end
 from lorahub.deltas.delta import Index, take
@@ -22,6 +23,9 @@ from lorahub.deltas.peft_values import PLACES, seed, switch
 from lorahub.errors import BaseMismatch, BaseNeeded, IntegrityError, NotLocal
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
+
+if TYPE_CHECKING:
+    from lorahub.bases.site import Site
 
 __all__ = [
     "FIELDS",
@@ -34,6 +38,7 @@ __all__ = [
     "expect_sizes",
     "facts",
     "projected",
+    "through",
 ]
 
 _DRAWN = (
@@ -73,6 +78,23 @@ def projected(
     out, inputs = weight.shape
     left = gain.to(weight)[:, None] * up[:out].to(weight)
     return left @ (mix.to(weight)[:, None] * down[:, :inputs].to(weight))
+
+
+def through(
+    gain: torch.Tensor,
+    mix: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    site: Site,
+) -> torch.Tensor | None:
+    """What ``projected`` adds to a linear layer's output: the vectors multiply what lies between the projections."""
+    if site.op != "linear":
+        return None
+    linear = torch.nn.functional.linear
+    inner = linear(x.to(y.dtype), down[:, : x.shape[-1]].to(y)) * mix.to(y)
+    return linear(inner, up[: gain.shape[0]].to(y)) * gain.to(y)
 
 
 def complete(

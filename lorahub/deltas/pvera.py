@@ -22,6 +22,8 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["PVERA", "PVeRA"]
 
 
@@ -49,6 +51,11 @@ class PVeRA(Delta):
         """See ``projected``; the weight gives shape, dtype and device only."""
         r = self.up.shape[1]
         return projections.projected(self.kind, self.gain, self.mix[:r], self.up, self.down[:r], weight)
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """Of the mean, as merged, where PEFT may draw samples; see ``through``."""
+        r = self.up.shape[1]
+        return projections.through(self.gain, self.mix[:r], self.up, self.down[:r], x, y, site)
 
     def region(self, rows: Index, cols: Index) -> Self:
         """Rows of ``gain`` and ``up``, columns of ``down``.

@@ -41,6 +41,8 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["RANDLORA", "RandLoRA"]
 
 
@@ -77,17 +79,32 @@ class RandLoRA(Delta):
         Raises:
             BaseMismatch: it is no matrix, its smaller side is not ``gamma``'s, or its larger one exceeds ``up``.
         """
-        n, short = self.gamma.shape
+        short = self.gamma.shape[1]
         if weight.dim() != 2 or min(weight.shape) != short or max(weight.shape) > self.up.shape[0]:
             raise BaseMismatch(
                 f"a randlora delta for sides of {short} and up to {self.up.shape[0]} was given a weight "
                 f"{list(weight.shape)}"
             )
-        scales, gamma = self.scales.to(weight), self.gamma.to(weight)
-        right = (scales[:, :, None] * self.down[:, :, :short].to(weight) * gamma).flatten(0, 1)
-        left = self.up[: max(weight.shape), :n].to(weight).flatten(1)
+        left, right = self._sides(max(weight.shape), weight)
         change = (left @ right).mul_(self.scale)
         return change if weight.shape[1] == short else change.T.contiguous()
+
+    def _sides(self, long: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``B`` [long, n * r] and ``A`` [r * n, short], in the dtype and on the device of ``like``."""
+        n, short = self.gamma.shape
+        right = self.scales.to(like)[:, :, None] * self.down[:, :, :short].to(like) * self.gamma.to(like)
+        return self.up[:long, :n].to(like).flatten(1), right.flatten(0, 1)
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """To a linear layer: one side of the product after the other, which is never multiplied out."""
+        if site.op != "linear":
+            return None
+        x, width = x.to(y.dtype), x.shape[-1]
+        left, right = self._sides(max(width, y.shape[-1]), y)
+        linear = torch.nn.functional.linear
+        if width == self.gamma.shape[1]:
+            return linear(linear(x, right), left) * self.scale
+        return linear(linear(x, left.T), right.T) * self.scale
 
     def region(self, rows: Index, cols: Index) -> Self:
         """Only the whole.

@@ -21,6 +21,8 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
+    from lorahub.bases.site import Site
+
 __all__ = ["VERA", "VeRA"]
 
 
@@ -47,6 +49,10 @@ class VeRA(Delta):
     def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
         """See ``projected``; the weight gives shape, dtype and device only."""
         return projections.projected(self.kind, self.gain, self.mix, self.up, self.down, weight)
+
+    def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
+        """See ``through``."""
+        return projections.through(self.gain, self.mix, self.up, self.down, x, y, site)
 
     def region(self, rows: Index, cols: Index) -> Self:
         """Rows of ``gain`` and ``up``, columns of ``down``.

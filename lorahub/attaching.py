@@ -1,0 +1,122 @@
+"""Attaching adapters to a live model, for scripts: planned and judged as a merge, and no weight is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from lorahub.adapter import Adapter
+from lorahub.deltas.delta import Delta
+from lorahub.errors import BaseMismatch, UsageError
+from lorahub.live.alike import Alike
+from lorahub.live.attached import Live, Planned
+from lorahub.merging import named_weights, prepare
+from lorahub.plugins import load_registry
+from lorahub.sources import Base, Given, Source, open_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Given] | Sequence[Source],
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    active: Collection[str] | None = None,
+    capacity: int = 0,
+    allow: Collection[str] = (),
+    compat: str | None = None,
+    hub: str | None = None,
+) -> Live:
+    """Let adapters act on a live model without changing its weights; they are checked and placed as for a merge.
+
+    Args:
+        model: any ``nn.Module``; attach first and compile then, for attaching compiles everything again.
+        adapters: name -> adapter, or a list of references.
+        weights: one per adapter; 1 by default, or the weight in the reference.
+        active: which act from the start; all of them by default, as after a merge.
+        capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it; 0: none.
+        allow: finding codes to accept.
+        compat: "peft" or "strict"; see ``lorahub.load``.
+        hub: path of a folder hub.
+
+    Returns:
+        ``Live``: choose, weight, exchange and detach.  As a context manager it detaches at the end of the block.
+
+    Raises:
+        Degraded, BaseMismatch, Incompatible, IntegrityError: see ``lorahub.check``; nothing was attached.
+        UsageError: adapters are attached already: add to those.
+    """
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile returns holds the model itself
+    base = open_base(inner)
+    given = named_weights(adapters, weights)
+    sources: dict[str, Given] = {}
+    alike = Alike()
+
+    def one(name: str, source: object) -> Planned:
+        own = source if isinstance(source, Adapter) and compat is None else None
+        plan = alike.plan(own) if own else None
+        if plan is not None and own:
+            planned: Planned = plan, own
+        else:
+            planned = _planned(base, name, cast("Given", source), Policy(allow=allow, compat=compat, hub=hub))
+            if own and planned[1] is own:
+                alike.keep(own, planned[0])
+        sources[name] = cast("Given", source)
+        return planned
+
+    def together(names: Sequence[str]) -> None:
+        chosen = {name: sources[name] for name in names}
+        prepare(base, chosen, weights=[1.0] * len(chosen), allow=allow, compat=compat, hub=hub).refuse()
+
+    live = Live(inner, base.index, base.framework, plan=one, judge=together, compat=compat, capacity=capacity)
+    try:
+        for name, (source, weight) in given.items():
+            live.add(name, source, weight=weight)
+        try:
+            live.set_adapters([*given] if active is None else list(active))
+        except BaseMismatch as error:
+            if active is not None:
+                raise
+            apart = (
+                f"attach them with active=[{next(iter(given))!r}], and choose: live.set_adapters, live.adapter_names"
+            )
+            raise BaseMismatch(error.message, error.hint or apart, error.findings) from None
+    except BaseException:
+        live.detach()
+        raise
+    return live
+
+
+def _trains(delta: Delta) -> bool:
+    return any(tensor.requires_grad for tensor in delta.tensors().values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is allowed and chosen, as in ``attach``."""
+
+    allow: Collection[str]
+    compat: str | None
+    hub: str | None
+
+
+def _planned(base: Base, name: str, source: Given, policy: Policy) -> Planned:
+    """The plan of one adapter at weight 1, and the adapter: the very object that was given, where that is possible."""
+    job = prepare(base, {name: source}, weights=[1.0], allow=policy.allow, compat=policy.compat, hub=policy.hub)
+    job.refuse()
+    if isinstance(source, Adapter) and policy.compat is None:
+        targets = (term.target for step in job.plan.steps for term in step.terms)
+        if all(target in source.deltas for target in targets):
+            return job.plan, source
+    if isinstance(source, Adapter) and any(_trains(delta) for delta in source.deltas.values()):
+        raise UsageError(
+            f"'{name}' wants gradients for its tensors, and its file names modules otherwise than this base does, so "
+            "it would have to be read again, without them",
+            "convert it to this base first: lorahub convert ... --base BASE",
+        )
+    return job.plan, job.adapters(load_registry())[name]

@@ -1,0 +1,96 @@
+"""The hooks that an attached model has: on modules at whose output something may be added, and around its own call.
+
+A copy or a pickle of the model does not take them along: it is the model without adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorahub.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorahub.live.desk import Desk
+    from lorahub.live.lookup import Door
+
+__all__ = ["Begin", "End", "Enter", "Output"]
+
+
+def unattached(*_: object) -> None:
+    """What stands in a copy of an attached model where a hook was: nothing happens."""
+
+
+def _unattached() -> Callable[..., None]:
+    return unattached
+
+
+class _Hook:
+    """Bound to one attached model and no copy of it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
+        return unattached
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unattached, ()
+
+
+class Enter(_Hook):
+    """Before a module is called while a graph is made: whoever reads its parameters now is the module."""
+
+    def __init__(self, desk: Desk, door: Door) -> None:
+        super().__init__(desk)
+        self.door = door
+
+    def __call__(self, _module: nn.Module, _args: object) -> None:
+        """``Output`` ends it."""
+        if torch.compiler.is_compiling():
+            self.door.inside = True
+
+
+class Output(_Hook):
+    """After a module was called: adds what the adapters chosen add at this spot; returns at once where none is."""
+
+    def __init__(self, desk: Desk, door: Door) -> None:
+        super().__init__(desk)
+        self.key, self.door = door.key, door
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor], y: torch.Tensor
+    ) -> torch.Tensor | None:
+        """``args`` and ``kwargs`` hold the module's one input."""
+        if torch.compiler.is_compiling():
+            self.door.inside = False
+        view = self.desk.view()
+        if view is None:
+            return None
+        act = self.desk.act(view, self.key, y)
+        if act is None:
+            return None
+        if act.anew or not (act.fits(y) or torch.compiler.is_compiling()):
+            act = self.desk.refit(view, self.key, y)
+            assert act is not None
+        return act.add(args[0] if args else next(iter(kwargs.values())), y)
+
+
+class Begin(_Hook):
+    """Before the model is called: adapters that are exchanged during the call take effect after it."""
+
+    def __call__(self, _module: nn.Module, _args: object) -> None:
+        """See ``Desk.pin``."""
+        if not torch.compiler.is_compiling():  # a graph reads everything before it runs
+            self.desk.pin()
+
+
+class End(_Hook):
+    """After the model was called, or failed."""
+
+    def __call__(self, _module: nn.Module, _args: object, _output: object) -> None:
+        """See ``Desk.unpin``."""
+        if not torch.compiler.is_compiling():
+            self.desk.unpin()
