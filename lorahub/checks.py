@@ -14,7 +14,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from lorahub.adapter import AdapterHeader
 from lorahub.bases.framework import Framework
-from lorahub.bases.index import BaseIndex
+from lorahub.bases.index import BaseIndex, natural
 from lorahub.engine.plan import Plan
 from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError, LorahubError
 from lorahub.findings import Axis, Finding, Verdict, worst
@@ -218,8 +218,38 @@ def findings(header: AdapterHeader, index: BaseIndex, framework: Framework, plan
     touched = {step.source for step in plan.steps if step.source}
     declared = [] if index.declared else [_undeclared(index, framework)]
     own = [*header.findings, *base_findings(header, index, touched), *library_findings(header), *declared]
-    own += part_findings(header)
+    own += [*part_findings(header), *_quantised(header, index, touched)]
     return tuple(dict.fromkeys([*own, *plan.findings]))
+
+
+def _quantised(header: AdapterHeader, index: BaseIndex, touched: Collection[str]) -> list[Finding]:
+    """What there is to say where one of two is quantised: the base at hand, or the one in training."""
+    recorded = header.record.base.quantization if header.record and header.record.base else {}
+    names = [name for name in touched if name in index.parameters and index.parameters[name].storage]
+    if names:
+        stored = " and ".join(sorted({index.parameters[name].storage for name in names}))
+        return [
+            Finding(
+                code="base-quantised",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"{len(names)} of the parameters that it changes are stored as {stored}: attached live it adds "
+                "to what they compute, and a merge rounds to that grid again",
+                where=tuple(sorted(names, key=natural)),
+            )
+        ]
+    if recorded:
+        how = ", ".join(f"{key} {value}" for key, value in recorded.items())
+        return [
+            Finding(
+                code="trained-quantised",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"it was trained on the base in quantised form ({how}), and the one at hand is not quantised: "
+                "what training made up for in the rounding is then added to weights that were not rounded",
+            )
+        ]
+    return []
 
 
 def _undeclared(index: BaseIndex, framework: Framework) -> Finding:

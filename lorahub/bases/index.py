@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from lorahub.bases.layers import LayerList, Repetition
 from lorahub.deltas.kind import JSON
 
 __all__ = ["BaseIndex", "BaseRef", "ParameterInfo", "natural", "structure_digest"]
@@ -52,6 +53,8 @@ class ParameterInfo:
         role: what its module is, where the framework knows: "linear", "embedding", "conv"; else "".
         turned: of a parameter with three axes, whether it stacks matrices stored [in, out] if it stacks any; None where
             nobody knows, as for files alone.  No part of what a base is.
+        storage: what a quantised parameter is stored as ("bitsandbytes nf4"); ``shape`` and ``dtype`` are then those
+            of the weight that its codes stand for.  "" for plain tensors.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +64,7 @@ class ParameterInfo:
     component: str = ""
     role: str = ""
     turned: bool | None = field(default=None, compare=False, repr=False)
+    storage: str = field(default="", compare=False, repr=False)
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -93,6 +97,8 @@ class BaseIndex:
             Some adapters draw random numbers along that order; it is no part of what a base is.
         declared: the framework knows module types, so transposed and fused storage is declared; False for bare
             headers, where an adapter that claims a transposed base is refused rather than guessed at.
+        layers: the list of its like layers, where the framework declares one.  No part of what a base is.
+        repeated: how its layers come from those of the base in the files, where it is deeper than that; or None.
     """
 
     ref: BaseRef
@@ -105,6 +111,8 @@ class BaseIndex:
     config: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     declared: bool = True
     registered: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    layers: LayerList | None = field(default=None, compare=False, repr=False)
+    repeated: Repetition | None = None
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorahub.bases.layers import shown
 from lorahub.cli.output import aligned, brief, size
 from lorahub.inspection import Inspection, tag_frequency
 from lorahub.pictures.scale import number
@@ -53,6 +54,9 @@ def _facts(found: Inspection, room: int) -> list[tuple[str, str]]:
     ]
     if found.guess:
         facts.append(("looks like", brief(f"{found.guess.label} ({found.guess.evidence})", room)))
+    if found.layers:
+        count = sum(stop - start for start, stop in found.layers)
+        facts.append(("layers", brief(f"{count}, made of its base's {shown(found.layers)}", room)))
     if found.triggers:
         facts.append(("triggers", brief(", ".join(found.triggers), room)))
     if found.parts:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import click
 
-from lorahub import merging
+from lorahub import merging, patching
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
-from lorahub.cli.output import Output, aligned, size
+from lorahub.cli.output import Output, Progress, aligned, size
+from lorahub.engine.casting import DTYPES
+from lorahub.engine.ranks import Ranks
+from lorahub.engine.retention import Retention
+from lorahub.engine.rounding.table import MODES, STOCHASTIC
 from lorahub.errors import UsageError
+from lorahub.sources import quiet
 
 __all__ = ["merge"]
 
 
 @click.command()
-@click.argument("refs", metavar="REF[:WEIGHT]...", nargs=-1, required=True)
+@click.argument("refs", metavar="REF[:WEIGHT]...", nargs=-1)
 @base_option
-@click.option("-o", "--out", "target", metavar="FOLDER", help="Where the merged checkpoint goes; must not exist yet.")
+@click.option(
+    "-o",
+    "--out",
+    "target",
+    metavar="FOLDER",
+    help="Where the merged checkpoint goes; must not exist yet. X.safetensors for one file.",
+)
+@click.option("--in-place", is_flag=True, help="Write to the base's own files, only what changes.")
+@click.option("--keep-undo", is_flag=True, help="With --in-place: keep the old bytes there, for --undo.")
+@click.option("--undo", metavar="FOLDER", help="Take back the last merge in place that kept its old bytes, and stop.")
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done and stop.")
 @click.option(
     "--tokenizer",
@@ -25,6 +41,14 @@ __all__ = ["merge"]
     help="Whose tokenizer, processor and chat template files come along where both have them.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="How many threads fold; the result does not depend on it.")
+@click.option(
+    "--mode",
+    default="fast",
+    show_default=True,
+    metavar="MODE",
+    help=f"How sums are rounded: {', '.join(name for name in MODES if '(' not in name)} or {STOCHASTIC}.",
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="What the result is stored in, all of it.")
 @allow_option
 @compat_option
 @hub_option
@@ -33,40 +57,92 @@ def merge(
     refs: tuple[str, ...],
     base: str | None,
     target: str | None,
+    in_place: bool,
+    keep_undo: bool,
+    undo: str | None,
     plan_only: bool,
     tokenizer: str,
     threads: int | None,
     allow: tuple[str, ...],
     compat: str | None,
+    mode: str,
+    dtype: str | None,
     hub: str | None,
     out: Output,
 ) -> None:
     """Merge one or more adapters into a base and write a new checkpoint, shard by shard.
 
     Weights go behind a colon: acme/ink@1.2:0.8 acme/sql:0.5. A run that was killed goes on with the shards that
-    are missing when the same command is given again.
+    are missing when the same command is given again; one in place is completed, or has changed nothing. Under torchrun
+    (torchrun --nproc-per-node 4 -m lorahub merge ...) every process makes a part of the shards.
     """
-    if not plan_only and not target:
-        raise UsageError("merge needs -o FOLDER, or --plan to only look", f"lorahub merge {' '.join(refs)} --plan")
-    with out.progress("reading") as progress:
-        job = merging.prepare(base, refs, allow=allow, compat=compat, hub=hub, progress=progress)
+    if undo is not None:
+        if refs or base or target or in_place:
+            raise UsageError("--undo takes the folder and nothing else", f"lorahub merge --undo {undo}")
+        report = patching.undo(undo)
+        out.answer(
+            {"undone": undo, "parameters": sorted(report.changes)},
+            text=f"{undo}\n{aligned([('parameters as before', str(report.changed))])}",
+            bare=undo,
+        )
+        return
+    if not refs:
+        raise UsageError(
+            "no adapter was given, so there is nothing to merge", "lorahub merge REF --base BASE -o FOLDER"
+        )
+    if not plan_only and bool(target) == in_place:
+        raise UsageError(
+            "merge needs one of -o FOLDER and --in-place, or --plan to only look",
+            f"lorahub merge {' '.join(refs)} --plan",
+        )
+    if in_place and not base:
+        raise UsageError("--in-place needs the folder that is to change", "lorahub merge REF --base FOLDER --in-place")
+    settled = patching.settle_base(base) if in_place and base and not plan_only else None
+    ranks = Ranks.from_environment()
+    with _progress(out, "reading", ranks) as progress:
+        job = merging.prepare(
+            base, refs, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub, progress=progress
+        )
     if plan_only:
         out.answer(job.document(), text=f"{job.plan.explain()}\n\nverdict: {job.verdict}", bare=job.plan.digest())
         out.findings([finding for finding in job.findings if finding not in job.plan.findings])  # the others are in it
         job.refuse()
         return
-    job.refuse()
-    out.findings(job.findings, allowed=allow)
-    assert target is not None
-    with out.progress("merging") as progress:
-        report = job.write(target, keep_base_tokenizer=tokenizer == "base", threads=threads, progress=progress)
+    keep_base = tokenizer == "base"
+    if in_place:
+        with out.progress("merging") as progress:
+            report = job.write_in_place(
+                keep_undo=keep_undo, keep_base_tokenizer=keep_base, settled=settled, threads=threads, progress=progress
+            )
+        out.findings(job.findings, allowed=allow)
+    else:
+        job.refuse()
+        if not ranks.rank:
+            out.findings(job.findings, allowed=allow)
+        assert target is not None
+        with _progress(out, "merging", ranks) as progress:
+            report = job.write(target, keep_base_tokenizer=keep_base, threads=threads, ranks=ranks, progress=progress)
+    if ranks.rank:
+        return  # rank 0 tells the whole
+    out.findings(report.findings, allowed=allow)
     facts = [
         ("parameters changed", str(report.changed)),
         (
             "largest relative change",
             f"{report.largest_change:.3g}" + (f" ({report.largest_name})" if report.largest_name else ""),
         ),
+        *([("kept of the change as stored", _kept(report.retention))] if report.retention else []),
         ("read / written", f"{size(report.bytes_read)} / {size(report.bytes_written)}"),
         ("seconds", f"{report.seconds:.1f}"),
     ]
-    out.answer(report.document(), text=f"{target}\n{aligned(facts)}", bare=target)
+    place = str(target or base)
+    out.answer(report.document(), text=f"{place}\n{aligned(facts)}", bare=place)
+
+
+def _kept(retention: Retention) -> str:
+    return f"{retention.gain:.1%}"
+
+
+def _progress(out: Output, what: str, ranks: Ranks) -> AbstractContextManager[Progress]:
+    """A bar, of rank 0 alone."""
+    return nullcontext(quiet) if ranks.rank else out.progress(what)

@@ -6,7 +6,7 @@ Here it shows that two adapters replace one parameter, or that a change to one o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import final
 
@@ -14,6 +14,7 @@ from lorahub.bases.framework import Edits, Framework
 from lorahub.bases.index import BaseIndex, natural
 from lorahub.bases.layout import Piece, Region, Target
 from lorahub.deltas.delta import Index
+from lorahub.deltas.disputes import REFUSED
 from lorahub.deltas.kind import JSON
 from lorahub.engine.notes import note
 from lorahub.engine.place import FLOATS, Created, Placed, Placement
@@ -26,12 +27,18 @@ __all__ = ["Assembled", "Given", "assemble"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """An adapter with its weight, and where it lands; ``inside``: the weight goes where PEFT would have it."""
+    """An adapter with its weight, and where it lands.
+
+    Attributes:
+        inside: the weight goes where PEFT would have it.
+        together: what it does to one copy of a repeated layer it does to all, as in PEFT, where they share storage.
+    """
 
     name: str
     weight: float
     placement: Placement
     inside: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +90,13 @@ class _Assembly:
     removed: set[str] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
     whole: list[str] = field(default_factory=list)
+    bent: list[Target] = field(default_factory=list)
     found: list[Finding] = field(default_factory=list)
 
     def run(self, given: Sequence[Given]) -> Assembled:
+        if repeated := self.index.repeated:
+            said = self.index.config
+            self._edit(Edits(config={key: new for key, new in repeated.config().items() if said.get(key) != new}))
         for each in given:
             self._take(each)
         self._conflicts()
@@ -100,13 +111,19 @@ class _Assembly:
                     self.whole,
                 )
             )
-        steps = [*self._changed(), *self._brought()]
+        if self.bent:
+            self.found.append(_in_turn(self.bent))
+        steps = [*self._changed(), *self._copied(), *self._brought()]
         return Assembled(
             steps=tuple(sorted(steps, key=lambda step: natural(step.out))),
             removed=tuple(sorted(self.removed, key=natural)),
-            dropped=tuple(sorted({self._stored(name) for name in self.removed | self.stale})),
+            dropped=tuple(sorted({self._stored(name) for name in self.removed | self.stale}.union(self._left_out()))),
             renamed=MappingProxyType(
-                {self._stored(name): new for name, new in self.renamed.items() if self._has(name)}
+                {
+                    self._stored(name): new
+                    for name, new in self.renamed.items()
+                    if self._has(name) and self._origin(name) == name
+                }
             ),
             reads=MappingProxyType(self.reads),
             config=MappingProxyType(self.config),
@@ -115,6 +132,16 @@ class _Assembly:
 
     def _has(self, name: str) -> bool:
         return name in self.index.parameters or name in self.index.extras
+
+    def _origin(self, name: str) -> str:
+        """The base's own name of what a parameter is made from, which differs in layers that moved or are repeated."""
+        return self.index.repeated.origin(name) if self.index.repeated else name
+
+    def _left_out(self) -> tuple[str, ...]:
+        return self.index.repeated.left_out if self.index.repeated else ()
+
+    def _spelled(self, name: str, stored: str) -> str:
+        return self.index.repeated.spelled(name, stored) if self.index.repeated else stored
 
     def _stored(self, name: str) -> str:
         info = self.index.parameters.get(name) or self.index.extras.get(name)
@@ -134,6 +161,8 @@ class _Assembly:
                 nbytes = placed.nbytes if number == 0 else 0
                 term = self._term(given, placed, piece, nbytes, tied=bool(twins), twins=tuple(twins[1:]))
                 self.terms.setdefault((source, out), []).append(term)
+                if given.together:
+                    self._everywhere(term, out)
         for new in given.placement.created:
             self.created.setdefault(new.target.name, []).append((given, new))
             if given.weight != 1:
@@ -167,6 +196,17 @@ class _Assembly:
             siblings=placed.siblings,
             nbytes=nbytes,
         )
+
+    def _everywhere(self, term: Term, out: str) -> None:
+        """Add a change to every other copy of what it is a change of; a value is each copy's own in PEFT too."""
+        source = term.piece.parameter
+        repeated = self.index.repeated
+        copies = repeated.copies(source) if repeated and source == out and not term.replaces else ()
+        if len(copies) > 1 and not term.additive:
+            self.bent.append(term.target)
+        for copy in copies:
+            if copy != source:
+                self.terms.setdefault((copy, copy), []).append(replace(term, piece=replace(term.piece, parameter=copy)))
 
     def _edit(self, edits: Edits) -> None:
         for key, value in edits.config.items():
@@ -309,12 +349,29 @@ class _Assembly:
             form = Form(info.shape, info.dtype)
             yield Step(
                 out=out,
-                source=source,
+                source=self._origin(source),
                 before=form,
                 after=form,
                 terms=tuple(terms),
                 stored_as=info.stored_as,
-                saved_as=self.renamed.get(out, info.stored_as if out == source else out),
+                saved_as=self._spelled(out, self.renamed.get(out, info.stored_as if out == source else out)),
+            )
+
+    def _copied(self) -> Iterator[Step]:
+        """Layers that moved or are repeated, where nothing else is done to them."""
+        for name, info in self.index.parameters.items() if self.index.repeated else ():
+            source = self._origin(name)
+            if source == name or (name, name) in self.terms or name in self.created or name in self.removed:
+                continue
+            form = Form(info.shape, info.dtype)
+            yield Step(
+                out=name,
+                source=source,
+                before=form,
+                after=form,
+                terms=(),
+                stored_as=info.stored_as,
+                saved_as=self._spelled(name, self.renamed.get(name, info.stored_as)),
             )
 
     def _brought(self) -> Iterator[Step]:
@@ -343,6 +400,19 @@ class _Assembly:
                 stored_as=info.stored_as if info else "",
                 saved_as=self.renamed.get(name, info.stored_as if info else name),
             )
+
+
+def _in_turn(targets: Sequence[Target]) -> Finding:
+    """That PEFT merges the copies of a layer one into the other, which for some kinds is no sum."""
+    return Finding(
+        code=REFUSED,
+        axis="policy",
+        level=Verdict.INCOMPATIBLE,
+        message=f"PEFT merges the copies of a repeated layer one after the other into one weight, and a change of "
+        f"{targets[0].name} looks at the weight that it finds, so what comes of it is no sum of changes to this base",
+        where=tuple(target.name for target in targets),
+        remedy="--compat strict (each copy with its own change)",
+    )
 
 
 def _tied(placement: Placement) -> dict[str, list[Target]]:

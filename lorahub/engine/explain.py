@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lorahub.bases.layers import shown
 from lorahub.deltas.kind import JSON
+from lorahub.engine.undoing.choice import held_bytes
 from lorahub.findings import Verdict
 
 if TYPE_CHECKING:
@@ -25,25 +27,37 @@ def explain(plan: Plan) -> str:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    repeated = plan.repeated
+    layers = {step.out for step in plan.steps if repeated and repeated.layers.number(step.out) is not None}
+    copied = [step for step in plan.steps if step.out in layers and not step.terms]
+    steps = [step for step in plan.steps if step.out not in layers or step.terms]
     changed = [step for step in plan.steps if not step.made_whole]
     created = [step for step in plan.steps if step.made_whole]
     yield "base", f"{plan.base} ({plan.framework})"
     yield "adapters", ", ".join(f"{name} at {weight:g}" for name, weight in plan.adapters)
     targets = {(term.adapter, term.target) for step in plan.steps for term in step.terms}
-    yield "changes", f"{_count(len(targets), 'target')} in {_count(len(plan.steps), 'parameter')}"
+    yield "changes", f"{_count(len(targets), 'target')} in {_count(len(steps), 'parameter')}"
     if targets:
         yield "kinds", _kinds(plan)
-    if plan.steps:
-        largest = max(plan.steps, key=lambda step: step.after.nbytes)
+    if repeated:
+        count, ranges = len(repeated.sources), shown(repeated.ranges)
+        yield "layers", f"{count} in {repeated.layers.path}, made of the base's {repeated.depth}: {ranges}"
+    if steps:
+        largest = max(steps, key=lambda step: step.after.nbytes)
         yield "largest", f"{largest.out} {largest.after}"
-    changing = sum(step.after.nbytes for step in plan.steps)
-    yield "writes", f"{_size(changing + plan.untouched_bytes)}, of which {_size(changing)} change"
+    changing, moving = (sum(step.after.nbytes for step in each) for each in (steps, copied))
+    yield "writes", f"{_size(changing + moving + plan.untouched_bytes)}, of which {_size(changing)} change"
     streamed, live = (_size(plan.peak_bytes(streamed=each)) for each in (True, False))
     yield "memory", f"about {streamed} a thread from disk to disk, {live} in a live model, where undo keeps copies"
+    copies, journal = (held_bytes(plan.steps, policy) for policy in ("copy", "journal"))
+    if journal < copies:
+        yield "undo", f"copies take {_size(copies)}; a journal about {_size(journal)}, where changes are small"
     yield "untouched", f"{_count(len(plan.untouched), 'parameter')}, copied as bytes"
+    if copied:
+        yield "copied", f"{_count(len(copied), 'parameter')} of repeated layers, as bytes ({_size(moving)})"
     if created:
         yield "created", _some([f"{step.out} {step.after}" for step in created])
-    if untied := [step.out for step in changed if step.out != step.source]:
+    if untied := [step.out for step in changed if step.out != step.source and step.out not in layers]:
         yield "untied", _some(untied)
     if plan.removed:
         yield "removed", _some(plan.removed)

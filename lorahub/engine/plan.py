@@ -9,26 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.bases.layers import Repetition, ranges_of, shown
+from lorahub.bases.repeated import why_not
 from lorahub.deltas.disputes import CHOSEN, Compat
 from lorahub.deltas.kind import JSON, Kind
 from lorahub.engine.assemble import Given, assemble
 from lorahub.engine.explain import explain
 from lorahub.engine.place import place
+from lorahub.engine.rounding.table import read_mode
 from lorahub.engine.steps import Form, Step, Term
+from lorahub.engine.undoing.choice import held_bytes
+from lorahub.engine.undoing.keeper import Policy
 from lorahub.engine.windows import ARITHMETIC
 from lorahub.errors import BaseMismatch, Degraded, UsageError
 from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding, Verdict, worst
 from lorahub.formats.format import Reading
+from lorahub.formats.on_demand import KEPT
+from lorahub.formats.pages import FEWEST
 
 __all__ = ["Form", "Header", "Plan", "Step", "Term", "plan"]
+
+_BUFFERS = 56 << 20  # bytes a thread that reads and writes takes for pieces of files, and its allocator keeps
 
 
 class Header(Protocol):
@@ -58,10 +67,12 @@ class Plan:
         dropped: names in the base's files that are left out: of removed parameters, and outdated second copies.
         renamed: name in the base's files -> name in the result's, for what is copied.
         reads: parameter that a change looks at besides its own -> its name in the base's files.
+        repeated: how the result's layers come from the base's, where it is deeper than that; or None.
         config_edits: what changes in ``config.json``.
         config_before: the values it has there now; absent ones are left out.
         findings: everything there is to say, allowed or not.
         allowed: the finding codes that were allowed.
+        mode: how sums are made and rounded, as spelled in ``rounding.table``.
     """
 
     base: BaseRef
@@ -74,10 +85,12 @@ class Plan:
     dropped: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     reads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    repeated: Repetition | None = None
     config_edits: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     config_before: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
     findings: tuple[Finding, ...] = ()
     allowed: tuple[str, ...] = ()
+    mode: str = "fast"
 
     @property
     def verdict(self) -> Verdict:
@@ -101,19 +114,24 @@ class Plan:
         codes = dict.fromkeys(each.code for each in stopping)
         raise Degraded(message, f"to go on all the same: {' '.join(f'--allow {code}' for code in codes)}", stopping)
 
-    def peak_bytes(self, *, streamed: bool = True, threads: int = 1) -> int:
+    def peak_bytes(self, *, streamed: bool = True, threads: int = 1, undo: Policy = "copy") -> int:
         """About how much memory executing the plan takes beyond what is held already, from headers.
 
         Args:
-            streamed: from disk to disk; else in a live model, where undo keeps a copy of what changes.
+            streamed: from disk to disk; else in a live model.
             threads: how many fold at a time.
+            undo: what a merge into a live model keeps, as for ``lorahub.merge``.
         """
-        adapters = sum(term.nbytes for step in self.steps for term in step.terms)
-        largest = max((sum(term.nbytes for term in step.terms) for step in self.steps), default=0)
+        sizes = {(term.adapter, term.target): 0 for step in self.steps for term in step.terms}
+        for term in (term for step in self.steps for term in step.terms):  # of a target in several places, one has it
+            sizes[term.adapter, term.target] = max(sizes[term.adapter, term.target], term.nbytes)
+        adapters = min(sum(sizes.values()), KEPT) if streamed else sum(sizes.values())
+        largest = max((0 if streamed and _by_rows(step) else _brought(step) for step in self.steps), default=0)
         working = [step.scratch_bytes + (step.unit_bytes if streamed else 0) for step in self.steps]
-        held = 0 if streamed else sum(step.before.nbytes for step in self.steps if step.before)
+        held = 0 if streamed else held_bytes(self.steps, undo)
         # factors are cast to the dtype of the sums, which is at most four times as wide, one parameter a thread
-        return adapters + held + sum(sorted(working)[-threads:]) + 4 * largest * threads
+        buffers = _BUFFERS * threads if streamed else 0
+        return adapters + held + sum(sorted(working)[-threads:]) + 4 * largest * threads + buffers
 
     def document(self) -> dict[str, JSON]:
         """The plan as JSON-ready values: everything the result depends on, then what there is to say about it."""
@@ -139,12 +157,14 @@ class Plan:
     def _recipe(self) -> dict[str, JSON]:
         return {
             "arithmetic": ARITHMETIC,
+            "mode": self.mode,
             "framework": self.framework,
             "adapters": [[name, weight] for name, weight in self.adapters],
             "steps": [step.document() for step in self.steps],
             "removed": list(self.removed),
             "dropped": list(self.dropped),
             "renamed": dict(self.renamed),
+            **({"layers": list(self.repeated.sources)} if self.repeated else {}),
             "config_edits": dict(self.config_edits),
         }
 
@@ -157,6 +177,7 @@ def plan(
     *,
     allow: Collection[str] = (),
     compat: Compat | None = None,
+    mode: str = "fast",
 ) -> Plan:
     """Work out what merging ``adapters`` into a base means; pure, and refuses nothing that findings can say.
 
@@ -167,9 +188,10 @@ def plan(
         kinds: by name.
         allow: finding codes to accept.
         compat: under "peft", a weight goes into the factors of changes that PEFT scales there.
+        mode: how sums are made and rounded; see ``rounding.table``.
 
     Raises:
-        UsageError: no adapter, or a weight that is no finite number.
+        UsageError: no adapter, a weight that is no finite number, or no mode.
     """
     if not adapters:
         raise UsageError("no adapter was given, so there is nothing to merge")
@@ -180,11 +202,23 @@ def plan(
         if _number(name, weight) == 0:
             findings.append(_about("weight-zero", f"'{name}' has weight 0 and changes nothing"))
             continue
+        about = _layers(name, header, index)
+        findings += [about] if about else []
+        if about and about.level is Verdict.INCOMPATIBLE:
+            continue
         placement = place(
             header.reading.groups, kinds, index, framework, shared=header.reading.shared, hints=header.reading.hints
         )
         findings += placement.findings
-        given.append(Given(name=name, weight=float(weight), placement=placement, inside=compat == "peft"))
+        given.append(
+            Given(
+                name=name,
+                weight=float(weight),
+                placement=placement,
+                inside=compat == "peft",
+                together=header.reading.hints.get("compat") == "peft",
+            )
+        )
         findings += _bent(given[-1])
     whole = assemble(given, index, framework)
     if not whole.steps and not any(each.level is Verdict.INCOMPATIBLE for each in findings):
@@ -204,17 +238,79 @@ def plan(
         dropped=whole.dropped,
         renamed=whole.renamed,
         reads=whole.reads,
+        repeated=index.repeated,
         config_edits=whole.config,
         config_before={key: index.config[key] for key in whole.config if key in index.config},
-        findings=tuple(dict.fromkeys([*findings, *whole.findings])),
+        findings=tuple(dict.fromkeys([*findings, *whole.findings, *_unfit(mode, whole.steps, index)])),
         allowed=tuple(allow),
+        mode=read_mode(mode).spelled,
     )
+
+
+def _unfit(mode: str, steps: Sequence[Step], index: BaseIndex) -> list[Finding]:
+    """What a mode cannot keep its promise for, by name."""
+    chosen = read_mode(mode)
+    roles = {name: info.role for name, info in index.parameters.items()}
+    named = {step.out: roles.get(step.out, roles.get(step.source or "", "")) for step in steps}
+    faults = {step.out: fault for step in steps if (fault := chosen.fault(step, named[step.out]))}
+    if not faults:
+        return []
+    name, fault = next(iter(faults.items()))
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return [
+        Finding(
+            code="mode-unfit",
+            axis="policy",
+            level=Verdict.INCOMPATIBLE,
+            message=f"mode {chosen.spelled} cannot keep its promise for {name}{more}: {fault}",
+            where=tuple(faults),
+            remedy="merge in another mode: --mode fast",
+        )
+    ]
+
+
+def _brought(step: Step) -> int:
+    """Bytes of the adapters' tensors for a step."""
+    return sum(term.nbytes for term in step.terms)
+
+
+def _by_rows(step: Step) -> bool:
+    """Whether what a step adds is one large tensor that is read row by row (see ``formats.pages``)."""
+    term = step.terms[0] if len(step.terms) == 1 else None
+    return bool(term and term.windowed and term.rank is None and term.nbytes >= FEWEST)
 
 
 def _number(name: str, weight: object) -> float:
     if isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight):
         return float(weight)
     raise UsageError(f"the weight of '{name}' is {weight!r}, which is no finite number", "give one like 0.8")
+
+
+def _layers(name: str, header: Header, index: BaseIndex) -> Finding | None:
+    """A line on a model with layers of its base repeated, or why this base is not planned as the adapter's."""
+    asked, repeated = ranges_of(header.reading.hints), index.repeated
+    if repeated and asked == repeated.ranges:
+        count = len(repeated.sources)
+        message = (
+            f"'{name}' is for a model of {count} layers made of the base's {repeated.depth}: {shown(asked)}; the "
+            f"result stores all of them, {repeated.layers.path}.0 to {repeated.layers.path}.{count - 1}"
+        )
+        return _about("layers-repeated", message)
+    if not asked and not repeated:
+        return None
+    if asked and not repeated and (against := why_not(index, asked)):
+        return against
+    of = f"layers {shown(asked)} of its base" if asked else "the base as it is"
+    here = f"layers {shown(repeated.ranges)}" if repeated else "the base's own layers"
+    message = f"'{name}' is for {of}, and this merge is planned for {here}: one result cannot be both"
+    return Finding(
+        code="layers-differ",
+        axis="placement",
+        level=Verdict.INCOMPATIBLE,
+        message=message,
+        where=(name,),
+        remedy="merge them one by one, into two results",
+    )
 
 
 def _bent(given: Given) -> list[Finding]:

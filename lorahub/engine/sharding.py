@@ -18,6 +18,8 @@ from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.delta import ALL, Index
 from lorahub.engine.bind import HasDeltas
 from lorahub.engine.plan import Plan
+from lorahub.engine.rounding.stochastic import Stochastic
+from lorahub.engine.rounding.table import read_mode
 from lorahub.engine.steps import Form, Step, Term
 from lorahub.errors import Incompatible, NotLocal
 from lorahub.files.dtypes import stored_shape
@@ -54,6 +56,8 @@ def local_parts(
     sharded: dict[str, DTensor] = {name: tensor for name, tensor in parameters.items() if _is_sharded(tensor)}
     if not sharded:
         return plan, parameters
+    if isinstance(read_mode(plan.mode), Stochastic):  # an element's bits follow from its place in the whole
+        raise Incompatible(f"mode {plan.mode} cannot tell where a shard's elements lie in their parameter", _GATHER)
     steps = []
     for step in plan.steps:
         tensor = sharded.get(step.out)

@@ -507,11 +507,9 @@ def test_whatever_wrappers_fields_and_metadata_say_every_key_has_a_place_or_the_
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        # PEFT's own merge of these is wrong, since layers share the weight: issues/1707; 0.9 to 0.21.2
-        ({"layer_replication": [[0, 2], [1, 3]]}, "https://github.com/huggingface/peft/issues/1707"),
         ({"use_qalora": True}, "averaged in groups"),
     ],
-    ids=["layer_replication", "QALoRA"],
+    ids=["QALoRA"],
 )
 def test_what_is_no_one_change_of_weights_is_refused_by_name_whatever_is_chosen(
     fields: dict[str, JSON], says: str, compat: Any, tmp_path: Path, registry: Registry

@@ -46,6 +46,8 @@ class Family:
         others: other spellings of the prefix; "" for a bare backbone.
         attention, feed_forward, other_linear: linear modules of the backbone.
         embedding, conv: embedding and convolution modules of the backbone.
+        layers: the list of like layers, of which an adapter may want some repeated; "" where nobody trains such.
+        count: what the configuration calls their number.
         transposed: the backbone's linear modules store their weight [in, out].
         renamed: (stored, live) pairs of path beginnings where checkpoints spell a backbone's module differently, the
             longest first.
@@ -66,6 +68,8 @@ class Family:
     other_linear: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     conv: tuple[str, ...] = ()
+    layers: str = ""
+    count: str = "num_hidden_layers"
     transposed: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     renamed_heads: tuple[tuple[str, str], ...] = ()
@@ -124,6 +128,7 @@ def _bert() -> Family:
         feed_forward=_each("encoder.layer.*", "intermediate.dense", "output.dense"),
         other_linear=("pooler.dense",),
         embedding=_BERT_EMBEDDING,
+        layers="encoder.layer",
         leftovers=_BERT_LEFTOVERS,
         built=("bert", "cls.predictions.transform"),
         parts=pooler,
@@ -176,6 +181,7 @@ def _roberta(stem: str, *, head_first: bool = False) -> Family:
         feed_forward=_each("encoder.layer.*", "intermediate.dense", "output.dense"),
         other_linear=("pooler.dense",),
         embedding=_BERT_EMBEDDING,
+        layers="encoder.layer",
         leftovers=_BERT_LEFTOVERS,
         built=tops + embeddings if head_first else embeddings + tops,
         parts=pooler,
@@ -261,6 +267,8 @@ def _gpt2() -> Family:
         ),
         feed_forward=_each("h.*.mlp", "c_fc", "c_proj"),
         embedding=("wte", "wpe"),
+        layers="h",
+        count="n_layer",
         transposed=True,
         leftovers=(*_each("h.*.attn", "bias", "masked_bias"), *_each("h.*.crossattention", "bias", "masked_bias")),
         tied=True,
@@ -296,6 +304,7 @@ def _gpt_neox() -> Family:
         attention=_each("layers.*.attention", "query_key_value", "dense"),
         feed_forward=_each("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
         embedding=("embed_in",),
+        layers="layers",
         renamed_heads=(("embed_out", "lm_head"),),
         leftovers=_each("layers.*.attention", "bias", "masked_bias", "rotary_emb.inv_freq"),
         heads=(
@@ -331,6 +340,7 @@ def _llama(stem: str, *, answers: str | None = "transformer.") -> Family:
         attention=_each("layers.*.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
         feed_forward=_each("layers.*.mlp", "gate_proj", "up_proj", "down_proj"),
         embedding=("embed_tokens",),
+        layers="layers",
         leftovers=("rotary_emb.inv_freq", "layers.*.self_attn.rotary_emb.inv_freq"),
         heads=(
             Head(name=f"{stem}Model", task="FEATURE_EXTRACTION"),

@@ -14,16 +14,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lorahub.bases.calls import site_of
 from lorahub.bases.framework import BaseFiles, Created, Edits, whole_layouts
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo, natural
 from lorahub.bases.layout import Layout, Target
+from lorahub.bases.site import Site
 from lorahub.bases.torch_module import in_order, live_entries, live_tensors
 from lorahub.deltas.kind import JSON
 from lorahub.errors import MissingDependency, UnsupportedFormat, UsageError
 from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
+from lorahub.storages.storage import held_in
 from lorahub_transformers import heads
 from lorahub_transformers.families import FAMILIES, Family, Head
+from lorahub_transformers.layers import layer_list
 from lorahub_transformers.moved import moved
 from lorahub_transformers.names import aliases, is_below, matches, outer_aliases, spelling_of
 from lorahub_transformers.order import registered
@@ -121,10 +125,12 @@ class Transformers:
         """The index of a live or meta-device model; what is tied is what shares storage.
 
         Raises:
-            UnsupportedFormat: its weights are quantised, or of a dtype that no safetensors file can hold.
+            UnsupportedFormat: its weights are quantised in a way that no storage knows, or of a dtype that no
+                safetensors file can hold.
         """
         config: dict[str, JSON] = json.loads(cast("Any", model).config.to_json_string())
-        _refuse_quantised(config, f"the live {type(model).__name__}")
+        if not held_in(model):
+            _refuse_quantised(config, f"the live {type(model).__name__}")
         family = _family(config)
         if family is None:
             sources = getattr(model, "all_tied_weights_keys", {})
@@ -205,6 +211,11 @@ class Transformers:
         spelling = spelling_of(family, tensors)
         return {spelling.canonical(name): tensor for name, tensor in tensors.items()}
 
+    def site(self, model: nn.Module, name: str) -> Site | None:
+        """By the exact class of the module; experts see tokens and not rows of a batch."""
+        found = site_of(model, name)
+        return replace(found, rows=None) if found and "experts" in name.split(".") else found
+
     def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
         """The model in ``folder``, in the class its configuration names; nothing is fetched and no remote code runs.
 
@@ -256,7 +267,8 @@ def _refuse_quantised(config: Mapping[str, JSON], what: str) -> None:
         method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else "unnamed"
         raise UnsupportedFormat(
             f"{what} is quantised (method {method}): its stored tensors are not its weights",
-            "use the unquantised base, and quantise the merged model",
+            "merge into the base in 16 bits that it was made from; or into these very weights, which adapters trained "
+            "on them were trained with: lorahub dequantise FOLDER -o OUT, then --base OUT",
         )
 
 
@@ -308,6 +320,7 @@ def _assemble(
         tied=groups,
         extras=in_order(left.items()),
         config=config,
+        layers=layer_list(family, config, kept),
     )
 
 
@@ -325,7 +338,9 @@ def _with_role(family: Family, name: str, info: ParameterInfo) -> ParameterInfo:
     in_backbone = is_below(name, [family.prefix.rstrip(".")]) if family.prefix else True
     for role, patterns in (("linear", family.linear), ("embedding", family.embedding), ("conv", family.conv)):
         if _is_one(family, module, patterns):
-            return replace(info, role=role, transposed=role == "linear" and family.transposed)
+            # a module that was put in place of a Conv1D to quantise it has its weight the usual way round
+            turned = role == "linear" and family.transposed and not info.storage
+            return replace(info, role=role, transposed=turned)
     on_top = not in_backbone or any(name in head.parameters for head in family.heads)
     role = {2: "linear", 4: "conv"}.get(len(info.shape), "") if on_top else ""  # heads have no other matrices
     return replace(info, role=role, transposed=False)

@@ -77,6 +77,20 @@ def test_the_table_has_modules_in_the_order_in_which_the_class_builds_them(kind,
     assert len(files.registered) == sum(isinstance(module, types) for module in model.modules())
 
 
+@pytest.mark.parametrize(("kind", "name"), [each for each in CLASSES if FAMILIES[each[0]].layers])
+def test_the_list_of_layers_is_the_one_that_the_configuration_counts(kind, name, tiny, saved, framework):
+    family = FAMILIES[kind]
+    model = tiny(kind, name, **{family.count: 3})
+    files, live = from_files(framework, saved(model)), framework.index_model(model, BaseRef())
+
+    assert files.layers == live.layers
+    assert files.layers.path == f"{family.prefix}{family.layers}"
+    assert files.config[files.layers.count] == files.layers.depth(files.parameters) == 3
+    assert all(len(values) == 3 for values in files.layers.each.values())
+    told_apart = {key for key, value in model.config.to_dict().items() if isinstance(value, list) and len(value) == 3}
+    assert told_apart - {"architectures"} == files.layers.each.keys()
+
+
 @pytest.mark.parametrize(("kind", "name"), TYING)
 @pytest.mark.parametrize("tie", [True, False])
 def test_tied_or_not_headers_and_model_agree(kind, name, tie, tiny, saved, framework):
