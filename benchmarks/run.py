@@ -33,7 +33,11 @@ CASES = {
     "memory-llama": ("memory", "llama"),
     "disk-warm": ("disk", "warm"),
     "disk-cold": ("disk", "cold"),
+    "live-one": ("live", "one"),
+    "live-rows": ("live", "rows"),
+    "live-load": ("live", "load"),
     "listing": ("listing", "listing"),
+    "listing-different": ("listing", "different"),
 }
 """Name -> the module here, and its function; each takes ``quick`` and returns JSON-ready results."""
 
@@ -71,6 +75,9 @@ def main() -> int:
         results[name] = _run(name, options.quick)
         shown = {key: results[name].get(key) for key in ("skipped", "ratios", "agreement") if key in results[name]}
         print(json.dumps(shown, indent=1) if options.quick else "  done", file=sys.stderr, flush=True)
+        for pair, spread in results[name].get("ratios", {}).items():
+            least, most = spread["min"], spread["max"]
+            print(f"  {spread['median']:8.2f}  ({least:.2f} to {most:.2f})  {pair}", file=sys.stderr, flush=True)
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=1) + "\n")

@@ -7,12 +7,14 @@ compute; here both are brought together, all or nothing.  Knows no spelling and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from lorahub.bases.index import BaseIndex
+from lorahub.bases.layers import ranges_of, shown
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import REFUSED, UNDECIDED, Compat
@@ -29,16 +31,29 @@ from lorahub.errors import (
 )
 from lorahub.files.tensors import FileSource
 from lorahub.findings import Claim, Finding, Verdict
-from lorahub.formats.assembly import account, build_deltas, ill_typed, touches
+from lorahub.formats.assembly import account, build_deltas, each_touch, ill_typed, touches
+from lorahub.formats.families import representatives
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading
-from lorahub.formats.survey import Seen, explain, header_fault, survey
+from lorahub.formats.on_demand import OnDemand
+from lorahub.formats.survey import RECENT, Seen, explain, header_fault, survey
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
 from lorahub.records import FILENAME, AdapterRecord
 from lorahub.registry import Registry
 from lorahub.saving import write_folder
 
-__all__ = ["RECORD_FINDINGS", "Adapter", "AdapterHeader", "judge_record", "load", "open_header", "recognise", "save"]
+__all__ = [
+    "RECORD_FINDINGS",
+    "Adapter",
+    "AdapterHeader",
+    "OpenAdapter",
+    "judge_record",
+    "load",
+    "open_deltas",
+    "open_header",
+    "recognise",
+    "save",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +90,17 @@ class AdapterHeader:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind it uses, sorted."""
-        return tuple(sorted({group.kind for group in self.reading.groups} | {kind for kind, _ in self.reading.shared}))
+        return tuple(
+            sorted(
+                {group.kind for group in representatives(self.reading.groups)}
+                | {kind for kind, _ in self.reading.shared}
+            )
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Every rank it uses, ascending."""
-        return tuple(sorted({touch.rank for touch in self.touches.values() if touch.rank is not None}))
+        return tuple(sorted({touch.rank for touch in each_touch(self.touches) if touch.rank is not None}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +202,7 @@ def recognise(
         folder=files.folder,
         files=files,
         reading=reading,
-        touches=MappingProxyType(changed),
+        touches=changed,
         record=record,
         findings=(*reading.findings, *ill_typed(reading, registry.kinds), *twice, *said),
         index=index,
@@ -268,20 +288,16 @@ def load(
 
     Raises:
         IntegrityError: the files contradict themselves; ``findings`` lists how.
-        UnsupportedKind: no kind reads it.
+        UnsupportedKind: no kind reads it, or it is for a model that repeats layers of its base, and ``index`` is not
+            that model's.
         BaseNeeded: its files leave out what follows from the base.
         Incompatible: whose result counts has to be chosen first, or which parameter is meant cannot be told.
         NotFinite: naming the tensors with NaN or infinity.
         MissingDependency: torch is not installed.
     """
-    reading, index = header.reading, header.index if index is None else index
-    if index is not header.index:
-        reading = registry.formats[header.format].read(header.files, tuple(registry.kinds.values()), index)
-    _refuse(
-        header.label, (*reading.findings, *(each for each in header.findings if each not in header.reading.findings))
-    )
-    with FileSource(header.folder / reading.file) as source:
-        tensors = {key: source.read(key) for key in dict.fromkeys(_keys(reading))}
+    reading, index = _readable(header, registry, index)
+    with FileSource(header.folder / reading.file, known=RECENT) as source:
+        tensors = source.read_all(dict.fromkeys(_keys(reading)))
     if not allow_nonfinite:
         _demand_finite(header.label, tensors)
     deltas, transposed = build_deltas(reading, tensors.__getitem__, registry.kinds, index)
@@ -299,6 +315,49 @@ def load(
         hints=MappingProxyType(hints),
         header=header,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAdapter:
+    """An adapter whose deltas are read from its file when they are asked for, as long as that is open.
+
+    Attributes:
+        deltas: target -> change, the same as ``load`` gives.
+        content: ``sha256:`` over the tensors.
+    """
+
+    deltas: Mapping[Target, Delta]
+    content: str
+
+
+@contextmanager
+def open_deltas(header: AdapterHeader, registry: Registry, *, index: BaseIndex | None = None) -> Iterator[OpenAdapter]:
+    """The deltas of an adapter without holding them all; the file is gone through once, and nothing is built yet.
+
+    Args:
+        header: what to read.
+        registry: kinds and formats.
+        index: the base, to use its names and storage; the header's own by default.
+
+    Raises:
+        IntegrityError, UnsupportedKind, BaseNeeded, Incompatible, NotFinite, MissingDependency: as ``load``.
+    """
+    reading, index = _readable(header, registry, index)
+    with FileSource(header.folder / reading.file) as source:
+        deltas = OnDemand(reading, source, registry.kinds, index, header.label)
+        yield OpenAdapter(deltas=deltas, content=deltas.content)
+
+
+def _readable(header: AdapterHeader, registry: Registry, index: BaseIndex | None) -> tuple[Reading, BaseIndex | None]:
+    """What a header's format makes of it for a base, where that is a value."""
+    reading, index = header.reading, header.index if index is None else index
+    if index is not header.index:
+        reading = registry.formats[header.format].read(header.files, tuple(registry.kinds.values()), index)
+    _refuse(
+        header.label, (*reading.findings, *(each for each in header.findings if each not in header.reading.findings))
+    )
+    _demand_layers(header.label, reading, index)
+    return reading, index
 
 
 _UNREAD = frozenset({"config-missing", "config-refused", "kind-unsupported"})
@@ -325,6 +384,17 @@ def _refuse(label: str, findings: tuple[Finding, ...]) -> None:
         raise Incompatible(f"{label}: {unsettled[0].message}", unsettled[0].remedy, unsettled)
 
 
+def _demand_layers(label: str, reading: Reading, index: BaseIndex | None) -> None:
+    """Refuse changes to layers that only a deeper model than the base has, outside of it."""
+    asked = ranges_of(reading.hints)
+    if asked and not (index and index.repeated and index.repeated.ranges == asked):
+        raise UnsupportedKind(
+            f"{label}: it is for a model that repeats layers of its base ({shown(asked)}), so without that model its "
+            "changes are to layers that are not there",
+            "merge it to disk: lorahub merge REF --base BASE --compat strict -o FOLDER",
+        )
+
+
 def _keys(reading: Reading) -> list[str]:
     return [ref.key for group in reading.groups for ref in group.slots.values()] + [
         ref.key for ref in reading.shared.values()
@@ -335,7 +405,8 @@ def _demand_finite(label: str, tensors: Mapping[str, torch.Tensor]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for factors this small, threads cost more at their barrier than they save
     try:
-        bad = [key for key, tensor in tensors.items() if not _finite(tensor)]
+        suspects = [key for alike in _sharing_memory(tensors) for key in alike]
+        bad = [key for key in suspects if not _finite(tensors[key])]
     finally:
         torch.set_num_threads(threads)
     if bad:
@@ -345,11 +416,27 @@ def _demand_finite(label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
+def _sharing_memory(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Tensors by the memory that they lie in, but for memory that is all numbers of theirs, and all finite."""
+    together: dict[int, list[str]] = {}
+    for key, tensor in tensors.items():
+        together.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
+    for keys in together.values():
+        first = tensors[keys[0]]
+        memory = first.untyped_storage()
+        if len(keys) > 1 and all(tensors[key].dtype == first.dtype for key in keys):
+            count = memory.nbytes() // first.element_size()
+            if _finite(first.as_strided((count,), (1,), 0)):
+                continue
+        yield keys
+
+
 def _finite(tensor: torch.Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # no isfinite for 8-bit floats
-    return bool(torch.isfinite(wide).all())
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # no sums and no isfinite for 8-bit floats
+    total = wide.sum()  # NaN and infinity survive every sum; one that is too large for its dtype is looked into
+    return bool(torch.isfinite(total) or torch.isfinite(wide).all())
 
 
 def save(

@@ -7,12 +7,13 @@ there: they are handed on whole, and whoever shows them shortens and escapes the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from lorahub import strict_json
 from lorahub.adapter import AdapterHeader
+from lorahub.bases.layers import Ranges, ranges_of
 from lorahub.deltas.kind import JSON, Group
 from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding, Verdict
@@ -107,6 +108,7 @@ class Inspection:
         triggers: the words that call it.
         unclaimed: tensors that no kind uses.
         distance: how it was read where it lies on a hub, or None.
+        layers: which of its base's layers its model has, as (start, end) ranges, where it repeats some; else none.
     """
 
     adapter: str
@@ -129,6 +131,7 @@ class Inspection:
     unclaimed: tuple[str, ...] = ()
     distance: Distance | None = None
     kinds: tuple[str, ...] = ()
+    layers: Ranges = ()
 
     def document(self) -> dict[str, object]:
         """JSON-ready values; ``targets`` lists every group."""
@@ -177,7 +180,10 @@ class Inspection:
             "record": self.record,
             "metadata": self.metadata,
             "findings": [finding.document() for finding in self.findings],
-        } | ({"remote": self.distance.document()} if self.distance else {})
+        } | {
+            **({"layers": [list(pair) for pair in self.layers]} if self.layers else {}),
+            **({"remote": self.distance.document()} if self.distance else {}),
+        }
 
 
 def inspect(header: AdapterHeader, registry: Registry, *, distance: Distance | None = None) -> Inspection:
@@ -196,7 +202,7 @@ def inspect(header: AdapterHeader, registry: Registry, *, distance: Distance | N
         format=reading.format,
         file=reading.file,
         rows=_rows(reading.groups, registry),
-        groups=reading.groups,
+        groups=tuple(reading.groups),
         parts=tuple(sorted(reading.parts)),
         parameters=sum(_count(ref.shape) for ref in refs),
         nbytes=sum(nbytes(ref.dtype, ref.shape) for ref in refs),
@@ -211,6 +217,7 @@ def inspect(header: AdapterHeader, registry: Registry, *, distance: Distance | N
         unclaimed=tuple(key for key in stored.tensors if key not in used and key not in told),
         distance=distance,
         kinds=header.kinds,
+        layers=ranges_of(reading.hints),
     )
 
 
@@ -257,7 +264,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _rows(groups: tuple[Group, ...], registry: Registry) -> tuple[Row, ...]:
+def _rows(groups: Sequence[Group], registry: Registry) -> tuple[Row, ...]:
     keys: Counter[tuple[str, str, int | None, float | None, str, tuple[str, ...]]] = Counter()
     for group in groups:
         rank = next((touch.rank for touch in registry.kinds[group.kind].touches(group) if touch.rank is not None), None)

@@ -7,15 +7,20 @@ Widths and depths are those of the published configurations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, reduce
+from itertools import repeat
+from operator import or_
 from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 from lorahub.deltas.kind import Group, Kind
+from lorahub.formats.families import Groups, by_module
 from lorahub.shapes import Binding, ShapeMisfit, unify
 
-__all__ = ["Guess", "Module", "guess", "modules_of"]
+__all__ = ["Guess", "Module", "guess", "label_of", "modules_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +52,18 @@ class Guess:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A module that changes: its path with underscores for dots, component in front, and how many inputs it has."""
+class Module(NamedTuple):
+    """A module that changes.
+
+    Attributes:
+        path: with underscores for dots, component in front.
+        inputs: how many it has, or None.
+        place: component and module, and its place among all; what orders it.
+    """
 
     path: str
     inputs: int | None
+    place: tuple[str, str, int] = ("", "", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,12 +258,27 @@ _ARCHITECTURES: tuple[tuple[str, str], ...] = (
 """How a stated architecture begins -> its name here; the first fits."""
 
 
-def modules_of(groups: Iterable[Group], kinds: Mapping[str, Kind]) -> tuple[Module, ...]:
-    """The modules that change, with their numbers of inputs where the tensors tell."""
-    return tuple(
-        Module(f"{group.component}_{group.module}".replace(".", "_").lstrip("_"), _inputs(group, kinds[group.kind]))
-        for group in groups
-    )
+_Pick: TypeAlias = "Callable[[Iterable[Module]], Module | None]"
+
+
+def modules_of(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[Module, ...]:
+    """The modules that change, in any order, with their numbers of inputs where the tensors tell."""
+    found: list[Module] = []
+    if not isinstance(groups, Groups) or groups.apart:
+        for at, group in enumerate(groups):
+            found.append(Module(_path(group.component, group.module), _inputs(group, kinds[group.kind]), ("", "", at)))
+    else:
+        for family in groups.families:
+            inputs = _inputs(family.like.group, kinds[family.like.group.kind])
+            placed = groups.modules(family)
+            paths = [_path(component, module) for component, module, _ in placed]
+            found += map(Module._make, zip(paths, repeat(inputs), placed))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1 << 15)  # the modules of some thirty bases
+def _path(component: str, module: str) -> str:
+    return f"{component}_{module}".replace(".", "_").lstrip("_")
 
 
 def _inputs(group: Group, kind: Kind) -> int | None:
@@ -273,9 +299,30 @@ def _inputs(group: Group, kind: Kind) -> int | None:
     return found
 
 
-def guess(metadata: Mapping[str, str], modules: Sequence[Module]) -> Guess | None:
-    """What the base may be, or None where nothing tells; metadata before shapes."""
-    shaped = _by_shape(modules)
+def label_of(metadata: Mapping[str, str], modules: Callable[[], Sequence[Module]]) -> str:
+    """The label of what ``guess`` finds, or ""; modules are asked for only where metadata leave the label open."""
+    if stated := _stated(metadata):
+        family = _family(metadata)
+        return _label(family[0] if family else "", stated[0])
+    found = guess(metadata, modules(), _any)
+    return found.label if found else ""
+
+
+def _label(family: str, architecture: str) -> str:
+    return (
+        f"{family} ({architecture})" if family and architecture and family != architecture else family or architecture
+    )
+
+
+def guess(metadata: Mapping[str, str], modules: Sequence[Module], pick: _Pick | None = None) -> Guess | None:
+    """What the base may be, or None where nothing tells; metadata before shapes.
+
+    Args:
+        metadata: of the header.
+        modules: that change.
+        pick: which of several modules is the evidence; the first in natural order by default.
+    """
+    shaped = _by_shape(modules, pick or _first)
     stated = _stated(metadata)
     family = _family(metadata)
     if family is None and stated is None:
@@ -283,10 +330,10 @@ def guess(metadata: Mapping[str, str], modules: Sequence[Module]) -> Guess | Non
     architecture = stated[0] if stated else shaped.architecture if shaped else ""
     key = family[1] if family else stated[1] if stated else ""
     named = family[0] if family else ""
-    label = f"{named} ({architecture})" if named and architecture and named != architecture else named or architecture
     evidence = f"{key} says {metadata[key]}"
     if stated and shaped and shaped.architecture.split()[0] not in (architecture.split()[0], "UNet", "CLIP-L"):
         evidence += f", though its shapes are {shaped.label} ({shaped.evidence})"
+    label = _label(named, architecture)
     return Guess(label=label, architecture=architecture, family=named, source="metadata", evidence=evidence)
 
 
@@ -313,9 +360,13 @@ def _family(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _by_shape(modules: Sequence[Module]) -> Guess | None:
-    for row in _ROWS:
-        if (module := _fits(row, modules)) is not None:
+def _by_shape(modules: Sequence[Module], pick: _Pick) -> Guess | None:
+    shown = reduce(or_, map(_shown, [module.path for module in modules]), 0)
+    widths = {module.inputs for module in modules}
+    for row, having, lacking in _BITS:
+        if shown & having != having or shown & lacking or (row.widths and widths.isdisjoint(row.widths)):
+            continue
+        if module := _fits(row, modules, pick):
             inputs = f"{module.inputs} inputs to " if row.widths else "there is "
             return Guess(
                 label=f"{row.name}-shaped",
@@ -326,24 +377,44 @@ def _by_shape(modules: Sequence[Module]) -> Guess | None:
     return _layered(modules)
 
 
-def _fits(row: _Row, modules: Sequence[Module]) -> Module | None:
-    """The module that shows it, or None."""
-    if any(part in module.path for part in row.lacking for module in modules):
-        return None
-    if not all(any(part in module.path for module in modules) for part in row.having):
-        return None
+_PARTS = tuple(dict.fromkeys(part for row in _ROWS for part in (*row.having, *row.lacking)))
+
+
+def _bits(parts: Collection[str]) -> int:
+    return sum(1 << at for at, part in enumerate(_PARTS) if part in parts)
+
+
+_BITS = tuple((row, _bits(row.having), _bits(row.lacking)) for row in _ROWS)
+"""Each row with what must occur in some path, and what must not, as bits."""
+
+
+@lru_cache(maxsize=1 << 15)  # the modules of some thirty bases
+def _shown(path: str) -> int:
+    """Which parts occur in a path, as bits."""
+    return sum(1 << at for at, part in enumerate(_PARTS) if part in path)
+
+
+def _fits(row: _Row, modules: Sequence[Module], pick: _Pick) -> Module | None:
+    """A module that shows it, or None, where what must occur does and the rest does not."""
     if row.beyond and max((_number(module.path, row.having[0]) for module in modules), default=-1) < row.beyond:
         return None
-    return next(
-        (
-            module
-            for module in modules
-            if (not row.ends or module.path.endswith(row.ends))
-            and (not row.widths or module.inputs in row.widths)
-            and (row.ends or not row.having or row.having[0] in module.path)
-        ),
-        None,
+    return pick(
+        module
+        for module in modules
+        if (not row.widths or module.inputs in row.widths)
+        and (not row.ends or module.path.endswith(row.ends))
+        and (row.ends or not row.having or row.having[0] in module.path)
     )
+
+
+def _first(modules: Iterable[Module]) -> Module | None:
+    """The first in natural order."""
+    return min(modules, key=lambda each: (by_module(*each.place[:2]), each.place[2]), default=None)
+
+
+def _any(modules: Iterable[Module]) -> Module | None:
+    """Any of them, for whoever does not ask which."""
+    return next(iter(modules), None)
 
 
 def _number(path: str, before: str) -> int:
@@ -356,12 +427,13 @@ def _layered(modules: Sequence[Module]) -> Guess | None:
     """A transformer that only its width and its number of layers tell from others."""
     for what, ends, sizes in _LAYERED:
         own = [module for module in modules if module.path.endswith(ends) and module.inputs is not None]
-        if not own:
+        first = _first(own)
+        if first is None:
             continue
-        width = own[0].inputs
+        width = first.inputs
         numbers = [int(part) for module in own for part in module.path.split("_") if part.isdecimal() and len(part) < 6]
         layers = max(numbers, default=-1) + 1
         like = sizes.get((width or 0, layers), "")
         label = f"{what}-shaped: {width} wide, {layers} layers" + (f", as {like}" if like else "")
-        return Guess(label=label, architecture=what, source="shapes", evidence=f"{width} inputs to {own[0].path}")
+        return Guess(label=label, architecture=what, source="shapes", evidence=f"{width} inputs to {first.path}")
     return None

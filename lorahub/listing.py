@@ -23,10 +23,11 @@ from lorahub.files.digest import data_digest, file_digest, tensors_digest
 from lorahub.files.header import read_header
 from lorahub.files.pickles import PICKLES, weights_among
 from lorahub.findings import Verdict
+from lorahub.formats.families import representatives
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.survey import Seen, survey, survey_in
 from lorahub.inspection import base_of
-from lorahub.lineage import guess, modules_of
+from lorahub.lineage import label_of, modules_of
 from lorahub.recall import Recall
 from lorahub.records import FILENAME
 from lorahub.registry import Registry
@@ -270,9 +271,12 @@ class _Lister:
     def _facts(self, header: AdapterHeader) -> tuple[str, Entry]:
         """The weights file, and what its header says: all of a row that other files may share."""
         groups = header.reading.groups
-        scales = {float(scale) for each in groups if isinstance(scale := each.options.get("scale"), int | float)}
+        scales = {
+            float(scale)
+            for each in representatives(groups)
+            if isinstance(scale := each.options.get("scale"), int | float)
+        }
         metadata = header.files.headers[header.reading.file].metadata
-        maybe = guess(metadata, modules_of(groups, self._registry.kinds))
         return header.reading.file, Entry(
             name="",
             format=header.format,
@@ -280,7 +284,7 @@ class _Lister:
             ranks=header.ranks,
             scales=tuple(sorted(scales)),
             base=base_of(header),
-            looks_like=maybe.label if maybe else "",
+            looks_like=label_of(metadata, lambda: modules_of(groups, self._registry.kinds)),
             codes=tuple(each.code for each in header.findings if each.level >= Verdict.UNVERIFIED),
         )
 

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, final
 
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError
+from lorahub.files.entries import Tensors
 from lorahub.files.header import Header, TensorInfo
 from lorahub.files.raw import open_regular
 from lorahub.formats.format import AdapterFiles
+from lorahub.formats.numbers import Together
 
 __all__ = ["Recall"]
 
-_Span: TypeAlias = "tuple[int, int]"
-"""Bytes of the data section: (offset, how many)."""
+_Spans: TypeAlias = "tuple[Sequence[int], Sequence[int]]"
+"""Bytes of the data section: where each span begins, and how many it has."""
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -62,17 +65,26 @@ class _Watched(Mapping[str, V], Generic[V]):
         return len(self.of)
 
 
-class _Stored(Mapping[str, bytes]):
-    """The single numbers of a weights file, read one by one."""
+class _Stored(Together):
+    """The single numbers of a weights file, which notes those that are read."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self._path, self._header = path, header
+        self.asked: dict[str, bytes] = {}
+
+    def several(self, keys: Collection[str]) -> Sequence[bytes]:
+        found = _read(self._path, self._header.data_start, _spans(self._header, keys))
+        self.asked.update(zip(keys, found, strict=True))
+        return found
+
+    def all_of(self, keys: Collection[str]) -> dict[str, bytes]:
+        """Those of these tensors, by key."""
+        return dict(zip(keys, self.several(keys), strict=True)) if keys else {}
 
     def __getitem__(self, key: str) -> bytes:
-        info = self._header.tensors[key]
-        if info.nbytes > _WIDEST:
+        if self._header.tensors[key].nbytes > _WIDEST:
             raise KeyError(key)
-        return _read(self._path, self._header.data_start, [(info.start, info.nbytes)])
+        return self.several([key])[0]
 
     def __iter__(self) -> Iterator[str]:
         return (key for key, info in self._header.tensors.items() if info.nbytes <= _WIDEST)
@@ -81,19 +93,29 @@ class _Stored(Mapping[str, bytes]):
         return sum(1 for _ in self)
 
 
-def _read(path: Path, start: int, spans: Sequence[_Span]) -> bytes:
-    """The bytes of some tensors, one after the other; ``start``: where the data section begins.
+def _spans(header: Header, keys: Collection[str]) -> _Spans:
+    """Where in the data section these tensors lie."""
+    tensors = header.tensors
+    if isinstance(tensors, Tensors):
+        return tensors.spans(keys)
+    each = [tensors[key] for key in keys]
+    return [info.start for info in each], [info.nbytes for info in each]
+
+
+def _read(path: Path, start: int, spans: _Spans) -> list[bytes]:
+    """The bytes of some tensors; ``start``: where the data section begins.
 
     Raises:
         IntegrityError: the file ends before them.
     """
+    begin, lengths = spans
+    offsets = map(start.__add__, begin)
     with open_regular(path) as file:
         if hasattr(os, "pread"):
-            pread, handle = os.pread, file.fileno()
-            data = b"".join([pread(handle, length, start + offset) for offset, length in spans])
+            data = list(map(os.pread, repeat(file.fileno()), lengths, offsets))
         else:
-            data = b"".join([_sought(file, start + offset, length) for offset, length in spans])
-    if len(data) != sum(length for _, length in spans):
+            data = [_sought(file, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
+    if sum(map(len, data)) != sum(lengths):
         raise IntegrityError(f"{path} ends before its tensors do", "it changed while it was read: try again")
     return data
 
@@ -111,8 +133,7 @@ class _Answer(Generic[T]):
     configs: Mapping[str, Mapping[str, JSON]]
     metadata: Mapping[str, str | None]
     every: bool
-    spans: tuple[_Span, ...]
-    numbers: bytes
+    numbers: Mapping[str, bytes]
 
     def agrees(self, files: AdapterFiles, header: Header) -> bool:
         """Whether all of that is the same again, the numbers not looked at."""
@@ -145,16 +166,15 @@ class Recall(Generic[T]):
         if id(header.tensors) not in self._answers and len(self._answers) >= _STRUCTURES:
             del self._answers[next(iter(self._answers))]
         _, answers = self._answers.setdefault(id(header.tensors), (header.tensors, []))
-        spans, read = None, b""
+        read: dict[str, bytes] = {}
         for answer in answers:
             if answer.agrees(files, header):
-                if spans != answer.spans:
-                    spans, read = answer.spans, _read(path, header.data_start, answer.spans)
+                if read.keys() != answer.numbers.keys():
+                    read = _Stored(path, header).all_of(answer.numbers)
                 if read == answer.numbers:
                     return answer.made
-        metadata, numbers = _Watched(header.metadata), _Watched(_Stored(path, header))
+        metadata, numbers = _Watched(header.metadata), _Stored(path, header)
         made = self.make(replace(files, headers={name: replace(header, metadata=metadata)}, numbers={name: numbers}))
-        asked = {key: found for key, found in numbers.asked.items() if found is not None}
         answers[_MOST - 1 :] = []
         answers.append(
             _Answer(
@@ -162,8 +182,7 @@ class Recall(Generic[T]):
                 configs=files.configs,
                 metadata=dict(header.metadata) if metadata.every else metadata.asked,
                 every=metadata.every,
-                spans=tuple((header.tensors[key].start, header.tensors[key].nbytes) for key in asked),
-                numbers=b"".join(asked.values()),
+                numbers=numbers.asked,
             )
         )
         return made

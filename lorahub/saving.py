@@ -127,7 +127,7 @@ def _prove(
     if worrying or changed:
         what = worrying or [f"{len(changed)} targets would read back changed, first: {', '.join(changed[:3])}"]
         raise CannotCarry(f"the format '{carrier.name}' cannot carry this adapter: {'; '.join(what)}")
-    return reading.groups
+    return tuple(reading.groups)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

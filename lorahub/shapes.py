@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TypeAlias
 
-__all__ = ["Binding", "ShapeMisfit", "instantiate", "unify"]
+__all__ = ["Binding", "ShapeMisfit", "bind", "instantiate", "unify"]
 
 Binding: TypeAlias = "dict[str, int | tuple[int, ...]]"
 
@@ -74,6 +76,22 @@ def unify(pattern: str, shape: Sequence[int], bound: Mapping[str, int | tuple[in
                 f"{name} {list(found)} does not fit [{pattern}]: {rest[1:]} is {expected_tail} elsewhere, {tail} here"
             )
     return result
+
+
+@lru_cache(maxsize=1 << 12)  # the shapes of a dozen bases under all usual ranks
+def bind(slots: tuple[tuple[str, str, tuple[int, ...]], ...]) -> Mapping[str, int | tuple[int, ...]]:
+    """The binding of several shapes together.
+
+    Args:
+        slots: the name of each, its pattern and the sizes found.
+
+    Raises:
+        ShapeMisfit: as ``unify``.
+    """
+    bound: Binding = {}
+    for name, pattern, shape in slots:
+        bound = unify(pattern, shape, bound, name=name)
+    return MappingProxyType(bound)
 
 
 def _listed(size: int | tuple[int, ...]) -> list[int]:

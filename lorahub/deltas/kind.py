@@ -182,6 +182,10 @@ def _always(_config: Mapping[str, JSON]) -> bool:
     return True
 
 
+def _never(_config: Mapping[str, JSON]) -> bool:
+    return False
+
+
 def _undisputed(
     _config: Mapping[str, JSON], _module: str, _slots: Mapping[str, TensorRef], _options: Mapping[str, JSON]
 ) -> Dispute | None:
@@ -251,6 +255,8 @@ class Spelling:
             ``IntegrityError`` where the modules contradict each other.
         implied: the adapter may hold shared slots alone; ``complete`` makes the groups.
         beside: the kind stands beside another of the same tag in one adapter, with config fields of its own.
+        alike: whether, under a config, modules with the same suffixes and shapes have the same options, touches and
+            disputes whatever their names, so that one of them tells for all.
     """
 
     format: str
@@ -266,6 +272,7 @@ class Spelling:
     complete: Completion | None = None
     implied: bool = False
     beside: bool = False
+    alike: Callable[[Mapping[str, JSON]], bool] = _never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

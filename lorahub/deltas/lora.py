@@ -142,6 +142,7 @@ LORA = Kind(
             config=peft_lora.config,
             disputed=peft_lora.disputed,
             when=peft_lora.plain,
+            alike=peft_lora.alike,
         ),
     ),
 )

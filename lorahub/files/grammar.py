@@ -16,6 +16,8 @@ __all__ = ["INTEGERS_ONLY", "Malformed", "Scanner", "integer", "show"]
 
 _BLANKS = " \t\n\r"
 _BLANK = re.compile(f"[{_BLANKS}]+")
+_PLAIN = re.compile(f'[{_BLANKS}]*"([^"\\\\\x00-\x1f]*)"')
+_KEY = re.compile(f'[{_BLANKS}]*"([^"\\\\\x00-\x1f]*)"[{_BLANKS}]*:')
 _STRING = json.JSONDecoder()
 _DIGITS = 19  # 2**63 - 1 has nineteen
 
@@ -85,11 +87,15 @@ class Scanner:
             return
         seen: set[str] = set()
         while True:
-            key = self.string(f"a key of {what}")
+            if found := _KEY.match(self.text, self.at):  # nearly always
+                key, self.at = found[1], found.end()
+            else:
+                key = self.string(f"a key of {what}")
             if key in seen:
                 raise Malformed(f"the key {show(key)} appears twice in {what}")
             seen.add(key)
-            self._expect(":", what)
+            if found is None:
+                self._expect(":", what)
             yield key
             following = self.peek()
             self.at += 1
@@ -97,6 +103,14 @@ class Scanner:
                 return
             if following != ",":
                 raise Malformed(f"{what} is not JSON: ',' or '}}' was expected at character {self.at - 1}")
+
+    def plain(self) -> str | None:
+        """Read a string that is spelled as it is, or nothing where there is another or none."""
+        found = _PLAIN.match(self.text, self.at)
+        if found is None:
+            return None
+        self.at = found.end()
+        return found[1]
 
     def string(self, what: str) -> str:
         """Read a string that can be written as UTF-8."""

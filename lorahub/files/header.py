@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from lorahub.errors import HeaderError
-from lorahub.files.dtypes import DTYPES
+from lorahub.files.entries import METADATA, Form, Limits, TensorInfo, Tensors, form_of, name_fault, sizes
 from lorahub.files.grammar import INTEGERS_ONLY, Malformed, Scanner, show
 from lorahub.files.raw import open_regular, read_into
+from lorahub.files.tiles import Known, tiled
 
 __all__ = [
     "METADATA",
@@ -38,15 +37,9 @@ __all__ = [
 Read: TypeAlias = Callable[[int, int], bytes]
 """``read(offset, length)``: exactly those bytes."""
 
-Known: TypeAlias = "dict[str, Mapping[str, TensorInfo]]"
-"""What follows the metadata in headers that were read before -> the tensors it lists; see ``parse_header``."""
-
-METADATA = "__metadata__"
-"""The key of the free-form strings; no tensor can have this name."""
-
+_PADDING = 16
 _PREFETCH = 64 << 10  # most headers of adapters fit: one request where ranges are read remotely
 _LEAD = f'{{"{METADATA}":'
-_KNOWN = 64  # structures, of up to a MiB each; in a folder of adapters there are a handful
 _ENTRY = 4096  # characters; a real entry takes about a hundred
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FETCH_AGAIN = "the file is damaged or was not written as safetensors: fetch it again, or ask its author"
@@ -62,42 +55,6 @@ _IMPOSTORS: tuple[tuple[bytes, str, str], ...] = (
     (b"<", "this is a web page or XML, not weights", "the download went to an error or login page: fetch it again"),
     (b"{", "this is JSON without the length in front", "it may be an index or an error message: look inside"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much a header may ask of the reader.
-
-    Attributes:
-        header: bytes of JSON.
-        tensors: how many.
-        metadata: bytes of all metadata keys and values together.
-        name: characters in one tensor's name.
-    """
-
-    header: int = 8 << 20
-    tensors: int = 100_000
-    metadata: int = 1 << 20
-    name: int = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor: safetensors dtype code, stored shape, and its bytes, ``start`` to ``stop`` of the data section.
-
-    ``turned``: the bytes are those of the tensor with its axes reversed (numpy's Fortran order).
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    turned: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,25 +130,6 @@ def parse_header(
         raise HeaderError(f"{where}: {fault.reason}", fault.hint or _FETCH_AGAIN) from None
 
 
-def name_fault(name: str, limits: Limits | None = None) -> str:
-    """Why a tensor may not have this name, or "" if it may.
-
-    Names are printed, become module paths and sometimes file names, so they are printable and stay where they are put.
-    """
-    longest = (limits or Limits()).name
-    if not name:
-        return "is empty"
-    if len(name) > longest:
-        return f"has {len(name)} characters, more than {longest}"
-    if not name.isprintable():
-        return "holds characters that cannot be printed"
-    if "\\" in name or name.startswith("/") or ".." in name.split("/"):
-        return "reads like a path that leaves its folder"
-    if name == METADATA:
-        return "is reserved"
-    return ""
-
-
 def _parse(read: Read, size: int, limits: Limits, known: Known | None) -> Header:
     if size == 0:
         raise Malformed("the file is empty (0 bytes)", "an interrupted download leaves such a file: fetch it again")
@@ -199,16 +137,17 @@ def _parse(read: Read, size: int, limits: Limits, known: Known | None) -> Header
     length = int.from_bytes(first[:8], "little")
     if size < 8 or length > min(size - 8, limits.header):
         raise _bad_length(first, size, length, limits)
-    raw = first[8 : 8 + length]
-    raw += _exactly(read, 8 + len(raw), length - len(raw))
-    if not raw.startswith(b"{"):
+    raw = memoryview(first)[8 : 8 + length]
+    if len(raw) < length:
+        raw = memoryview(b"".join((raw, _exactly(read, 8 + len(raw), length - len(raw)))))
+    if bytes(raw[:1]) != b"{":
         raise Malformed("the header does not begin with '{'")
     try:
-        text = raw.decode()
+        text = str(raw, "utf-8")
     except UnicodeDecodeError as error:
         raise Malformed(f"the header is not UTF-8 (byte {8 + error.start})") from None
-    tensors, metadata = _sound(text, limits) if known is None else _sound_or_known(text, limits, known)
-    _demand_filled(tensors, size - 8 - length)
+    tensors, metadata = _sound(text, limits, Known(limits) if known is None else known)
+    _demand_filled(tensors.end, size - 8 - length)
     return Header(
         tensors=tensors,
         metadata=MappingProxyType(metadata),
@@ -217,26 +156,35 @@ def _parse(read: Read, size: int, limits: Limits, known: Known | None) -> Header
     )
 
 
-def _sound(text: str, limits: Limits) -> tuple[Mapping[str, TensorInfo], dict[str, str]]:
-    listed, metadata = _walk(Scanner(text), limits)
-    return MappingProxyType(_contiguous(listed)), metadata
-
-
-def _sound_or_known(text: str, limits: Limits, known: Known) -> tuple[Mapping[str, TensorInfo], dict[str, str]]:
-    """As ``_sound``; where the metadata lead, as nearly all writers put them, only they need scanning a second time."""
+def _sound(text: str, limits: Limits, known: Known) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and metadata; where the metadata lead, as nearly all writers put them, text known already is not read."""
+    if known.limits != limits:
+        known = Known(limits)
     scanner, metadata = Scanner(text), {}
     if text.startswith(_LEAD):
         scanner.at = len(_LEAD)
         metadata = _metadata(scanner, limits)
-    rest = text[scanner.at :].rstrip(" ")  # padding, whose length follows that of the metadata
-    if rest not in known:
-        tensors, found = _sound(text, limits)
-        if found != metadata:  # they come later, so that the rest is not tensors alone
-            return tensors, found
-        if len(known) >= _KNOWN:
-            del known[next(iter(known))]
-        known[rest] = tensors
-    return known[rest], metadata
+        rest = text[scanner.at : _unpadded(text)]
+    else:
+        rest = f",{text[1 : _unpadded(text)]}"
+    tensors = known.met(rest)
+    if tensors is None:
+        tensors = tiled(rest, limits, known)
+        if tensors is None:
+            listed, found = _walk(Scanner(text), limits)
+            tensors = _contiguous(listed)
+            if found != metadata:  # they come later, so that the rest is not tensors alone
+                return tensors, found
+        if tensors:  # an empty header reads as one whose metadata a comma too many follows
+            known.keep(rest, tensors)
+    return tensors, metadata
+
+
+def _unpadded(text: str) -> int:
+    """Where the blanks begin that fill a header up, as many as the metadata leave over; seldom more than seven."""
+    end = text[-_PADDING:]
+    short = end.rstrip(" ")
+    return len(text) - len(end) + len(short) if short else len(text.rstrip(" "))
 
 
 def _exactly(read: Read, offset: int, length: int) -> bytes:
@@ -289,7 +237,9 @@ def _metadata(scanner: Scanner, limits: Limits) -> dict[str, str]:
     if scanner.null():  # MLX writes it for none
         return result
     for key in scanner.members(METADATA):
-        value = scanner.string(f"the value of {show(key)} in {METADATA}")
+        value = scanner.plain()
+        if value is None:
+            value = scanner.string(f"the value of {show(key)} in {METADATA}")
         size += len(key.encode()) + len(value.encode())
         if size > limits.metadata:
             raise Malformed(
@@ -305,28 +255,16 @@ def _entry(value: Any, what: str) -> TensorInfo:
         found = f"has the fields {show(', '.join(value))}" if isinstance(value, dict) else "is no object"
         raise Malformed(f"{what} {found}; dtype, shape and data_offsets were expected")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Malformed(f"{what} has an unknown dtype: {show(str(dtype))}", f"known ones: {', '.join(DTYPES)}")
-    if not _sizes(shape):
-        raise Malformed(f"{what} has a shape that is no list of sizes: {show(str(shape))}")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    form, bits = form_of(dtype, shape, what)
+    if not sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise Malformed(f"{what} has data_offsets that are no [start, stop]: {show(str(offsets))}")
-    # Zeros are left out first: [0, 2**40, 2**40] holds nothing, yet no library can make strides for it.
-    if prod(size for size in shape if size) >= 1 << 63:
-        raise Malformed(f"{what} has a shape too large to count: {show(str(shape))}")
-    bits = DTYPES[dtype].bits * prod(shape)
     start, stop = offsets
     if bits != 8 * (stop - start):
         raise Malformed(f"{what} takes {bits / 8:g} bytes as {dtype} {shape}, and its data_offsets span {stop - start}")
-    return TensorInfo(dtype, tuple(shape), start, stop)
+    return TensorInfo(*form, start, stop)
 
 
-def _sizes(value: Any) -> bool:
-    """A list of integers from 0 on; ``true`` is not one, though Python counts it."""
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _contiguous(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _contiguous(tensors: dict[str, TensorInfo]) -> Tensors:
     """The tensors in the order of their bytes, which follow each other from 0 on."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
     end, previous = 0, "the start"
@@ -335,12 +273,18 @@ def _contiguous(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             what = "overlaps" if info.start < end else "leaves a hole after"
             raise Malformed(f"tensor {show(name)}, from byte {info.start} on, {what} {previous}, which ends at {end}")
         end, previous = info.stop, show(name)
-    return ordered
+    forms: dict[Form, Form] = {}
+    for info in ordered.values():
+        forms.setdefault(form := Form(info.dtype, info.shape), form)
+    return Tensors(
+        {name: forms[Form(info.dtype, info.shape)] for name, info in ordered.items()},
+        [info.start for info in ordered.values()],
+        [info.stop for info in ordered.values()],
+    )
 
 
-def _demand_filled(tensors: Mapping[str, TensorInfo], available: int) -> None:
-    """Make sure that the tensors, in the order of their bytes, take all bytes there are."""
-    end = next((info.stop for info in deque(tensors.values(), maxlen=1)), 0)
+def _demand_filled(end: int, available: int) -> None:
+    """Make sure that the tensors take all bytes there are."""
     if end > available:
         raise Malformed(f"the file is cut off: {end - available} of {end} bytes of data are missing")
     if end < available:

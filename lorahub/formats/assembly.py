@@ -6,7 +6,10 @@ The same for every format.  Calls the kinds, which compute nothing yet; knows no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import final
 
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
@@ -17,10 +20,11 @@ from lorahub.errors import IntegrityError
 from lorahub.files.dtypes import DTYPES
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
+from lorahub.formats.families import Groups, representatives
 from lorahub.formats.format import Reading
 from lorahub.lazy import torch
 
-__all__ = ["account", "as_slot", "build_deltas", "ill_typed", "touches"]
+__all__ = ["account", "as_slot", "build_deltas", "each_touch", "ill_typed", "touches"]
 
 _WHOLE = frozenset(code for code in DTYPES if code[0] in "IU")
 _REAL = frozenset(code for code in DTYPES if code[0] in "FB" and code != "BOOL")
@@ -35,6 +39,10 @@ _NOT: Mapping[str, frozenset[str]] = {
 
 def account(reading: Reading, header: Header) -> None:
     """Hold a format to its promise: each key in one group, shared slot or part, or else in a finding."""
+    if isinstance(reading.groups, Groups) and not reading.shared and not reading.parts:
+        keys = reading.groups.keys()
+        if len(keys) == len(header.tensors) and header.tensors.keys() == set(keys):
+            return  # each once, in a group
     refs = [ref for group in reading.groups for ref in group.slots.values()]
     refs += reading.shared.values()
     refs += [ref for part in reading.parts.values() for ref in part.tensors.values()]
@@ -52,8 +60,53 @@ def account(reading: Reading, header: Header) -> None:
         )
 
 
-def touches(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[dict[Target, Touch], list[Finding]]:
+def touches(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[Mapping[Target, Touch], list[Finding]]:
     """Every parameter that the groups change, and a finding where two of them change one."""
+    if isinstance(groups, Groups) and not groups.apart and groups.distinct():
+        each = [family.like.touches for family in groups.families]
+        if all(len({touch.parameter for touch in found}) == len(found) for found in each):
+            return Later(lambda: _touches(groups, kinds)[0], [*chain.from_iterable(each)]), []
+    return _touches(groups, kinds)
+
+
+@final
+class Later(Mapping[Target, Touch]):
+    """What groups change, worked out when a target is asked for.
+
+    Args:
+        make: gives all of it.
+        each: every touch there is, those that are equal for several targets once.
+    """
+
+    def __init__(self, make: Callable[[], Mapping[Target, Touch]], each: Sequence[Touch]) -> None:
+        self._make = make
+        self._made: Mapping[Target, Touch] | None = None
+        self.each = each
+
+    def _all(self) -> Mapping[Target, Touch]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __getitem__(self, target: Target) -> Touch:
+        return self._all()[target]
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+
+def each_touch(found: Mapping[Target, Touch]) -> Iterable[Touch]:
+    """Every touch there is, at least once."""
+    return found.each if isinstance(found, Later) else found.values()
+
+
+def _touches(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[dict[Target, Touch], list[Finding]]:
     found: dict[Target, Touch] = {}
     twice = []
     for group in groups:
@@ -76,6 +129,10 @@ def touches(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[dict[Ta
 
 def ill_typed(reading: Reading, kinds: Mapping[str, Kind]) -> list[Finding]:
     """A finding where factors are no real numbers, or places no whole ones; headers tell."""
+    if isinstance(reading.groups, Groups) and not ill_typed(
+        replace(reading, groups=representatives(reading.groups)), kinds
+    ):
+        return []
     used = [(group.kind, name, ref) for group in reading.groups for name, ref in group.slots.items()]
     used += [(kind, name, ref) for (kind, name), ref in reading.shared.items()]
     wrong: dict[str, str] = {}

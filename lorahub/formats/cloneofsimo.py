@@ -22,6 +22,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.suffixes import Row, unknown_keys
 from lorahub.formats.token_vectors import left_out, part_of
 from lorahub.formats.traversal import Pair, Walk, walks
@@ -70,7 +71,7 @@ class CloneofsimoFormat:
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Sure where keys read ``part:position:up``; less so for a list that alternates between factors."""
         for header in files.headers.values():
-            if any(":" in key and _parsed(key) for key in header.tensors):
+            if _OWN.on([header]):
                 return Claim(0.95, "tensors are named by part, position and direction")
             if _is_list(header):
                 return Claim(0.7, "tensors are a list of factors, up and down in turn")
@@ -125,6 +126,9 @@ def _parsed(key: str) -> tuple[str, int, str] | None:
     position, _, direction = rest.partition(":")
     fits = part and position.isascii() and position.isdigit() and len(position) < 6 and direction in ("up", "down")
     return (part, int(position), direction) if fits else None
+
+
+_OWN = Mark(lambda key: _parsed(key) is not None)
 
 
 def _is_list(header: Header) -> bool:

@@ -21,9 +21,11 @@ from lorahub.findings import Claim
 from lorahub.formats.dotted import hints_of, read_dotted
 from lorahub.formats.dotted_metadata import Statements, field_notes
 from lorahub.formats.dotted_spellings import EVERY
+from lorahub.formats.families import representatives
 from lorahub.formats.flat_spellings import REFUSED
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.gather import ways_of
+from lorahub.formats.marks import Mark
 from lorahub.formats.suffixes import Row
 from lorahub.hookspecs import hookimpl
 
@@ -55,8 +57,7 @@ class ComfyFormat:
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Sure where a name begins with the prefix and ends as a slot does."""
-        keys = (key for header in files.headers.values() for key in header.tensors)
-        if any(key.startswith(PREFIX) and key.endswith(_ENDS) for key in keys):
+        if _OWN.on(files.headers.values()):
             return Claim(0.9, f"tensor names begin with {PREFIX}")
         return None
 
@@ -72,7 +73,7 @@ class ComfyFormat:
         found = read_dotted(
             files, file, index, ways=ways_of(self.name, EVERY, kinds), apart=_apart, statements=statements
         )
-        present = {group.kind for group in found.groups}
+        present = {group.kind for group in representatives(found.groups)}
         return Reading(
             format=self.name,
             file=file,
@@ -92,6 +93,8 @@ class ComfyFormat:
 
 
 _ENDS = (*(f".{leaf.suffix}" for spelling in EVERY.values() for leaf in spelling.leaves), *(f".{x}" for x in REFUSED))
+
+_OWN = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_ENDS))
 
 
 def _apart(key: str) -> tuple[str, str]:

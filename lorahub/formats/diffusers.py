@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import final
 
@@ -25,10 +26,12 @@ from lorahub.findings import Claim
 from lorahub.formats.dotted import Endings, hints_of, read_dotted
 from lorahub.formats.dotted_metadata import METADATA, Statements, field_notes
 from lorahub.formats.dotted_spellings import EVERY, FORMAT, PAIRS, SPELLINGS
+from lorahub.formats.families import representatives
 from lorahub.formats.flat_names import take_apart
 from lorahub.formats.flat_spellings import WHOLE
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.gather import Ways, ways_of
+from lorahub.formats.marks import Mark
 from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.suffixes import Row
 from lorahub.hookspecs import hookimpl
@@ -121,10 +124,10 @@ class DiffusersFormat:
             file,
             index,
             ways=ways_of(self.name, EVERY, kinds),
-            apart=_Apart(statements.configs),
+            apart=_apart(frozenset(statements.configs)),
             statements=statements,
         )
-        present = {group.kind for group in found.groups}
+        present = {group.kind for group in representatives(found.groups)}
         return Reading(
             format=self.name,
             file=file,
@@ -187,12 +190,15 @@ _BY_COMPONENT = 0.8
 """How sure a component in front of a name makes it, also beside somebody else's config."""
 
 
+_IN_COMPONENT = Mark(lambda key: key.partition(".")[0] in COMPONENTS and key.endswith((*_ENDS, *_WHOLE)))
+_BARE = Mark(lambda key: key.endswith(_ENDS) and not key.startswith(_FOREIGN) and not take_apart(key)[0])
+_OF_CONTROL = Mark(lambda key: key.endswith(_CONTROL))
+
+
 def _claim(header: Header) -> float:
-    keys = [key for key in header.tensors if key.endswith(_ENDS) and not key.startswith(_FOREIGN)]
-    if any(key.partition(".")[0] in COMPONENTS and key.endswith((*_ENDS, *_WHOLE)) for key in header.tensors):
+    if _IN_COMPONENT.on([header]):
         return _BY_COMPONENT
-    control = any(key.endswith(_CONTROL) for key in header.tensors)
-    return 0.5 if any(not take_apart(key)[0] for key in keys) and not control else 0.0
+    return 0.5 if _BARE.on([header]) and not _OF_CONTROL.on([header]) else 0.0
 
 
 def _weights_file(files: AdapterFiles) -> str:
@@ -223,6 +229,12 @@ class _Apart:
         if first in self._components:
             return _ORIGINAL.get(first, first), _unprocessed(rest)
         return "", _unprocessed(key)
+
+
+@lru_cache(maxsize=1 << 4)
+def _apart(configs: frozenset[str]) -> _Apart:
+    """The same for the same components: keys are remembered by it."""
+    return _Apart(configs)
 
 
 def _unprocessed(path: str) -> str:

@@ -6,8 +6,10 @@ module's path and in where alpha is; what stands behind it is one table.  Format
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import compress
 from types import MappingProxyType
 
 from lorahub.bases.index import BaseIndex
@@ -16,11 +18,14 @@ from lorahub.deltas.kind import JSON, Group
 from lorahub.files.header import Header
 from lorahub.findings import Finding
 from lorahub.formats.dotted_metadata import Statements
+from lorahub.formats.families import representatives
 from lorahub.formats.fitting import fit_factors
 from lorahub.formats.flat_spellings import NUMBERS, REFUSED, UNSCALED
 from lorahub.formats.format import AdapterFiles, Part
-from lorahub.formats.gather import Trouble, Ways, gather
+from lorahub.formats.gather import Trouble, Ways
 from lorahub.formats.modules import Modules
+from lorahub.formats.runs import Splits, Stem, bring_together
+from lorahub.formats.sorts import read_modules
 from lorahub.formats.stems import Stems, note_unused, suffixes_of
 from lorahub.formats.token_vectors import bundled, left_out
 
@@ -45,22 +50,16 @@ class Endings:
     """
 
     def __init__(self, ways: Ways, header: Header) -> None:
-        self._known = {*suffixes_of(ways), *NUMBERS, *REFUSED} - {_BARE}
+        self._known = _one(frozenset({*suffixes_of(ways), *NUMBERS, *REFUSED} - {_BARE}))
         self._header = header
 
     def split(self, path: str) -> tuple[str, str]:
         """Take a path apart; an adapter's name inside, as in ``lora_A.default.weight``, is left out."""
-        parts = path.split(".")
-        for count in range(min(_LONGEST, len(parts) - 1), 0, -1):
-            suffix = ".".join(parts[-count:])
-            if suffix in self._known:
-                return ".".join(parts[:-count]), suffix
-            if count > 1 and parts[-count] in _NAMED and len(parts) > count:
-                short = ".".join([parts[-count], *parts[len(parts) - count + 2 :]])
-                for each in (short, short.removesuffix(".weight")):
-                    if each in self._known:
-                        return ".".join(parts[:-count]), each
-        return "", ""
+        return _split(path, self._known)
+
+    def splits(self, apart: Callable[[str], tuple[str, str]]) -> Splits:
+        """Keys taken apart, first by ``apart``; where nothing is known of a suffix, the path is whole."""
+        return _splits(apart, self._known)
 
     def grown(self, key: str) -> bool:
         """Whether a key that ends in ``.weight`` is IA3's."""
@@ -69,6 +68,36 @@ class Endings:
 
 _NAMED = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 """Modules of PEFT that hold one tensor for each adapter, by its name."""
+
+
+@lru_cache(maxsize=1 << 8)
+def _one(suffixes: frozenset[str]) -> frozenset[str]:
+    """The same object for the same suffixes: paths are remembered by it."""
+    return suffixes
+
+
+@lru_cache(maxsize=1 << 5)  # the formats, and some components that headers name
+def _splits(apart: Callable[[str], tuple[str, str]], known: frozenset[str]) -> Splits:
+    def split(key: str) -> tuple[Stem, str]:
+        component, path = apart(key)
+        module, suffix = _split(path, known) if path else ("", "")
+        return (component, module if suffix else path), suffix
+
+    return Splits(split)
+
+
+def _split(path: str, known: frozenset[str]) -> tuple[str, str]:
+    parts = path.split(".")
+    for count in range(min(_LONGEST, len(parts) - 1), 0, -1):
+        suffix = ".".join(parts[-count:])
+        if suffix in known:
+            return ".".join(parts[:-count]), suffix
+        if count > 1 and parts[-count] in _NAMED and len(parts) > count:
+            short = ".".join([parts[-count], *parts[len(parts) - count + 2 :]])
+            for each in (short, short.removesuffix(".weight")):
+                if each in known:
+                    return ".".join(parts[:-count]), each
+    return "", ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +110,7 @@ class Dotted:
         findings: what there is to say.
     """
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     parts: Mapping[str, Part]
     findings: tuple[Finding, ...]
 
@@ -110,49 +139,60 @@ def read_dotted(
     """
     header, trouble = files.headers[file], Trouble()
     parts = bundled(header)
-    taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
     endings, stems = Endings(ways, header), Stems(files, file, ways, trouble)
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for key in header.tensors:
-        if key in taken:
-            continue
-        component, path = apart(key)
-        module, suffix = endings.split(path) if path else ("", "")
-        if path and not suffix and endings.grown(key):
-            module, suffix = path.removesuffix(f".{_BARE}"), _BARE
-        if not suffix:
-            stems.unknown.append(key)
-        elif suffix in (keys := found.setdefault((component, module), {})):
-            trouble.add("key-twice", [key], f"{key} and {keys[suffix]}")
-        else:
-            keys[suffix] = key
-    stems.read(found.values())
-    place = _places(found, index)
-    made = []
-    for (component, module), keys in found.items():
-        stated = statements.of(component, module, [*keys.values()], trouble)
-        if (stem := stems.make(*place(component, module), keys, stated)) is not None:
-            made.append(stem)
-    groups = tuple(fit_factors(_landed(group, index), index) for group in gather(made, ways, header, trouble))
+    splits = endings.splits(apart)
+    keys, (split, suffixes) = [*header.tensors], splits.of(header.tensors)
+    if parts or "" in suffixes:
+        taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
+        split, suffixes = _grown(keys, split, suffixes, endings)
+        stems.unknown += [key for key, suffix in zip(keys, suffixes, strict=True) if not suffix and key not in taken]
+        used = [bool(suffix) and key not in taken for key, suffix in zip(keys, suffixes, strict=True)]
+        keys, split = list(compress(keys, used)), list(compress(split, used))
+        suffixes = list(compress(suffixes, used))
+    runs = bring_together(
+        keys,
+        split,
+        suffixes,
+        lambda key, other: trouble.add("key-twice", [key], f"{key} and {other}"),
+        clash=splits.clash,
+    )
+    stems.read(runs.keys, runs.suffixes)
+    placed = _placed(runs.stems, index)
+    groups: Sequence[Group] = read_modules(runs, placed, runs.stems, stems, statements, ways, header, trouble)
+    if index is not None:
+        groups = tuple(fit_factors(_landed(group, index), index) for group in groups)
     note_unused(groups, trouble, {*UNSCALED, "replace"})
     if stems.unknown:
         trouble.add("key-unknown", stems.unknown, stems.unknown[0])
     return Dotted(groups=groups, parts=parts, findings=(*trouble.findings(), *left_out(parts, others=bool(groups))))
 
 
-def _places(modules: Iterable[tuple[str, str]], index: BaseIndex | None) -> Callable[[str, str], tuple[str, str]]:
-    """(component, module) as spelled -> the base's where it has them."""
+def _grown(
+    keys: Sequence[str], split: Sequence[Stem], suffixes: Sequence[str], endings: Endings
+) -> tuple[list[Stem], list[str]]:
+    """The same columns with IA3's keys taken apart, which other keys tell."""
+    split, suffixes = list(split), list(suffixes)
+    for at, (key, (component, path), suffix) in enumerate(zip(keys, split, suffixes, strict=True)):
+        if not suffix and path and endings.grown(key):
+            split[at], suffixes[at] = (component, path.removesuffix(f".{_BARE}")), _BARE
+    return split, suffixes
+
+
+def _placed(modules: Sequence[Stem], index: BaseIndex | None) -> Sequence[Stem]:
+    """Components and modules as spelled -> the base's where it has them."""
+    if index is None:
+        return modules
     known = Modules(index, synonyms=SYNONYMS)
     named: dict[str, list[str]] = {}
     for component, module in modules:
         named.setdefault(component, []).append(module)
     parts = known.parts(named)
 
-    def place(component: str, module: str) -> tuple[str, str]:
+    def place(component: str, module: str) -> Stem:
         found = known.find(parts[component], module)
         return (parts[component], found[0]) if len(found) == 1 else (component, module)
 
-    return place
+    return [place(*each) for each in modules]
 
 
 def _landed(group: Group, index: BaseIndex | None) -> Group:
@@ -169,6 +209,8 @@ def _landed(group: Group, index: BaseIndex | None) -> Group:
 
 def hints_of(groups: Sequence[Group]) -> dict[str, JSON]:
     """What writing wants back: the role of each target whose spelling says one."""
+    if not any(each.role for each in representatives(groups)):
+        return {}
     roles: dict[str, JSON] = {
         Target(group.component, group.module, group.parameter).name: group.role for group in groups if group.role
     }

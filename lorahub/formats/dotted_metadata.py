@@ -31,6 +31,9 @@ _LARGEST = 1 << 20
 """Bytes of that object; a header holds no more."""
 
 
+_PATTERNS: Mapping[str, str] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+"""Field -> the one with exceptions to it, by pattern of a module's name."""
+
 _PLAIN = ("lora_alpha", "network_alpha", "alpha")
 """Header keys that are an alpha for all modules, as text."""
 
@@ -82,30 +85,44 @@ class Statements:
     def __init__(self, header: Header, aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         self.configs = configs_of(header)
         self._aliases = aliases or {}
+        self._alike: dict[str, Stated] = {}
         self._plain = {name: text for name in _PLAIN if (text := header.metadata.get(name)) is not None}
 
-    def of(self, component: str, module: str, keys: Sequence[str], trouble: Trouble) -> Stated:
+    def __bool__(self) -> bool:
+        return bool(self.configs or self._plain)
+
+    def of(self, component: str, module: str, keys: Mapping[str, str], trouble: Trouble) -> Stated:
         """What holds for a module, a pattern's number before a config's, and that before a plain one.
 
         Args:
             component: as the keys have it.
             module: as the keys have it.
-            keys: what is wrong with it concerns these.
+            keys: suffix -> key; what is wrong with it concerns these.
             trouble: takes what contradicts itself or cannot be read.
         """
-        if not self.configs and not self._plain:
+        if not self:
             return NOTHING
         config = self._config(component)
+        if any(config.get(pattern) for pattern in _PATTERNS.values()):
+            return self._of(config, module, keys, trouble)
+        if component not in self._alike:  # nothing depends on the module
+            self._alike[component] = self._of(config, module, keys, apart := Trouble())
+            if apart:
+                del self._alike[component]
+                return self._of(config, module, keys, trouble)
+        return self._alike[component]
+
+    def _of(self, config: Mapping[str, JSON], module: str, keys: Mapping[str, str], trouble: Trouble) -> Stated:
         numbers: dict[str, JSON] = dict(config)
         where = METADATA
         try:
-            for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            for field, pattern in _PATTERNS.items():
                 value, said = chosen(config, pattern, field, module)
                 numbers[field] = value
                 numbers.pop(pattern, None)
                 where = f"{METADATA} ({said})" if field == "lora_alpha" else where
         except (IntegrityError, UnsupportedKind) as error:
-            trouble.add("slot-misfit", keys, f"{METADATA} in the header: {error.message}")
+            trouble.add("slot-misfit", keys.values(), f"{METADATA} in the header: {error.message}")
         alpha = numbers.pop("lora_alpha", None)
         stated = float(alpha) if isinstance(alpha, int | float) else None
         for name, text in self._plain.items():

@@ -6,6 +6,7 @@ Tables and look-ups over text; knows no tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 from lorahub.deltas.kind import JSON
@@ -36,6 +37,7 @@ _SHORT = ".lora_magnitude_vector"
 """A suffix without a dot: diffusers' converter keeps a key's last two dots, and one of them is then in the path."""
 
 
+@lru_cache(maxsize=1 << 16)  # the names of some thirty bases
 def take_apart(key: str) -> tuple[str, str, str]:
     """(prefix, module as spelled, suffix); empty strings for a key of another form."""
     if key.endswith(_SHORT) and key.count(".") == 2:

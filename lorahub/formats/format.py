@@ -77,7 +77,7 @@ class Reading:
 
     format: str
     file: str
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     shared: Mapping[tuple[str, str], TensorRef] = field(default_factory=lambda: MappingProxyType({}))
     parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
     findings: tuple[Finding, ...] = ()

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lorahub.bases.index import natural
-from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Spelling, TensorRef
+from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Spelling, TensorRef, Touch
 from lorahub.errors import IntegrityError, UnsupportedKind
 from lorahub.files.header import Header
 from lorahub.findings import Axis, Finding, Verdict
-from lorahub.shapes import Binding, ShapeMisfit, unify
+from lorahub.formats.families import by_module
+from lorahub.shapes import ShapeMisfit, bind
 
-__all__ = ["Stem", "Trouble", "Ways", "gather", "ways_of"]
+__all__ = ["Stem", "Trouble", "Ways", "gather", "gather_placed", "make_factors", "ways_of"]
 
 Ways: TypeAlias = "Sequence[tuple[Kind, Spelling]]"
 """Kinds, each with a way it is spelled."""
@@ -99,6 +100,9 @@ class Trouble:
         cases.append(what)
         where.extend(keys)
 
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
     def findings(self) -> tuple[Finding, ...]:
         """One for each code, sorted."""
         result = []
@@ -127,12 +131,20 @@ def ways_of(format_name: str, own: Mapping[str, Spelling], kinds: Sequence[Kind]
 
 def gather(stems: Iterable[Stem], ways: Ways, header: Header, trouble: Trouble) -> tuple[Group, ...]:
     """The groups of all modules, in natural order; modules that make none become ``trouble``."""
-    groups: list[Group] = []
+    return tuple(group for _, group in gather_placed(dict(enumerate(stems)), ways, header, trouble))
+
+
+def gather_placed(stems: Mapping[int, Stem], ways: Ways, header: Header, trouble: Trouble) -> list[tuple[int, Group]]:
+    """As ``gather``, each group with its module's place.
+
+    A module's name and keys are for messages: what a kind's options and touches are follows from slots and numbers.
+    """
+    groups: list[tuple[int, Group]] = []
     choices: _Choices = {}  # the modules of a file have the same few sets of suffixes
-    for stem in sorted(stems, key=lambda each: (each.component, natural(each.module))):
-        factors = _factors(stem, ways, header, trouble, choices) if stem.keys else None
-        if factors:
-            groups.append(factors)
+    for at, stem in sorted(stems.items(), key=lambda each: by_module(each[1].component, each[1].module)):
+        made = _factors(stem, ways, header, trouble, choices) if stem.keys else None
+        if made:
+            groups.append((at, made[0]))
         elif not stem.keys and stem.number_keys:
             code, what = (
                 ("alpha-unused", "differences are not scaled") if stem.whole else ("slot-missing", "no factors")
@@ -141,16 +153,24 @@ def gather(stems: Iterable[Stem], ways: Ways, header: Header, trouble: Trouble) 
         for parameter, kind, slot, key in stem.whole:
             info = header.tensors[key]
             ref = TensorRef(key=key, shape=info.shape, dtype=info.dtype)
-            groups.append(
-                Group(component=stem.component, module=stem.module, parameter=parameter, kind=kind, slots={slot: ref})
+            made_whole = Group(
+                component=stem.component, module=stem.module, parameter=parameter, kind=kind, slots={slot: ref}
             )
-    return tuple(groups)
+            groups.append((at, made_whole))
+    return groups
+
+
+def make_factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble) -> tuple[Group, tuple[Touch, ...]] | None:
+    """The group of one module's factors and what it changes, or None where they make none and became ``trouble``."""
+    return _factors(stem, ways, header, trouble, {})
 
 
 _Choices: TypeAlias = "dict[tuple[tuple[int, ...], frozenset[str]], tuple[Kind, Spelling, Mapping[str, Leaf]] | str]"
 
 
-def _factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: _Choices) -> Group | None:
+def _factors(
+    stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: _Choices
+) -> tuple[Group, tuple[Touch, ...]] | None:
     keys = [*stem.keys.values(), *stem.number_keys.values()]
     usable = tuple(at for at, (_, spelling) in enumerate(ways) if spelling.when(stem.numbers))
     which = (usable, frozenset(stem.keys))
@@ -167,16 +187,14 @@ def _factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: 
         return None
     role = next((leaf.role for leaf in leaves.values() if leaf.role), "")
     try:
-        bound: Binding = {}
-        for slot, ref in slots.items():
-            bound = unify(kind.slot(slot).dims, ref.shape, bound, name=slot)
+        bind(tuple([(slot, kind.slot(slot).dims, ref.shape) for slot, ref in slots.items()]))
         options = spelling.options(stem.numbers, stem.module, slots)
         for name, key in stem.number_keys.items():
             slots[name] = _ref(header, key, None)
         group = Group(
             component=stem.component, module=stem.module, kind=kind.name, role=role, slots=slots, options=options
         )
-        kind.touches(group)
+        touched = kind.touches(group)
     except ShapeMisfit as misfit:
         trouble.add("slot-misfit", keys, f"{stem.module}: {misfit}")
     except UnsupportedKind as error:
@@ -184,7 +202,7 @@ def _factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: 
     except IntegrityError as error:
         trouble.add("slot-misfit", keys, error.message)
     else:
-        return group
+        return group, touched
     return None
 
 

@@ -19,6 +19,7 @@ from lorahub.errors import CannotCarry, UnsupportedKind
 from lorahub.findings import Claim
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.peft.keys import PREFIX, Stems
 from lorahub.formats.plain import about_config, is_plain, whole_parameters
 from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
@@ -28,6 +29,9 @@ __all__ = ["Ia3DumpFormat", "lorahub_formats"]
 
 _OUT, _IN = "multi_lora_b", "multi_lora_a"
 _SPELLED = (_OUT, _IN, "ia3_l", "ia3_l.default")
+
+
+_GAINS = Mark(lambda key: key.endswith(tuple(f".{suffix}" for suffix in _SPELLED)))
 
 
 @final
@@ -42,8 +46,7 @@ class Ia3DumpFormat:
         """By the ends of names, where no config says what they are."""
         if not is_plain(files):
             return None
-        ends = tuple(f".{suffix}" for suffix in _SPELLED)
-        if any(key.endswith(ends) for header in files.headers.values() for key in header.tensors):
+        if _GAINS.on(files.headers.values()):
             return Claim(0.6, "tensor names end as gains of (IA)³ do")
         return None
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import compress
+from operator import itemgetter
 from types import MappingProxyType
 from typing import final
 
@@ -22,13 +24,17 @@ from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.findings import Claim
 from lorahub.formats.dotted_metadata import Statements
+from lorahub.formats.families import representatives
 from lorahub.formats.fitting import fit_factors
 from lorahub.formats.flat_names import PREFIXES, take_apart, usual_prefixes
 from lorahub.formats.flat_spellings import FORMAT, NUMBERS, READ, REFUSED, SPELLINGS
 from lorahub.formats.flat_writing import Draft
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
-from lorahub.formats.gather import Trouble, gather, ways_of
+from lorahub.formats.gather import Trouble, ways_of
+from lorahub.formats.marks import Mark
 from lorahub.formats.modules import Modules, flat
+from lorahub.formats.runs import Splits, bring_together
+from lorahub.formats.sorts import read_modules
 from lorahub.formats.stems import TOLERANCE, Stems, note_unused
 from lorahub.formats.suffixes import Row
 from lorahub.formats.token_vectors import bundled, left_out
@@ -89,25 +95,34 @@ class KohyaFormat:
         header = files.headers[file]
         ways = ways_of(self.name, READ, kinds)
         trouble = Trouble()
-        modules: dict[tuple[str, str], dict[str, str]] = {}
         parts = bundled(header)
-        taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
         stems = Stems(files, file, ways, trouble)
-        for key in header.tensors:
-            prefix, spelled, suffix = take_apart(key)
-            if prefix:
-                modules.setdefault((prefix, spelled), {})[suffix] = key
-            elif key not in taken:
-                stems.unknown.append(key)
-        found = _place(modules, header, index, trouble)
-        stems.read(modules.values())
+        keys, (split, suffixes) = [*header.tensors], _SPLITS.of(header.tensors)
+        if "" in suffixes:
+            taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
+            stems.unknown += [
+                key for key, suffix in zip(keys, suffixes, strict=True) if not suffix and key not in taken
+            ]
+            keys, split = list(compress(keys, suffixes)), list(compress(split, suffixes))
+            suffixes = tuple(filter(None, suffixes))
+        runs = bring_together(
+            keys,
+            split,
+            suffixes,
+            lambda key, other: trouble.add("key-twice", [key], f"{key} and {other}"),
+            clash=_SPLITS.clash,
+        )
+        placed = _place(runs.stems, header, index, trouble)
+        stems.read(runs.keys, runs.suffixes)
         statements = Statements(header, _ALIASES)
-        made = []
-        for which, keys in modules.items():
-            stated = statements.of(PREFIXES[which[0]], found[which][1], [*keys.values()], trouble)
-            if (stem := stems.make(*found[which], keys, stated)) is not None:
-                made.append(stem)
-        groups = tuple(fit_factors(group, index) for group in gather(made, ways, header, trouble))
+        spelled = (
+            [(PREFIXES[prefix], module) for (prefix, _), (_, module) in zip(runs.stems, placed, strict=True)]
+            if statements
+            else ()
+        )
+        groups: Sequence[Group] = read_modules(runs, placed, spelled, stems, statements, ways, header, trouble)
+        if index is not None:
+            groups = tuple(fit_factors(group, index) for group in groups)
         note_unused(groups, trouble)
         _compare(groups, header, trouble)
         if stems.unknown:
@@ -118,7 +133,7 @@ class KohyaFormat:
             groups=groups,
             parts=parts,
             findings=(*trouble.findings(), *left_out(parts, others=bool(groups))),
-            hints=_hints(header, modules, found),
+            hints=_hints(header, runs.stems, placed),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
@@ -160,13 +175,20 @@ def _suffixes() -> frozenset[str]:
 _SUFFIXES = _suffixes()
 
 
+_SPLITS = Splits(lambda key: ((apart := take_apart(key))[:2], apart[2]))
+
+
+def _is_own(key: str) -> bool:
+    prefix, _, suffix = take_apart(key)
+    return bool(prefix) and suffix in _SUFFIXES
+
+
+_OWN = Mark(_is_own)
+
+
 def _claimed(files: AdapterFiles) -> list[str]:
     """The files with a key of this format."""
-    return [
-        file
-        for file, header in files.headers.items()
-        if any(prefix and suffix in _SUFFIXES for prefix, _, suffix in map(take_apart, header.tensors))
-    ]
+    return [file for file, header in files.headers.items() if _OWN.on([header])]
 
 
 def _weights_file(files: AdapterFiles) -> str:
@@ -180,16 +202,20 @@ def _weights_file(files: AdapterFiles) -> str:
 
 
 def _place(
-    modules: Mapping[tuple[str, str], object], header: Header, index: BaseIndex | None, trouble: Trouble
-) -> dict[tuple[str, str], tuple[str, str]]:
-    """(prefix, name) -> (component, module): the base's, or those the file itself lists, or as spelled."""
+    modules: Sequence[tuple[str, str]], header: Header, index: BaseIndex | None, trouble: Trouble
+) -> list[tuple[str, str]]:
+    """For each prefix and name the component and the module: the base's, or what the file lists, or as spelled."""
     declared = _declared(header)
+    if index is None and not declared:
+        return [(PREFIXES[prefix], spelled) for prefix, spelled in modules]
+    if index is None:
+        return [(PREFIXES[prefix], declared.get(f"{prefix}_{spelled}", spelled)) for prefix, spelled in modules]
     known = Modules(index, flat, synonyms=_SYNONYMS)
     named: dict[str, list[str]] = {}
     for prefix, spelled in modules:
         named.setdefault(PREFIXES[prefix], []).append(spelled)
     parts = known.parts(named)
-    result: dict[tuple[str, str], tuple[str, str]] = {}
+    result: list[tuple[str, str]] = []
     for prefix, spelled in modules:
         component = PREFIXES[prefix]
         listed = declared.get(f"{prefix}_{spelled}", spelled)
@@ -198,7 +224,7 @@ def _place(
             found = (listed,)
         if len(found) > 1:
             trouble.add("module-ambiguous", [], f"{prefix}_{spelled} is {' and '.join(found)}")
-        result[prefix, spelled] = (parts[component], found[0]) if len(found) == 1 else (component, listed)
+        result.append((parts[component], found[0]) if len(found) == 1 else (component, listed))
     return result
 
 
@@ -235,11 +261,11 @@ def _compare(groups: Sequence[Group], header: Header, trouble: Trouble) -> None:
         return  # absent, "None" or "Dynamic": nothing is stated
     if not stated or not math.isfinite(stated):
         return
+    if not any(_differs(each, stated) for each in representatives(groups)):
+        return
     for group in groups:
         alpha, down = group.options.get(_ALPHA), group.slots.get("down")
-        if not isinstance(alpha, int | float) or down is None or len(down.shape) != 2:
-            continue
-        if abs(alpha - stated) > TOLERANCE * abs(stated):
+        if _differs(group, stated) and down is not None:
             where = group.slots.get(_ALPHA, down)
             said = "has no alpha, which means" if group.options.get("scale_rule") == "default" else "says"
             trouble.add(
@@ -249,14 +275,21 @@ def _compare(groups: Sequence[Group], header: Header, trouble: Trouble) -> None:
             )
 
 
-def _hints(
-    header: Header, modules: Mapping[tuple[str, str], object], found: Mapping[tuple[str, str], tuple[str, str]]
-) -> dict[str, JSON]:
+def _differs(group: Group, stated: float) -> bool:
+    """Whether a linear LoRA layer has another alpha than what is stated."""
+    alpha, down = group.options.get(_ALPHA), group.slots.get("down")
+    if not isinstance(alpha, int | float) or down is None or len(down.shape) != 2:
+        return False
+    return abs(alpha - stated) > TOLERANCE * abs(stated)
+
+
+def _hints(header: Header, spelled: Sequence[tuple[str, str]], placed: Sequence[tuple[str, str]]) -> dict[str, JSON]:
     hints: dict[str, JSON] = {}
     if kept := {name: header.metadata[name] for name in _KEPT if name in header.metadata}:
         hints["kohya_metadata"] = dict(kept)
-    if prefixes := {found[which][0]: which[0] for which in modules}:
-        hints["kohya_prefixes"] = dict(prefixes)
+    first = itemgetter(0)
+    if found := dict(zip(map(first, placed), map(first, spelled), strict=True)):
+        hints["kohya_prefixes"] = dict(found)
     return hints
 
 

@@ -20,6 +20,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Claim
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.mlx.tables import EMBEDDINGS
 from lorahub.formats.peft.config import base_claim
 from lorahub.formats.peft.keys import MODEL, Stems
@@ -58,6 +59,9 @@ _FORMS: Mapping[str, Row] = {
 _STATED = ("base_model_name_or_path", "enable_lora", "lora_alpha", "r", "revision")
 
 
+_OWN = Mark(lambda key: key.endswith(f".{_A}") and not key.startswith(MODEL))
+
+
 @final
 class LoralibFormat:
     """Reads microsoft/LoRA's state dicts."""
@@ -70,7 +74,7 @@ class LoralibFormat:
         """By pairs of names that end in lora_A and lora_B, where no config says what they are."""
         if not is_plain(files):
             return None
-        for header in files.headers.values():
+        for header in filter(lambda each: _OWN.on([each]), files.headers.values()):
             own = [key for key in header.tensors if key.endswith(f".{_A}") and not key.startswith(MODEL)]
             if any(f"{key[: -len(_A)]}{_B}" in header.tensors for key in own):
                 return Claim(0.6, f"tensor names end in .{_A} and .{_B}")

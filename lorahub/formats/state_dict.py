@@ -8,7 +8,7 @@ tensor, or else taken for the rank, so the scale for 1, and a finding says so.  
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from lorahub.bases.index import BaseIndex
@@ -23,8 +23,10 @@ from lorahub.formats.diffusers import COMPONENTS
 from lorahub.formats.dotted import hints_of, read_dotted
 from lorahub.formats.dotted_metadata import Statements, field_notes
 from lorahub.formats.dotted_spellings import EVERY, PAIRS
+from lorahub.formats.families import representatives
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
 from lorahub.formats.gather import ways_of
+from lorahub.formats.marks import Mark
 from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.peft.keys import MODEL, PREFIX
 from lorahub.formats.suffixes import Row
@@ -69,11 +71,10 @@ class StateDictFormat:
         """By the adapter's name inside the keys, or by modules of a diffusion model behind PEFT's prefix."""
         if isinstance(files.configs.get(CONFIG, {}).get("peft_type"), str):
             return None
-        keys = [key for header in files.headers.values() for key in header.tensors]
-        dumped = [key for key in keys if key.endswith(_DUMPED)]
-        if dumped and not any(key.startswith((MODEL, COMFY)) for key in dumped):
+        headers = files.headers.values()
+        if _IS_DUMPED.on(headers) and not _IS_PREFIXED.on(headers):
             return Claim(0.7, "tensor names have an adapter's name inside and no prefix")
-        if _draws(key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and key.endswith(_FACTORS)):
+        if _DRAWS.on(headers):
             return Claim(
                 0.7, f"tensor names begin with {PREFIX} and go on as a diffusion model's, and no config is there"
             )
@@ -91,7 +92,7 @@ class StateDictFormat:
         found = read_dotted(
             files, file, index, ways=ways_of(self.name, EVERY, kinds), apart=_apart, statements=statements
         )
-        present = {group.kind for group in found.groups}
+        present = {group.kind for group in representatives(found.groups)}
         return Reading(
             format=self.name,
             file=file,
@@ -120,22 +121,24 @@ def _apart(key: str) -> tuple[str, str]:
     for beginning in (PREFIX, COMFY, *_PIPES):
         path = path.removeprefix(beginning)
     first, _, rest = path.partition(".")
-    if first in _SURE or (first in COMPONENTS and _draws([rest])):
+    if first in _SURE or (first in COMPONENTS and _draws(rest)):
         return first, rest
     return "", path
 
 
-def _draws(paths: Iterable[str]) -> bool:
-    """Whether one of the paths is in a diffusion model."""
-    for path in paths:
-        parts = ["*" if part.isdigit() else part for part in path.split(".")]
-        if any(".".join(parts[:length]) in _DIFFUSION for length in (1, 3, 4)):
-            return True
-    return False
+def _draws(path: str) -> bool:
+    """Whether a path is in a diffusion model."""
+    parts = ["*" if part.isdigit() else part for part in path.split(".")]
+    return any(".".join(parts[:length]) in _DIFFUSION for length in (1, 3, 4))
+
+
+_IS_DUMPED = Mark(lambda key: key.endswith(_DUMPED))
+_IS_PREFIXED = Mark(lambda key: key.endswith(_DUMPED) and key.startswith((MODEL, COMFY)))
+_DRAWS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_FACTORS) and _draws(key.removeprefix(PREFIX)))
 
 
 def _unscaled(file: str, groups: Sequence[Group]) -> list[Finding]:
-    if not any(str(group.options.get("scale_rule", "")).startswith("default") for group in groups):
+    if not any(str(group.options.get("scale_rule", "")).startswith("default") for group in representatives(groups)):
         return []
     return [
         Finding(

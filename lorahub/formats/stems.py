@@ -7,11 +7,15 @@ taken for a missing one, and two that differ are an error with both.  Knows suff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from itertools import compress
 from types import MappingProxyType
+from typing import Self
 
 from lorahub.deltas.kind import JSON, Group
+from lorahub.formats.families import representatives
 from lorahub.formats.flat_spellings import AXES, NUMBERS, REFUSED, ROOT, STAGED, UNSCALED, WHOLE
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.gather import Stem, Trouble, Ways
@@ -21,6 +25,8 @@ __all__ = ["NOTHING", "TOLERANCE", "Stated", "Stems", "note_unused", "suffixes_o
 
 TOLERANCE = 1e-3
 """Relative; alphas are stored in half precision."""
+
+_NUMBERS = frozenset(NUMBERS)
 
 _NEEDS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
     {
@@ -59,23 +65,33 @@ class Stems:
         file: the weights file.
         ways: how the format spells kinds.
         trouble: takes what is wrong.
+
+    Attributes:
+        values: key -> number, of those that were read.
+        unknown: keys that mean nothing.
     """
 
     def __init__(self, files: AdapterFiles, file: str, ways: Ways, trouble: Trouble) -> None:
         self._files, self._file = files, file
         self._known = suffixes_of(ways)
-        self._trouble = trouble
-        self._values: dict[str, float] = {}
+        self.trouble = trouble
+        self.values: dict[str, float] = {}
         self.unknown: list[str] = []
 
-    def read(self, modules: Iterable[Mapping[str, str]]) -> None:
-        """Read the numbers of all modules at once.
+    def apart(self, trouble: Trouble) -> Self:
+        """The same with other places for what is wrong and what is unknown."""
+        other = copy(self)
+        other.trouble, other.unknown = trouble, []
+        return other
+
+    def read(self, keys: Sequence[str], suffixes: Sequence[str]) -> None:
+        """Read all numbers among these keys, each with its suffix.
 
         Raises:
             IntegrityError: one of them is no single number.
         """
-        keys = [key for each in modules for suffix, key in each.items() if suffix in NUMBERS]
-        self._values |= read_numbers(self._files, self._file, keys)
+        numbers = list(compress(keys, map(_NUMBERS.__contains__, suffixes)))
+        self.values |= read_numbers(self._files, self._file, numbers)
 
     def make(self, component: str, module: str, keys: Mapping[str, str], stated: Stated = NOTHING) -> Stem | None:
         """What a module's keys are, or None where they are refused as a whole.
@@ -91,7 +107,7 @@ class Stems:
         if "oft_R.scaled_oft" in keys and header.tensors[keys["oft_R.scaled_oft"]].dtype == "I64":
             refused.append("scaled OFT of a OneTrainer before its release, which divides by another number")
         if refused:
-            self._trouble.add("kind-unsupported", keys.values(), f"{module} is {' and '.join(refused)}")
+            self.trouble.add("kind-unsupported", keys.values(), f"{module} is {' and '.join(refused)}")
             return None
         idle = {name for name, needs in _NEEDS.items() if name in keys and not any(map(needs, keys))}
         factors = {s: key for s, key in keys.items() if s in self._known and s not in WHOLE and s not in NUMBERS}
@@ -124,29 +140,29 @@ class Stems:
         numbers: dict[str, JSON] = {}
         number_keys: dict[str, str] = {}
         for suffix, key in found.items():
-            value = self._values[key]
+            value = self.values[key]
             if suffix == "alpha" and (math.isnan(value) or (not value and STAGED not in keys)):
-                self._trouble.add("alpha-void", [key], f"{key} is {value}")
+                self.trouble.add("alpha-void", [key], f"{key} is {value}")
             elif not math.isfinite(value):
-                self._trouble.add("slot-misfit", [key], f"{key} is {value}")
+                self.trouble.add("slot-misfit", [key], f"{key} is {value}")
             else:
                 number_keys[NUMBERS[suffix]] = key
                 if suffix != "alpha":
                     numbers[NUMBERS[suffix]] = int(value) if value.is_integer() else value
         if "scaled" in numbers:
-            self._trouble.add("oft-scale-assumed", [], module)
+            self.trouble.add("oft-scale-assumed", [], module)
         return numbers, number_keys
 
     def _alpha(self, module: str, keys: Mapping[str, str], stated: Stated) -> float | None:
         """The alpha that holds: the tensor's, or what is stated; none where neither says anything that counts."""
         key, wanted = keys.get("alpha"), stated.alpha
         if wanted is not None and (not wanted or math.isnan(wanted)):
-            self._trouble.add("alpha-void", [], f"{stated.source} says {wanted:g} for {module}")
+            self.trouble.add("alpha-void", [], f"{stated.source} says {wanted:g} for {module}")
             wanted = None
-        value = self._values[key] if key else math.nan
+        value = self.values[key] if key else math.nan
         if key and math.isfinite(value) and (value or STAGED in keys):
             if wanted is not None and STAGED not in keys and abs(wanted - value) > TOLERANCE * abs(value):
-                self._trouble.add("alpha-conflict", [key], f"{stated.source} says {wanted:g}, and {key} says {value:g}")
+                self.trouble.add("alpha-conflict", [key], f"{stated.source} says {wanted:g}, and {key} says {value:g}")
             return value
         return None if STAGED in keys else wanted
 
@@ -158,6 +174,8 @@ def suffixes_of(ways: Ways) -> frozenset[str]:
 
 def note_unused(groups: Sequence[Group], trouble: Trouble, kinds: Collection[str] = UNSCALED) -> None:
     """Say of alphas beside what no alpha scales that they change nothing."""
+    if not any(each.kind in kinds and "alpha" in each.slots for each in representatives(groups)):
+        return
     for group in groups:
         if group.kind in kinds and (ref := group.slots.get("alpha")):
             trouble.add("alpha-unused", [ref.key], f"{group.module}: {group.kind} has no scale")

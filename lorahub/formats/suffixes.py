@@ -18,7 +18,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.peft.keys import Stems
-from lorahub.shapes import Binding, ShapeMisfit, unify
+from lorahub.shapes import ShapeMisfit, bind
 
 __all__ = ["Grouped", "Options", "Row", "group_suffixes", "unknown_fields", "unknown_keys"]
 
@@ -164,9 +164,7 @@ def _ref(header: Header, key: str, leaf: Leaf) -> TensorRef:
 
 
 def _bind(kind: Kind, slots: Mapping[str, TensorRef]) -> None:
-    bound: Binding = {}
-    for slot, ref in slots.items():
-        bound = unify(kind.slot(slot).dims, ref.shape, bound, name=slot)
+    bind(tuple([(slot, kind.slot(slot).dims, ref.shape) for slot, ref in slots.items()]))
 
 
 def _demand(fine: bool, what: str) -> None:

@@ -16,12 +16,16 @@ from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError, LorahubError, NotFound, UnsupportedFormat, UnsupportedKind, UsageError
 from lorahub.files.atomic import is_partial
 from lorahub.files.containers import CONTAINERS, is_safetensors, read_weights_header
+from lorahub.files.entries import forms_of
 from lorahub.files.header import Header, Known
 from lorahub.files.raw import open_regular
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.glimpse import PICKLE, is_pointer, of_any_name, of_pickles_name
 
-__all__ = ["LARGEST", "Seen", "as_config", "explain", "header_fault", "survey", "survey_in"]
+__all__ = ["LARGEST", "RECENT", "Seen", "as_config", "explain", "header_fault", "survey", "survey_in"]
+
+RECENT = Known()
+"""Header texts that this process found sound, for surveys that share nothing else; bounded."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONFIG = "adapter_config.json"
@@ -74,7 +78,7 @@ class Seen:
     """
 
     folders: dict[Path, Listed] = field(default_factory=dict)
-    headers: Known = field(default_factory=dict)
+    headers: Known = field(default_factory=Known)
 
     def listed(self, folder: Path) -> Listed:
         """The files of a folder; its configs are read the first time.
@@ -134,7 +138,7 @@ def survey(
         folder, weight_name = named.parent, named.name
         if not named.is_file():
             raise NotFound(f"{folder} holds no {weight_name}", _listed(folder))
-    return survey_in(folder, weight_name, seen or Seen())
+    return survey_in(folder, weight_name, seen or Seen(headers=RECENT))
 
 
 def survey_in(folder: Path, weight_name: str, seen: Seen) -> AdapterFiles:
@@ -278,11 +282,12 @@ def _readable(folder: Path, pickles: Sequence[str], what: str) -> str:
 
 def header_fault(header: Header) -> str:
     """Why a file cannot hold an adapter, whatever its names: no tensors, or single numbers only."""
-    shapes = [info.shape for info in header.tensors.values()]
-    if not shapes:
+    if not header.tensors:
         return "holds no tensors: its header is empty"
-    if all(shape == () for shape in shapes):
-        return f"holds single numbers only ({len(shapes)} of them): no factors, so nothing that changes a weight"
+    if all(form.shape == () for form in forms_of(header.tensors).values()):
+        return (
+            f"holds single numbers only ({len(header.tensors)} of them): no factors, so nothing that changes a weight"
+        )
     return ""
 
 

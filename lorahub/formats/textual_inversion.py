@@ -20,6 +20,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Claim
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.suffixes import Row, unknown_keys
 from lorahub.formats.token_vectors import part_of
 from lorahub.hookspecs import hookimpl
@@ -58,6 +59,8 @@ class TextualInversionFormat:
         if len(files.headers) != 1:
             return None
         (header,) = files.headers.values()
+        if not _TELLING.on([header]):
+            return None
         vectors = [key for key in header.tensors if _is_vectors(header, key)]
         if not vectors or len(vectors) < len(header.tensors) - 1:
             return None
@@ -96,6 +99,9 @@ class TextualInversionFormat:
 def _is_word(key: str) -> bool:
     """Whether a key is a word for a tokenizer, by the brackets that trainers put around one."""
     return len(key) > 2 and key.startswith("<") and key.endswith(">")
+
+
+_TELLING = Mark(lambda key: key in _ENCODERS or _is_word(key))
 
 
 def _is_vectors(header: Header, key: str) -> bool:

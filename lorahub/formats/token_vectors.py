@@ -13,6 +13,7 @@ from lorahub.deltas.kind import TensorRef
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.format import Part
+from lorahub.formats.marks import Mark
 
 __all__ = ["KIND", "REASON", "bundled", "left_out", "part_of"]
 
@@ -24,9 +25,14 @@ _OLD = ".string_to_param.*"
 """How a bundle ends that was made for a model with one text encoder."""
 
 
+_BUNDLED = Mark(lambda key: key.startswith(_BUNDLE))
+
+
 def bundled(header: Header) -> dict[str, Part]:
     """Token -> its vectors, by the name of the part; empty where nothing is bundled."""
     tokens: dict[str, list[str]] = {}
+    if not _BUNDLED.on([header]):
+        return {}
     for key in header.tensors:
         token = key.removesuffix(_OLD) if key.endswith(_OLD) else key.rpartition(".")[0]
         if key.startswith(_BUNDLE) and len(token) > len(_BUNDLE):

@@ -18,6 +18,7 @@ from lorahub.errors import CannotCarry
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.comfy import only_file
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.peft.keys import Stems
 from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
 from lorahub.hookspecs import hookimpl
@@ -37,6 +38,9 @@ LANDS: Mapping[str, str] = {
 """Processor -> what it changes in the original model's block."""
 
 
+_OWN = Mark(lambda key: key.startswith(_BLOCKS) and key.endswith(tuple(f".{name}.down.weight" for name in LANDS)))
+
+
 @final
 class XlabsFormat:
     """Reads XLabs' Flux processors."""
@@ -47,9 +51,7 @@ class XlabsFormat:
 
     def claims(self, files: AdapterFiles) -> Claim | None:
         """Sure where a block has one of the processors."""
-        ends = tuple(f".{name}.down.weight" for name in LANDS)
-        keys = (key for header in files.headers.values() for key in header.tensors)
-        if any(key.startswith(_BLOCKS) and key.endswith(ends) for key in keys):
+        if _OWN.on(files.headers.values()):
             return Claim(0.9, "tensors are named after XLabs' processors of Flux")
         return None
 

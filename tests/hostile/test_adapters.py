@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
 }
 
 Tensor = tuple[str, tuple[int, ...], bytes | None]
-"""dtype, shape, bytes; None: as many as the shape asks for, of a pattern that is finite in every float dtype."""
+"""dtype, shape, bytes; None: as many as the shape asks for, of a pattern that is an ordinary number in every dtype."""
 
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
 
@@ -43,7 +43,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         count = 1
         for size in shape:
             count *= size
-        values = content if content is not None else b"\x01" * (_WIDTH[dtype] * count)
+        values = content if content is not None else b"\x3c" * (_WIDTH[dtype] * count)
         entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(values)]}
         data += values
     header = json.dumps(entries).encode()
@@ -223,7 +223,16 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "a field nobody knows": (config(rotate_twice=True), 3, "config-unknown"),
     "bias a number": (config(bias=5), 5, "bias should be"),
     "a base-mutating start": (config(init_lora_weights="corda"), 4, "config-refused"),
-    "layers replicated": (config(layer_replication=[[0, 1], [0, 1]]), 4, "config-refused"),
+    "layers replicated": (config(layer_replication=[[0, 1], [0, 1]]), 4, "compat-choice"),
+    "layers replicated of no known list": (config(layer_replication=[[0, 1], [1, 3]]), 4, "layers-undeclared"),
+    "layers replicated without end": (config(layer_replication=[[0, 10**18]]), 5, "asks for 1000000000000000000"),
+    "one layer without end": (config(layer_replication=[[3, 4]] * 4000), 5, "has layer 3 4000 times"),
+    "layers replicated backwards": (config(layer_replication=[[4, 0]]), 5, "[4, 0], which is no range of layers"),
+    "layers replicated from the end": (config(layer_replication=[[-1, 2]]), 5, "[-1, 2], which is no range"),
+    "layers replicated by threes": (config(layer_replication=[[0, 1, 2]]), 5, "is no list of [start, end] pairs"),
+    "layers replicated by truth values": (config(layer_replication=[[False, True]]), 5, "is no list of [start"),
+    "layers replicated by fractions": (config(layer_replication=[[0.0, 2.0]]), 5, "is no list of [start, end] pairs"),
+    "layers replicated a number": (config(layer_replication=7), 5, "layer_replication = 7 is no list of [start, end]"),
     # tensors that are no factors
     "no tensors": (tensors({}), 4, "holds no tensors: its header is empty"),
     "single numbers only": (

@@ -34,7 +34,7 @@ from lorahub.deltas.waveft import Wavelets
 from lorahub.errors import BaseNeeded, CannotCarry, IntegrityError, LorahubError, NotFinite, UnsupportedKind
 from lorahub.findings import Verdict
 from lorahub.formats.peft.completion import surroundings
-from lorahub.formats.peft.groups import Suffixes
+from lorahub.formats.peft.fits import Suffixes
 from lorahub.merging import merge
 from lorahub.plugins import Registry
 

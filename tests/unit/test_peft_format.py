@@ -480,12 +480,13 @@ def test_every_unhonoured_field_has_a_finding_of_its_own(kinds: tuple[Kind, ...]
     config = lora(
         use_qalora=True,
         use_bdlora=None,
-        layer_replication=[[0, 4]],
+        arrow_config=None,
+        enable_lora=[True],
     )
     refused = [each for each in read(kinds, PAIR, config).findings if each.code == "config-refused"]
     assert {each.where[0] for each in refused} == {
         "use_qalora",
-        "layer_replication",
+        "enable_lora",
     }
 
 

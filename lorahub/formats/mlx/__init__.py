@@ -25,6 +25,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.experts import in_base
 from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.marks import Mark
 from lorahub.formats.mlx.tables import CONFIG, DEFAULT_SCALE, EMBEDDING, EMBEDDINGS, EXPERTS, FILES, LINEAR, MIXTRAL
 from lorahub.formats.mlx.write import write
 from lorahub.formats.peft.config import base_claim
@@ -50,6 +51,9 @@ _INNER_TRAINING = frozenset({"dropout", "keys"})
 _INNER_USED = frozenset({"rank", "scale"})
 
 
+_FACTORS = Mark(lambda key: key.endswith((".lora_a", ".lora_b")))
+
+
 @final
 class MlxFormat:
     """Reads and writes mlx-lm's adapters."""
@@ -63,8 +67,7 @@ class MlxFormat:
         config = files.configs.get(CONFIG, {})
         if not files.headers or isinstance(config.get("peft_type"), str):
             return None
-        keys = [key for header in files.headers.values() for key in header.tensors]
-        factors = any(key.endswith((".lora_a", ".lora_b")) for key in keys)
+        factors = _FACTORS.on(files.headers.values())
         if isinstance(config.get("lora_parameters"), dict) or isinstance(config.get("fine_tune_type"), str):
             if factors or any(name in files.headers for name in FILES):
                 return Claim(1.0, f"{CONFIG} has lora_parameters or a fine_tune_type")

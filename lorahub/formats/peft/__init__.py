@@ -17,16 +17,19 @@ from lorahub.deltas.disputes import Choice
 from lorahub.deltas.kind import JSON, Group, Kind
 from lorahub.errors import UnsupportedFormat
 from lorahub.findings import Claim, Finding, Verdict
+from lorahub.formats.families import representatives
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
 from lorahub.formats.peft.bare import group_bare
 from lorahub.formats.peft.completion import complete
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
 from lorahub.formats.peft.configless import looked_at
-from lorahub.formats.peft.groups import group_factors, suffixes, tensor_ref
+from lorahub.formats.peft.fits import suffixes
+from lorahub.formats.peft.groups import group_factors, tensor_ref
 from lorahub.formats.peft.keys import MODEL, Names, Stems, take_apart
 from lorahub.formats.peft.lookalikes import lookalike, named_by_peft
 from lorahub.formats.peft.owner import Owner
 from lorahub.formats.peft.parameters import attention_outputs, in_order, owners
+from lorahub.formats.peft.replication import replication
 from lorahub.formats.peft.types import PeftType, type_of
 from lorahub.formats.peft.write import FILE, write
 from lorahub.formats.peft.written import written_choice
@@ -89,16 +92,20 @@ class PeftFormat:
         attentions = attention_outputs(found)
         owned = owners(found, header, config, stems, index, attentions)
         choice = Choice(files.compat or written_choice(header))
+        layers: dict[str, JSON] = {}
+        about_layers: list[Finding] = []
+        if any(_LAYERS in spelling.fields for _, spelling in ways):
+            layers, about_layers = replication(config, found, stems, index, choice)
         factors = group_factors(found, ways, header, config, stems, owned, choice)
         whole = group_bare(found, header, config, stems, index)
         completed = complete(factors, ways, config, index)
-        groups = (*completed.groups, *whole.groups)
-        findings = [*factors.findings, *completed.findings, *whole.findings, *_about_names(found)]
+        groups = (*completed.groups, *whole.groups) if whole.groups else completed.groups
+        findings = [*about_layers, *factors.findings, *completed.findings, *whole.findings, *_about_names(found)]
         findings += _unfulfilled(config, found, owned)
         left = [*whole.unknown, *found.foreign]
         parts: dict[str, Part] = {}
         if ways:
-            present = {group.kind for group in groups}
+            present = {group.kind for group in representatives(groups)}
             spellings = [spelling for _, spelling in ways]
             findings += field_findings(config, spellings, [way for kind, way in ways if kind.name in present])
             findings += _unknown(left)
@@ -117,7 +124,7 @@ class PeftFormat:
             findings=(*findings, *notes),
             base_repo=repo,
             base_revision=revision,
-            hints=_hints(config, groups) | in_order(owned) | choice.hint(),
+            hints=_hints(config, groups) | layers | in_order(owned) | choice.hint(),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
@@ -194,6 +201,7 @@ def _unfulfilled(config: Mapping[str, JSON], found: Names, owned: Mapping[str, O
     ]
 
 
+_LAYERS = "layer_replication"
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
@@ -229,6 +237,8 @@ def _hints(config: Mapping[str, JSON], groups: Sequence[Group]) -> dict[str, JSO
     hints: dict[str, JSON] = {name: config[name] for name in _KEPT if config.get(name)}
     if config.get("fan_in_fan_out") is True:
         hints["fan_in_fan_out"] = True
+    if not any(each.role for each in representatives(groups)):
+        return hints
     roles: dict[str, JSON] = {
         Target(group.component, group.module, group.parameter).name: group.role for group in groups if group.role
     }

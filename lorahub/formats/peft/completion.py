@@ -14,8 +14,10 @@ from lorahub.deltas.kind import JSON, Matrix, Surroundings
 from lorahub.deltas.patterns import full_match
 from lorahub.errors import BaseNeeded, IntegrityError, LorahubError, UnsupportedKind
 from lorahub.findings import Axis, Finding, Verdict
+from lorahub.formats.families import representatives
 from lorahub.formats.peft.config import names
-from lorahub.formats.peft.groups import Grouped, Ways
+from lorahub.formats.peft.fits import Ways
+from lorahub.formats.peft.groups import Grouped
 
 __all__ = ["complete", "surroundings"]
 
@@ -30,6 +32,9 @@ def complete(found: Grouped, ways: Ways, config: Mapping[str, JSON], index: Base
 
     Groups whose files contradict themselves are left out; what cannot be computed, or not yet, is still seen.
     """
+    present = {group.kind for group in representatives(found.groups)} | {kind for kind, _ in found.shared}
+    if not any(kind.name in present for kind, spelling in ways if spelling.complete is not None):
+        return Grouped(found.groups, found.shared, ())
     groups, shared = list(found.groups), dict(found.shared)
     findings: list[Finding] = []
     broken = any(finding.level is Verdict.INCOMPATIBLE for finding in found.findings)

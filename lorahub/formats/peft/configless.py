@@ -18,7 +18,8 @@ from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.peft.bare import group_bare
 from lorahub.formats.peft.config import CONFIG
-from lorahub.formats.peft.groups import Grouped, group_factors, suffixes
+from lorahub.formats.peft.fits import suffixes
+from lorahub.formats.peft.groups import Grouped, group_factors
 from lorahub.formats.peft.keys import Names, Stems, take_apart
 from lorahub.formats.peft.parameters import attention_outputs, owners
 

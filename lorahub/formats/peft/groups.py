@@ -5,79 +5,37 @@ Works on keys, shapes and the config; what a kind needs and how it reads the con
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias, final
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from lorahub.bases.index import natural
-from lorahub.deltas.disputes import Choice
-from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Spelling, TensorRef
+from lorahub.deltas.disputes import Choice, Dispute
+from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
 from lorahub.deltas.stacks import stacked_shape
 from lorahub.errors import IntegrityError, UnsupportedKind
+from lorahub.files.entries import forms_of
 from lorahub.files.header import Header
-from lorahub.findings import Axis, Finding, Verdict
+from lorahub.findings import Finding, Verdict
+from lorahub.formats.families import Family, Groups, Like, by_module, representatives
 from lorahub.formats.peft.config import CONFIG, untargeted
+from lorahub.formats.peft.fits import Fit, Ways, choose, named
 from lorahub.formats.peft.keys import Names, Stems
 from lorahub.formats.peft.owner import Owner
-from lorahub.shapes import Binding, ShapeMisfit, unify
+from lorahub.formats.peft.trouble import Trouble
+from lorahub.formats.runs import Runs, runs_of
+from lorahub.shapes import ShapeMisfit, bind
 
-__all__ = ["Grouped", "Suffixes", "Ways", "group_factors", "suffixes", "tensor_ref"]
-
-Ways: TypeAlias = "Sequence[tuple[Kind, Spelling]]"
-"""The kinds that share a ``peft_type``, each with its PEFT spelling."""
-
-_SHARDED = (
-    "sharded training (DeepSpeed ZeRO-3, FSDP) leaves such pieces where the weights were not gathered before saving: "
-    "gather them and save the adapter again"
-)
+__all__ = ["Grouped", "group_factors", "tensor_ref"]
 
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
     """Groups and adapter-wide tensors, with findings for every key that is in neither."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     shared: Mapping[tuple[str, str], TensorRef]
     findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """How one kind takes the suffixes of one module."""
-
-    kind: Kind
-    spelling: Spelling
-    leaves: Mapping[str, Leaf]
-    missing: tuple[str, ...]
-
-
-@final
-class Suffixes(frozenset[str]):
-    """Endings of keys; one with a ``*`` has every ending in it that fits."""
-
-    def __contains__(self, suffix: object) -> bool:
-        if super().__contains__(suffix):
-            return True
-        return isinstance(suffix, str) and any(
-            Leaf(slot="", suffix=each).which(suffix) for each in self if "*" in each and each[0] == suffix[:1]
-        )
-
-
-def suffixes(ways: Ways, *, shared: bool) -> Suffixes:
-    """What the kinds call their slots: those that modules have, or those that exist once per adapter."""
-    return Suffixes(
-        leaf.suffix for kind, spelling in ways for leaf in spelling.leaves if kind.slot(leaf.slot).shared == shared
-    )
-
-
-def _named(leaves: Iterable[Leaf], suffix: str) -> Leaf | None:
-    """The leaf that spells ``suffix``; of one that spells many, with the slot's full name."""
-    for leaf in leaves:
-        if leaf.suffix == suffix:
-            return leaf
-        if "*" in leaf.suffix and (which := leaf.which(suffix)):
-            return replace(leaf, slot=f"{leaf.slot}.{which}", suffix=suffix)
-    return None
 
 
 def tensor_ref(header: Header, key: str, *, transposed: bool = False, stacked: str = "", experts: int = 0) -> TensorRef:
@@ -116,11 +74,14 @@ def group_factors(
         owned: stem -> the parameter that its factors change, where that is not a module's weight.
         choice: whose result counts where PEFT's is not the declared one.
     """
-    groups: dict[tuple[str, str], Group] = {}
-    trouble = _Trouble()
-    on_experts = [way for way in ways if any(leaf.stacked for leaf in way[1].leaves)]
-    on_modules = [way for way in ways if way not in on_experts]
-    for spelled, keys in sorted(found.factors.items(), key=lambda item: natural(item[0])):
+    trouble, fits = Trouble(), _Fits(ways, found.shared)
+    runs = runs_of(found.factors)
+    families = _families(runs, fits, header, config) if stems.bare and not owned else []
+    alike = {at for family in families for at in family.members}
+    others = [(at, stem) for at, (_, stem) in enumerate(runs.stems) if at not in alike]
+    groups: dict[tuple[str, str], tuple[int, Group]] = {}
+    for at, spelled in sorted(others, key=lambda each: by_module("", each[1])):
+        keys = found.factors[spelled]
         owner = owned.get(spelled) or Owner(module=spelled, parameter="weight", named=spelled)
         if owner.problem:
             code = "parameter-ambiguous" if stems.find(owner.module) else "base-needed"
@@ -130,40 +91,20 @@ def group_factors(
         if (module, owner.parameter) in groups:
             trouble.add("key-twice", keys.values(), f"{spelled} and another name both mean the base's {module}")
             continue
-        fit = _choose(on_experts if owner.experts else on_modules, keys, found.shared)
-        if broken := [key for suffix, key in keys.items() if _emptied(header, key, suffix, fit)]:
+        fit = fits.of(keys, experts=bool(owner.experts))
+        if broken := _emptied(header, keys, fit):
             trouble.add("tensor-empty", keys.values(), f"{broken[0]} is {list(header.tensors[broken[0]].shape)}")
             continue
         if isinstance(fit, str):
             trouble.add("slot-missing", keys.values(), f"{spelled} {fit}")
             continue
-        role = next((leaf.role for leaf in fit.leaves.values() if leaf.role), "")
         slots: dict[str, TensorRef] = {}
         try:
-            slots |= {
-                leaf.slot: tensor_ref(
-                    header, keys[suffix], transposed=leaf.transposed, stacked=leaf.stacked, experts=owner.experts
-                )
-                for suffix, leaf in fit.leaves.items()
-            }
-            _bind(fit.kind, slots)
-            _demand_factors(owner, slots)
-            options = fit.spelling.options(config, owner.named, slots)
-            if owner.experts:
-                options |= {"transposed": owner.transposed}
-            dispute = owner.dispute(options) or fit.spelling.disputed(config, owner.named, slots, options)
+            options, dispute = _fill(slots, owner, fit, keys, header, config)
             settled = choice.settle(dispute, options, target=f"{module}.{owner.parameter}", keys=keys.values())
             if settled is None:
                 continue
-            group = Group(
-                module=module,
-                parameter=owner.parameter,
-                kind=fit.kind.name,
-                role=role,
-                slots=slots,
-                options=settled,
-            )
-            _demand_change(group, fit.kind)
+            group = _group(module, owner, fit, slots, settled)
         except ShapeMisfit as misfit:
             flat = any(len(ref.shape) < 2 <= len(_sized(fit.kind.slot(slot).dims)) for slot, ref in slots.items())
             trouble.add("tensor-empty" if flat else "slot-misfit", keys.values(), f"{spelled}: {misfit}")
@@ -172,58 +113,107 @@ def group_factors(
             code = "config-contradicts-tensors" if isinstance(error, IntegrityError) else "config-unreadable"
             trouble.add(code, keys.values(), error.message)
             continue
-        groups[module, group.parameter] = group
-    shared = _shared(found, ways, header, {group.kind for group in groups.values()})
+        groups[module, group.parameter] = at, group
+    apart = [*groups.values()]
+    every = Groups(runs, runs.stems, families, apart) if families else tuple(group for _, group in apart)
+    shared = _shared(found, ways, header, {group.kind for group in representatives(every)})
     trouble.add_unused(found, shared)
-    apart = {stem for stem, owner in owned.items() if owner.named != owner.module}
-    beside = {leaf.suffix for _, spelling in ways if spelling.beside for leaf in spelling.leaves}
-    apart |= {stem for stem, keys in found.factors.items() if beside.issuperset(keys)}
-    listed = _unlisted([stem for stem in found.factors if stem not in apart], config)
-    return Grouped(tuple(groups.values()), shared, (*trouble.findings(), *choice.findings(), *listed))
+    named_else = {stem for stem, owner in owned.items() if owner.named != owner.module}
+    if beside := {leaf.suffix for _, spelling in ways if spelling.beside for leaf in spelling.leaves}:
+        named_else |= {stem for stem, keys in found.factors.items() if beside.issuperset(keys)}
+    listed = _unlisted([stem for stem in found.factors if stem not in named_else], config)
+    return Grouped(every, shared, (*trouble.findings(), *choice.findings(), *listed))
 
 
-def _emptied(header: Header, key: str, suffix: str, fit: _Fit | str) -> bool:
-    """Whether a tensor has no elements, and no kind that could have pruned them away."""
-    prunable = isinstance(fit, _Fit) and fit.kind.slot(fit.leaves[suffix].slot).prunable
-    return 0 in header.tensors[key].shape and not prunable
+class _Fits:
+    """Which kind takes the suffixes of a module, or why none does; the modules of a file have few sets of them."""
+
+    def __init__(self, ways: Ways, shared: Collection[str]) -> None:
+        self._on_experts = [way for way in ways if any(leaf.stacked for leaf in way[1].leaves)]
+        self._on_modules = [way for way in ways if way not in self._on_experts]
+        self._shared = shared
+        self._found: dict[tuple[bool, frozenset[str]], Fit | str] = {}
+
+    def of(self, keys: Mapping[str, str], *, experts: bool) -> Fit | str:
+        which = (experts, frozenset(keys))
+        if which not in self._found:
+            self._found[which] = choose(self._on_experts if experts else self._on_modules, keys, self._shared)
+        return self._found[which]
 
 
-def _choose(ways: Ways, present: Collection[str], shared: Collection[str]) -> _Fit | str:
-    """The one kind that knows every suffix and lacks none, or what is wrong, to follow the module's name."""
-    fits = [fit for kind, spelling in ways if (fit := _fit(kind, spelling, present, shared))]
-    whole = [fit for fit in fits if not fit.missing]
-    if len(whole) == 1:
-        return whole[0]
-    has = f"has {', '.join(sorted(present))}"
-    if whole:
-        return f"{has}, which is {' and '.join(fit.kind.title for fit in whole)} alike"
-    if not fits:
-        return f"{has}, which no kind has together"
-    nearest = min(fits, key=lambda fit: len(fit.missing))
-    return f"{has} without {', '.join(nearest.missing)}"
+def _families(runs: Runs, fits: _Fits, header: Header, config: Mapping[str, JSON]) -> list[Family]:
+    """The sorts of modules of which there is nothing to say, where no base is known."""
+    sorts: defaultdict[object, list[int]] = defaultdict(list)
+    for at, sort in enumerate(runs.sorts(forms_of(header.tensors), {})):
+        sorts[sort].append(at)
+    families = []
+    for members in sorts.values():
+        (_, module), keys = runs.stems[members[0]], runs.keys_of(members[0])
+        if (like := _like(module, keys, fits, header, config)) is not None:
+            families.append(Family(like, members))
+    return families
 
 
-def _fit(kind: Kind, spelling: Spelling, present: Collection[str], shared: Collection[str]) -> _Fit | None:
-    # files may keep a copy of a shared tensor on every module, under the same suffix
-    own = [leaf for leaf in spelling.leaves if not kind.slot(leaf.slot).shared]
-    leaves = {suffix: leaf for suffix in present if (leaf := _named(own, suffix))}
-    if len(leaves) < len(present):
+def _like(module: str, keys: Mapping[str, str], fits: _Fits, header: Header, config: Mapping[str, JSON]) -> Like | None:
+    """What the modules of a sort are like, or None where there is anything to say of one, or its name matters."""
+    fit = fits.of(keys, experts=False)
+    if isinstance(fit, str) or not fit.spelling.alike(config) or _emptied(header, keys, fit):
         return None
-    slots = [leaf.slot for leaf in leaves.values()]
-    roles = {leaf.role for leaf in leaves.values() if leaf.role}
-    if len(set(slots)) < len(slots) or len(roles) > 1:
+    owner = Owner(module=module, parameter="weight", named=module)
+    slots: dict[str, TensorRef] = {}
+    try:
+        options, dispute = _fill(slots, owner, fit, keys, header, config)
+        if dispute is not None:
+            return None
+        group = _group(module, owner, fit, slots, options)
+    except (ShapeMisfit, IntegrityError, UnsupportedKind):  # said of each of them
         return None
-    role = next(iter(roles), "")
-    missing = []
-    for slot in kind.slots:
-        if slot.optional or slot.name in slots:
-            continue
-        spelled = [leaf for leaf in spelling.leaves if leaf.slot == slot.name]
-        if slot.shared and any(leaf.suffix in shared for leaf in spelled):
-            continue
-        fitting = [leaf.suffix for leaf in spelled if leaf.role in ("", role)] or [leaf.suffix for leaf in spelled]
-        missing.append(fitting[0] if fitting else slot.name)
-    return _Fit(kind, spelling, leaves, tuple(missing))
+    return Like(group, {leaf.slot: suffix for suffix, leaf in fit.leaves.items()}, tuple(fit.kind.touches(group)))
+
+
+def _fill(
+    slots: dict[str, TensorRef],
+    owner: Owner,
+    fit: Fit,
+    keys: Mapping[str, str],
+    header: Header,
+    config: Mapping[str, JSON],
+) -> tuple[dict[str, JSON], Dispute | None]:
+    """Put a module's tensors into ``slots``; its options, and how PEFT's result differs from the declared one.
+
+    Raises:
+        ShapeMisfit: the tensors do not fit together; ``slots`` is empty where one is no stack.
+        IntegrityError, UnsupportedKind: the config does not go with them, or says what nobody knows.
+    """
+    slots |= {
+        leaf.slot: tensor_ref(
+            header, keys[suffix], transposed=leaf.transposed, stacked=leaf.stacked, experts=owner.experts
+        )
+        for suffix, leaf in fit.leaves.items()
+    }
+    _bind(fit.kind, slots)
+    _demand_factors(owner, slots)
+    options = fit.spelling.options(config, owner.named, slots)
+    if owner.experts:
+        options |= {"transposed": owner.transposed}
+    return options, owner.dispute(options) or fit.spelling.disputed(config, owner.named, slots, options)
+
+
+def _group(module: str, owner: Owner, fit: Fit, slots: Mapping[str, TensorRef], options: Mapping[str, JSON]) -> Group:
+    role = next((leaf.role for leaf in fit.leaves.values() if leaf.role), "")
+    group = Group(module=module, parameter=owner.parameter, kind=fit.kind.name, role=role, slots=slots, options=options)
+    _demand_change(group, fit.kind)
+    return group
+
+
+def _emptied(header: Header, keys: Mapping[str, str], fit: Fit | str) -> list[str]:
+    """The tensors without elements of no kind that could have pruned them away."""
+    return [
+        key
+        for suffix, key in keys.items()
+        if 0 in header.tensors[key].shape
+        and not (isinstance(fit, Fit) and fit.kind.slot(fit.leaves[suffix].slot).prunable)
+    ]
 
 
 def _sized(dims: str) -> list[str]:
@@ -245,9 +235,7 @@ def _demand_factors(owner: Owner, slots: Collection[str]) -> None:
 
 
 def _bind(kind: Kind, slots: Mapping[str, TensorRef]) -> None:
-    bound: Binding = {}
-    for slot, ref in slots.items():
-        bound = unify(kind.slot(slot).dims, ref.shape, bound, name=slot)
+    bind(tuple([(slot, kind.slot(slot).dims, ref.shape) for slot, ref in slots.items()]))
 
 
 def _shared(found: Names, ways: Ways, header: Header, present: Collection[str]) -> dict[tuple[str, str], TensorRef]:
@@ -255,61 +243,9 @@ def _shared(found: Names, ways: Ways, header: Header, present: Collection[str]) 
     for kind, spelling in ways:
         own = [leaf for leaf in spelling.leaves if kind.slot(leaf.slot).shared]
         for suffix, key in found.shared.items() if kind.name in present or spelling.implied else ():
-            if leaf := _named(own, suffix):
+            if leaf := named(own, suffix):
                 result[kind.name, leaf.slot] = tensor_ref(header, key, transposed=leaf.transposed)
     return result
-
-
-class _Trouble:
-    """What is wrong, by code: the keys concerned and the first case in words."""
-
-    _TEXTS: Mapping[str, tuple[str, str]] = {
-        "config-contradicts-tensors": (f"{CONFIG} and the tensors contradict each other", ""),
-        "config-unreadable": (f"{CONFIG} uses what is not understood here", ""),
-        "base-needed": ("the keys leave out which parameter is meant", "name the base: --base BASE"),
-        "key-twice": ("two keys say the same", ""),
-        "parameter-ambiguous": ("it cannot be told which parameter is meant, or which way round it is", ""),
-        "slot-misfit": ("tensors of one module do not fit together", ""),
-        "slot-missing": ("part of a module's tensors is missing", "fetch the file again, or ask its author"),
-        "tensor-empty": ("tensors are empty or flat", _SHARDED),
-    }
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[list[str], list[str]]] = {}
-
-    def add(self, code: str, keys: Collection[str], what: str) -> None:
-        cases, where = self._found.setdefault(code, ([], []))
-        cases.append(what)
-        where.extend(keys)
-
-    def add_unused(self, found: Names, shared: Mapping[tuple[str, str], TensorRef]) -> None:
-        used = {ref.key for ref in shared.values()}
-        for key in found.shared.values():
-            if key not in used:
-                self.add("slot-missing", [key], f"{key} is shared by modules, and no module uses it")
-        for key in found.again:
-            self.add("key-twice", [key], f"{key} and another key both name one slot")
-
-    def findings(self) -> list[Finding]:
-        result = []
-        for code, (cases, where) in sorted(self._found.items()):
-            text, remedy = self._TEXTS[code]
-            more = f" (and {len(cases) - 1} more like it)" if len(cases) > 1 else ""
-            result.append(
-                Finding(
-                    code=code,
-                    axis=_AXES.get(code, "integrity"),
-                    level=Verdict.UNVERIFIED if code == "base-needed" else Verdict.INCOMPATIBLE,
-                    message=f"{text}: {cases[0]}{more}",
-                    where=tuple(sorted(where)),
-                    remedy=remedy,
-                )
-            )
-        return result
-
-
-_AXES: Mapping[str, Axis] = {"base-needed": "base", "config-unreadable": "format", "parameter-ambiguous": "placement"}
-"""Code -> the axis of its finding, where that is not integrity."""
 
 
 def _unlisted(modules: Collection[str], config: Mapping[str, JSON]) -> list[Finding]:

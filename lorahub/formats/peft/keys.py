@@ -6,8 +6,9 @@ is guessed from the shape of a name.  Knows neither configs nor tensors.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from lorahub.bases.index import BaseIndex
 
@@ -38,6 +39,11 @@ class Stems:
         # Canonical names win; a spelling that two modules share names neither.
         self._modules = {other: next(iter(found)) for other, found in also.items() if len(found) == 1}
         self._modules |= {module: module for module in modules}
+
+    @property
+    def bare(self) -> bool:
+        """Whether no base is known."""
+        return self._index is None
 
     def find(self, spelled: str) -> str | None:
         """The base's name for a module, or None where no base is known or it has no such module."""
@@ -90,6 +96,7 @@ def take_apart(keys: Iterable[str], suffixes: Collection[str], shared: Collectio
         stems: the base's modules.
     """
     result = Names()
+    own = suffixes if isinstance(suffixes, frozenset) else frozenset(suffixes)
     heads = {suffix.partition(".")[0] for suffix in suffixes}
     rests: dict[str, str] = {}
     for key in keys:
@@ -101,7 +108,7 @@ def take_apart(keys: Iterable[str], suffixes: Collection[str], shared: Collectio
             result.foreign.append(key)
     left: dict[str, str] = {}
     for key, rest in rests.items():
-        if found := _slot(rest, suffixes, stems):
+        if found := _slot(rest, own, stems):
             _place(result, key, *found)
         elif named := _named_slot(rest, suffixes, heads):
             stem, suffix, adapter = named
@@ -129,11 +136,19 @@ def _splits(rest: str) -> Iterator[tuple[str, str]]:
         at = rest.find(".", at + 1)
 
 
-def _slot(rest: str, suffixes: Collection[str], stems: Stems) -> tuple[str, str] | None:
+@lru_cache(maxsize=1 << 15)  # the keys of some twenty bases
+def _spelled(rest: str, suffixes: frozenset[str]) -> Sequence[tuple[str, str]]:
+    """Every way to take a key apart into a module and a suffix, the longest suffix first."""
+    return [(stem, suffix) for stem, suffix in _splits(rest) if suffix in suffixes]
+
+
+def _slot(rest: str, suffixes: frozenset[str], stems: Stems) -> tuple[str, str] | None:
     """Module and suffix; a module of the base wins over a longer suffix, and a parameter of the base over both."""
-    found = [(stem, suffix) for stem, suffix in _splits(rest) if suffix in suffixes]
+    found = _spelled(rest, suffixes)
     if not found:
         return None
+    if stems.bare:
+        return found[0]
     of_base = next((each for each in found if stems.find(each[0])), None)
     if of_base is None and stems.has(*rest.rpartition(".")[::2]):
         return None

@@ -6,10 +6,11 @@ Beginnings and ends of keys and numbers of dimensions only; reading such a file 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from lorahub.deltas.kind import JSON
 from lorahub.files.header import Header
+from lorahub.formats.marks import Mark
 from lorahub.formats.peft.keys import MODEL, PREFIX
 from lorahub.formats.peft.types import type_of
 
@@ -33,20 +34,33 @@ def named_by_peft(headers: Mapping[str, Header], config: Mapping[str, JSON], usu
         usual: what PEFT calls its file.
     """
     counted = [headers[usual]] if usual in headers else [*headers.values()]
-    keys = [key for header in counted for key in header.tensors]
-    if any(key.startswith(MODEL) for key in keys):
+    if _IN_MODEL.on(counted):
         return True
     tag = config.get("peft_type")
     about = type_of(tag, config) if isinstance(tag, str) else None
-    return bool(about and about.part) and (usual in headers or any(key.startswith(_PROMPTS) for key in keys))
+    return bool(about and about.part) and (usual in headers or _IS_PROMPT.on(counted))
 
 
-def lookalike(headers: Iterable[Header]) -> str:
+_IN_MODEL = Mark(lambda key: key.startswith(MODEL))
+_IS_PREFIXED = Mark(lambda key: key.startswith(PREFIX))
+_IS_PROMPT = Mark(lambda key: key.startswith(_PROMPTS))
+_OF_TORCHTUNE = Mark(lambda key: key.endswith(_TORCHTUNE))
+_OF_EXPERTS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_EXPERTS))
+_UNEMBEDS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_UNEMBED))
+
+
+def lookalike(headers: Collection[Header]) -> str:
     """The format that these files are of, or "" where nothing speaks against PEFT."""
-    shapes = {key: info.shape for header in headers for key, info in header.tensors.items()}
-    if any(key.endswith(_TORCHTUNE) for key in shapes) and not any(key.startswith(PREFIX) for key in shapes):
+    if _OF_TORCHTUNE.on(headers) and not _IS_PREFIXED.on(headers):
         return TORCHTUNE
-    stacks = (key.endswith(_EXPERTS) and len(shape) == 3 for key, shape in shapes.items() if key.startswith(PREFIX))
-    if any(stacks) or any(key.startswith(PREFIX) and key.endswith(_UNEMBED) for key in shapes):
+    if _UNEMBEDS.on(headers) or any(_stacks(header) for header in headers if _OF_EXPERTS.on([header])):
         return TINKER
     return ""
+
+
+def _stacks(header: Header) -> bool:
+    """Whether some tensors of experts hold a matrix for each."""
+    return any(
+        key.startswith(PREFIX) and key.endswith(_EXPERTS) and len(info.shape) == 3
+        for key, info in header.tensors.items()
+    )
