@@ -35,7 +35,8 @@ def attach(
     """Let adapters act on a live model without changing its weights; they are checked and placed as for a merge.
 
     Args:
-        model: any ``nn.Module``; attach first and compile then, for attaching compiles everything again.
+        model: any ``nn.Module``; attach first and compile then, for attaching compiles everything again.  PyTorch 2.8
+            breaks the graph wherever an adapter is looked up; newer ones make one of all.
         adapters: name -> adapter, or a list of references.
         weights: one per adapter; 1 by default, or the weight in the reference.
         active: which act from the start; all of them by default, as after a merge.

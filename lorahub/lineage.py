@@ -77,6 +77,7 @@ class _Row:
         ends: a path ends in one of these, ...
         widths: ... and has one of these numbers of inputs; empty: any.
         beyond: some number in a path that follows ``having[0]`` is at least this.
+        dotted: the module's own name, where it has dots, ends in one of these; empty: any.
     """
 
     name: str
@@ -85,12 +86,14 @@ class _Row:
     ends: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
     beyond: int = 0
+    dotted: tuple[str, ...] = ()
 
 
 _TO = ("to_q", "to_k", "to_v")
 _CROSS = ("attn2_to_k", "attn2_to_v")
 _JOINT = ("attn_to_q", "attn_to_k", "attn_to_v", "attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj")
 _WAN = ("self_attn_q", "self_attn_k", "self_attn_v", "cross_attn_q", "attn1_to_q", "attn1_to_k", "attn2_to_q")
+_FLAT_ATTENTION = (".img_attn_qkv", ".img_attn_proj", ".txt_attn_qkv", ".txt_attn_proj")  # Flux: .img_attn.qkv
 _UNET = ("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks")
 
 _ROWS: tuple[_Row, ...] = (
@@ -102,6 +105,8 @@ _ROWS: tuple[_Row, ...] = (
     _Row(name="Flux.2", having=("to_qkv_mlp_proj",)),
     _Row(name="Flux.2", having=("single_transformer_blocks",), ends=(*_JOINT, "proj_out"), widths=(6144,)),
     _Row(name="Flux.2", having=("double_blocks",), ends=("attn_qkv",), widths=(6144,)),
+    _Row(name="HunyuanVideo", having=("double_blocks_",), widths=(3072,), dotted=_FLAT_ATTENTION),
+    _Row(name="HunyuanVideo", having=("double_blocks_",), ends=("_fc1", "_mod_linear"), widths=(3072,)),
     _Row(name="HunyuanVideo", having=("double_blocks_",), beyond=19, widths=(3072,)),
     _Row(name="HunyuanVideo", having=("single_blocks_",), beyond=38, widths=(3072,)),
     _Row(name="HunyuanVideo", having=("refiner",), ends=("attn_qkv",), widths=(3072,)),
@@ -266,7 +271,8 @@ def modules_of(groups: Sequence[Group], kinds: Mapping[str, Kind]) -> tuple[Modu
     found: list[Module] = []
     if not isinstance(groups, Groups) or groups.apart:
         for at, group in enumerate(groups):
-            found.append(Module(_path(group.component, group.module), _inputs(group, kinds[group.kind]), ("", "", at)))
+            place = (group.component, group.module, at)
+            found.append(Module(_path(group.component, group.module), _inputs(group, kinds[group.kind]), place))
     else:
         for family in groups.families:
             inputs = _inputs(family.like.group, kinds[family.like.group.kind])
@@ -404,6 +410,7 @@ def _fits(row: _Row, modules: Sequence[Module], pick: _Pick) -> Module | None:
         if (not row.widths or module.inputs in row.widths)
         and (not row.ends or module.path.endswith(row.ends))
         and (row.ends or not row.having or row.having[0] in module.path)
+        and (not row.dotted or module.place[1].endswith(row.dotted))
     )
 
 

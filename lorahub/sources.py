@@ -19,17 +19,20 @@ from lorahub.bases.framework import BaseFiles, Framework
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layout import Target
 from lorahub.bases.open import index_base, index_live, survey_base
+from lorahub.bases.torch_module import held_parameters
 from lorahub.bases.weights import weights_digest
+from lorahub.conversion.naming import own_name
 from lorahub.conversion.weights import BaseWeights, Read, read_files
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import InvalidRef, NotFound, Unavailable, UsageError
 from lorahub.hub import open_hub
-from lorahub.names import Ref, printable
+from lorahub.names import Ref, no_weight, printable
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 from lorahub.remote import Cost, can_read, open_remote
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lorahub.hub.hub import Pin
@@ -86,27 +89,51 @@ class _Place:
 def as_ref(source: Source, *, bare: bool = False) -> Ref:
     """The reference; a path that exists is taken as a path, also where it could be a name on a hub.
 
+    What exists as a whole is that path, also where it ends as a weight does (``runs/step:30``).
+
     Args:
         source: what was given.
         bare: also take names without a namespace, as old bases have ("gpt2").
+
+    Raises:
+        InvalidRef: it does not follow the grammar, or what is behind the ":" after a path that exists is no number.
+        NotFound: one word that is no path here.
     """
     if isinstance(source, Ref):
         return source
     text = os.fspath(source)
     name, equals, place = text.partition("=")
     for head, tail in (("", text), (f"{name}=", place)) if equals else (("", text),):
-        if Path(tail).is_absolute():
-            continue
-        with suppress(InvalidRef):
-            local = Ref.parse(f"{head}./{tail}")
-            if local.path is not None and Path(local.path).exists():
-                return local
+        clear = Path(tail).is_absolute() or tail.startswith(("./", "../"))
+        for path in (tail,) if clear else (f"./{tail}", *([tail] if tail.startswith("~") else [])):
+            with suppress(InvalidRef):
+                parsed = Ref.parse(f"{head}{path}")
+                if parsed.weight is not None and _exists(path):
+                    return Ref(name=parsed.name, path=path.rstrip("/"))
+                if path != tail and parsed.path is not None and _exists(parsed.path):
+                    return parsed
+            if before := _unweighed(path):
+                raise no_weight(text, f"{head}{before.removeprefix('./')}")
     try:
         return Ref.parse(text, bare=bare)
     except InvalidRef as error:
         if "/" in text or "@" in text or ":" in text:
             raise
         raise NotFound(f"there is no file or folder called {printable(text)} here", error.hint) from None
+
+
+def _unweighed(path: str) -> str:
+    """The path before a ":" behind which stands no weight, where it exists and the whole does not; else ""."""
+    before, _, after = path.rpartition(":")
+    if not before.strip("./") or "/" in after or "\\" in after or _exists(path) or not _exists(before):
+        return ""
+    with suppress(InvalidRef):
+        return "" if Ref.parse(f"./it:{after}").weight is not None else before
+    return before
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111 - Path.exists raises for an over-long name
 
 
 def _fetch(
@@ -362,7 +389,14 @@ class Base:
         else:
             assert self.model is not None  # a base is files or a model
             live = self.framework.parameters(self.model, self.index)
-            yield lambda name: live[name].detach().cpu()
+            held = held_parameters(self.model, self.index)
+
+            def at_hand(name: str) -> torch.Tensor:
+                if name in held:
+                    return held[name].read().values().cpu()
+                return live[name if name in live else own_name(name, self.index)].detach().cpu()
+
+            yield at_hand
 
 
 def open_base(base: Source | nn.Module | Base, *, digest: bool = False, progress: Progress = quiet) -> Base:

@@ -17,7 +17,7 @@ from lorahub.deltas.kind import JSON
 from lorahub.errors import CannotCarry, UsageError
 from lorahub.formats.flat_names import PREFIXES, take_apart
 
-__all__ = ["Chosen", "as_part", "choose_component", "known_roles", "respell_hints", "unresolved"]
+__all__ = ["Chosen", "as_part", "choose_component", "known_roles", "own_name", "respell_hints", "unresolved"]
 
 _BY_TARGET = ("roles", "transposed")
 """Hints whose keys or items are names of targets."""
@@ -106,6 +106,11 @@ def as_part(index: BaseIndex, component: str) -> BaseIndex:
         tied=tuple(tuple(map(named, group)) for group in index.tied),
         extras={named(name): info for name, info in index.extras.items()},
     )
+
+
+def own_name(name: str, index: BaseIndex) -> str:
+    """What the single model itself calls a parameter of an index that ``as_part`` made."""
+    return name.removeprefix(f"{index.parameters[name].component}:")
 
 
 def unresolved(

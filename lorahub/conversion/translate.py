@@ -37,7 +37,8 @@ def translate(
         kinds: by name.
     """
     own = set(index.modules())
-    alone = len({group.component for group in header.reading.groups}) == 1
+    components = {group.component for group in header.reading.groups}
+    alone = len(components) == 1 or len(components - {""}) == 1  # "" is what some found in a base without parts
     foreign = {where: place for place in _places(index) for where in {place.module, flat(place.module)}}
     found = {
         at: foreign[group.module]

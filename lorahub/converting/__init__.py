@@ -23,7 +23,7 @@ from lorahub.converting.request import DTYPES, Request, budget_of, dtype_of, pla
 from lorahub.converting.unpacking import Unpacked, unpacked
 from lorahub.converting.writing import stored_as, write
 from lorahub.deltas.kind import JSON
-from lorahub.errors import UsageError
+from lorahub.errors import UnsupportedFormat, UsageError, WriteFailed
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
@@ -76,7 +76,8 @@ def convert(
     Raises:
         CannotCarry: the format has no word for part of it, and ``findings`` list every target; nothing was written.
         Degraded, IntegrityError, UnsupportedKind: the source cannot be read without doubt.
-        UsageError: ``out`` exists, or options contradict each other.
+        UsageError: there is no such format, or options contradict each other.
+        WriteFailed: ``out`` is there already, or there is no space or no permission.
     """
     request = Request(
         to=to,
@@ -89,9 +90,9 @@ def convert(
         allow=tuple(allow),
     )
     registry = load_registry()
-    registry.format(to)
+    _demand_known(to, registry)
     if request.out.exists() and not (request.out.is_dir() and not any(request.out.iterdir())):
-        raise UsageError(f"{request.out} exists", "name a new folder, or remove it yourself")
+        raise WriteFailed(f"{request.out} exists", "name another place, or remove it yourself")
     with ExitStack() as held:
         opened = open_base(base) if base is not None else None
         given = held.enter_context(unpacked(source, hub))
@@ -101,6 +102,13 @@ def convert(
                 opened = replace(opened, index=index)
             header = replace(header, label=given.label) if given.label else header
             return _convert(request, registry, Opened(request, registry, header, opened, held), given, progress)
+
+
+def _demand_known(to: str, registry: Registry) -> None:
+    try:
+        registry.format(to)
+    except UnsupportedFormat as error:  # said of a file elsewhere; here it is what was typed
+        raise UsageError(error.message, error.hint) from None
 
 
 def _read(

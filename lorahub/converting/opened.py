@@ -18,7 +18,7 @@ from lorahub.bases.layout import Layout, Target
 from lorahub.conversion.carry import Misfit, refusal
 from lorahub.conversion.change import Change, Origin
 from lorahub.conversion.fused import land
-from lorahub.conversion.home import known_words
+from lorahub.conversion.home import called, known_words
 from lorahub.conversion.naming import known_roles, unresolved
 from lorahub.conversion.translate import UNDECLARED, translate
 from lorahub.conversion.vocabulary import is_foreign
@@ -205,7 +205,10 @@ class Opened:
         if self.request.to == self.header.format:
             return
         index = self.base.index if self.base else None
-        flat, why = unresolved(self.header, index, self.request.component, self._words | self._known_words(index))
+        wanted = self.request.component
+        if self.base is None:
+            wanted = called(wanted, {group.component for group in self.header.reading.groups})
+        flat, why = unresolved(self.header, index, wanted, self._words | self._known_words(index))
         if not flat:
             return
         parts = sorted({group.component for group in self.header.reading.groups} - {""})

@@ -60,6 +60,8 @@ class Circulant(Delta):
         """To a linear layer: a circular correlation for each block, by Fourier transforms, in float32 at least."""
         if site.op != "linear" or self.rows or self.cols:
             return None
+        if not x.numel():
+            return torch.zeros_like(y)  # before PyTorch 2.9, MKL has no transform of nothing
         _, n, b = self.kernel.shape
         wide = torch.promote_types(y.dtype, torch.float32)
         inputs = torch.fft.rfft(torch.unflatten(x.to(wide), -1, (n, b)))

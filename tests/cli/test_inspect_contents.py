@@ -47,6 +47,7 @@ UNET = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
         ({"lora_unet_double_blocks_0_img_attn_qkv": 3072}, "Flux-shaped"),
         ({"lora_unet_single_blocks_37_linear1": 3072}, "Flux-shaped"),
         ({"lora_unet_single_blocks_39_linear1": 3072}, "HunyuanVideo-shaped"),
+        ({"lora_unet_double_blocks_0_img_mlp_fc1": 3072}, "HunyuanVideo-shaped"),
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv": 1536}, "SD3-shaped"),
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv": 2432}, "SD3.5 Large-shaped"),
         ({"lora_unet_blocks_0_self_attn_q": 5120}, "Wan 14B-shaped"),
@@ -63,6 +64,25 @@ def test_the_base_it_looks_like_comes_from_names_and_widths(
     assert document["base_guess"]["source"] == "shapes"
     assert document["base_guess"]["family"] == ""
     assert document["base"] == ""
+
+
+@pytest.mark.parametrize(
+    ("modules", "label"),
+    [
+        (("double_blocks.0.img_attn_qkv", "single_blocks.0.linear1"), "HunyuanVideo-shaped"),
+        (("double_blocks.3.txt_attn_proj",), "HunyuanVideo-shaped"),
+        (("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"), "Flux-shaped"),
+    ],
+)
+def test_dots_tell_hunyuan_video_from_flux_where_the_file_has_them(
+    lorahub: Cli, tmp_path: Path, modules: tuple[str, ...], label: str
+) -> None:
+    tensors = {}
+    for module in modules:
+        tensors[f"transformer.{module}.lora_A.weight"] = torch.ones(2, 3072)
+        tensors[f"transformer.{module}.lora_B.weight"] = torch.ones(8, 2)
+    document = lorahub("inspect", save_file(tmp_path / "a.safetensors", tensors, {}), "--json").json()
+    assert document["base_guess"]["label"] == label
 
 
 @pytest.mark.parametrize(

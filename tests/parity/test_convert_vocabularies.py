@@ -16,9 +16,12 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders.lora_conversion_utils import (
+    _convert_hunyuan_video_lora_to_diffusers,
     _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_flux2_lora_to_diffusers,
     _convert_non_diffusers_lora_to_diffusers,
     _convert_non_diffusers_wan_lora_to_diffusers,
+    _convert_non_diffusers_z_image_lora_to_diffusers,
     _convert_xlabs_flux_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
@@ -266,6 +269,144 @@ def test_wan_under_its_own_names_is_what_diffusers_makes_of_it(tmp_path: Path) -
         lambda: _convert_non_diffusers_wan_lora_to_diffusers({key: each.clone() for key, each in tensors.items()})
     )
     same_tensors(tmp_path / "out", theirs, "transformer")
+
+
+def dotted(sizes: Mapping[str, tuple[int, int]], prefix: str) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for seed, (name, (out, into)) in enumerate(sizes.items()):
+        tensors[f"{prefix}{name}.lora_A.weight"] = drawn(2, into, seed=seed)
+        tensors[f"{prefix}{name}.lora_B.weight"] = drawn(out, 2, seed=seed + 100)
+    return tensors
+
+
+@pytest.mark.parametrize("stack", ["layers", "noise_refiner", "context_refiner"])
+def test_z_image_with_fused_attention_is_split_as_diffusers_splits_it(stack: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = diffusers.ZImageTransformer2DModel(
+            dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4]
+        )
+    sizes = {f"{stack}.0.attention.qkv": (96, 32), f"{stack}.0.attention.out": (32, 32)}
+    sizes[f"{stack}.0.feed_forward.w1"] = (85, 32)
+    flat = kohya({name.replace(".", "_"): size for name, size in sizes.items()})
+    save_file(flat, tmp_path / "flat.safetensors")
+    named = {}
+    for name in sizes:
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        named[f"diffusion_model.{name}.lora_A.weight"] = flat[f"{stem}.lora_down.weight"]
+        named[f"diffusion_model.{name}.lora_B.weight"] = flat[f"{stem}.lora_up.weight"]
+    save_file(named, tmp_path / "dotted.safetensors")
+    theirs = _convert_non_diffusers_z_image_lora_to_diffusers({key: each.clone() for key, each in flat.items()})
+    assert len(theirs) == 2 * (3 + 1 + 1)
+    for spelled in ("flat", "dotted"):
+        report = lorahub.convert(
+            tmp_path / f"{spelled}.safetensors", "diffusers", tmp_path / spelled, base=model, component="transformer"
+        )
+        assert (report.max_error, report.losses) == (0.0, ())
+        same_tensors(tmp_path / spelled, theirs, "transformer")
+
+
+@pytest.mark.parametrize("component", ["", "unet", "transformer"])
+def test_flat_names_of_no_known_model_need_a_base_whatever_the_part_is_called(component: str, tmp_path: Path) -> None:
+    save_file(kohya({"layers_0_attention_qkv": (96, 32)}), tmp_path / "x.safetensors")
+    with pytest.raises(LorahubError, match="names-unknown"):
+        lorahub.convert(tmp_path / "x.safetensors", "diffusers", tmp_path / "out", component=component)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_flux_under_its_makers_names_is_what_diffusers_makes_of_it(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = diffusers.Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            timestep_guidance_channels=8,
+            axes_dims_rope=[4, 4, 4, 4],
+        )
+    sizes = {}
+    for side in ("img", "txt"):
+        block = f"double_blocks.1.{side}"
+        sizes[f"{block}_attn.qkv"], sizes[f"{block}_attn.proj"] = (96, 32), (32, 32)
+        sizes[f"{block}_mlp.0"], sizes[f"{block}_mlp.2"] = (192, 32), (32, 96)
+        sizes[f"double_stream_modulation_{side}.lin"] = (192, 32)
+    sizes |= {"single_blocks.0.linear1": (288, 32), "single_blocks.0.linear2": (32, 128)}
+    sizes |= {"single_stream_modulation.lin": (96, 32), "img_in": (32, 8), "txt_in": (32, 16)}
+    sizes |= {"time_in.in_layer": (32, 8), "guidance_in.out_layer": (32, 32), "final_layer.linear": (8, 32)}
+    tensors = dotted(sizes, "diffusion_model.")
+    theirs = _convert_non_diffusers_flux2_lora_to_diffusers({key: each.clone() for key, each in tensors.items()})
+    # as the conversion of whole models has it: diffusers' conversion of adapters forgets the halves
+    up = drawn(64, 2, seed=77)
+    tensors["diffusion_model.final_layer.adaLN_modulation.1.lora_A.weight"] = drawn(2, 32, seed=78)
+    tensors["diffusion_model.final_layer.adaLN_modulation.1.lora_B.weight"] = up
+    theirs["transformer.norm_out.linear.lora_A.weight"] = drawn(2, 32, seed=78)
+    theirs["transformer.norm_out.linear.lora_B.weight"] = torch.cat([up[32:], up[:32]])
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = lorahub.convert(
+        tmp_path / "x.safetensors", "diffusers", tmp_path / "out", base=model, component="transformer"
+    )
+    assert (report.max_error, report.losses) == (0.0, ())
+    same_tensors(tmp_path / "out", theirs, "transformer")
+
+
+def hunyuan() -> Any:
+    with torch.device("meta"):
+        return diffusers.HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1, num_refiner_layers=1)
+
+
+def test_hunyuan_video_under_its_makers_names_is_what_diffusers_makes_of_it(tmp_path: Path) -> None:
+    """But for what diffusers cuts along the rank: the refiner's attention, and the halves of the final modulation."""
+    sizes = {}
+    for side in ("img", "txt"):
+        block = f"double_blocks.0.{side}"
+        sizes[f"{block}_attn_qkv"], sizes[f"{block}_attn_proj"] = (3 * WIDTH, WIDTH), (WIDTH, WIDTH)
+        sizes[f"{block}_mlp.fc1"], sizes[f"{block}_mlp.fc2"] = (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)
+        sizes[f"{block}_mod.linear"] = (6 * WIDTH, WIDTH)
+    sizes |= {"single_blocks.0.linear1": (7 * WIDTH, WIDTH), "single_blocks.0.linear2": (WIDTH, 5 * WIDTH)}
+    sizes |= {"single_blocks.0.modulation.linear": (3 * WIDTH, WIDTH), "final_layer.linear": (64, WIDTH)}
+    refiner = "txt_in.individual_token_refiner.blocks.0"
+    sizes |= {f"{refiner}.self_attn_proj": (WIDTH, WIDTH), f"{refiner}.mlp.fc1": (4 * WIDTH, WIDTH)}
+    sizes |= {f"{refiner}.adaLN_modulation.1": (2 * WIDTH, WIDTH), "txt_in.input_embedder": (WIDTH, 4096)}
+    sizes |= {"txt_in.t_embedder.mlp.0": (WIDTH, 256), "txt_in.c_embedder.linear_2": (WIDTH, WIDTH)}
+    sizes |= {"time_in.mlp.2": (WIDTH, WIDTH), "guidance_in.mlp.0": (WIDTH, 256), "vector_in.in_layer": (WIDTH, 768)}
+    tensors = dotted(sizes, "transformer.")
+    theirs = _convert_hunyuan_video_lora_to_diffusers({key: each.clone() for key, each in tensors.items()})
+    split = dotted({f"{refiner}.self_attn_qkv": (3 * WIDTH, WIDTH)}, "")
+    refined = "context_embedder.token_refiner.refiner_blocks.0.attn"
+    down, up = split.values()
+    for at, each in enumerate("qkv"):
+        theirs[f"{refined}.to_{each}.lora_A.weight"] = down
+        theirs[f"{refined}.to_{each}.lora_B.weight"] = up[WIDTH * at : WIDTH * (at + 1)]
+    halves = dotted({"final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH)}, "")
+    down, up = halves.values()
+    theirs["norm_out.linear.lora_A.weight"] = down
+    theirs["norm_out.linear.lora_B.weight"] = torch.cat([up[WIDTH:], up[:WIDTH]])
+    tensors |= {f"transformer.{key}": each for key, each in (split | halves).items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = lorahub.convert(
+        tmp_path / "x.safetensors", "diffusers", tmp_path / "out", base=hunyuan(), component="transformer", verify=False
+    )
+    assert report.losses == ()
+    same_tensors(tmp_path / "out", theirs, "transformer")
+
+
+def test_hunyuan_video_goes_to_diffusers_and_comes_back_to_musubis_keys(tmp_path: Path) -> None:
+    tensors = kohya(
+        {"double_blocks_0_img_attn_qkv": (3 * WIDTH, WIDTH), "single_blocks_0_modulation_linear": (3 * WIDTH, WIDTH)}
+    )
+    save_file(tensors, tmp_path / "x.safetensors")
+    lorahub.convert(
+        tmp_path / "x.safetensors", "diffusers", tmp_path / "out", base=hunyuan(), component="transformer", verify=False
+    )
+    assert {key.partition(".lora_")[0] for key in load_file(tmp_path / "out" / FILE)} == {
+        *(f"transformer.transformer_blocks.0.attn.to_{each}" for each in "qkv"),
+        "transformer.single_transformer_blocks.0.norm.linear",
+    }
+    lorahub.convert(tmp_path / "out", "kohya", tmp_path / "back.safetensors", base=hunyuan(), verify=False)
+    found = load_file(tmp_path / "back.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], each) for key, each in tensors.items())
 
 
 def test_xlabs_processors_land_where_diffusers_puts_them(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from lorahub.deltas.lora import LoRA
 from lorahub.deltas.miss import MiSS
 from lorahub.deltas.replace import Replace
 from lorahub.deltas.vera import VeRA
-from lorahub.errors import BaseMismatch, CannotCarry, Degraded, UsageError
+from lorahub.errors import BaseMismatch, CannotCarry, Degraded, UsageError, WriteFailed
 from lorahub.findings import Finding, Verdict
 from lorahub.plugins import Registry, load_registry
 from lorahub.records import AdapterRecord
@@ -855,7 +855,7 @@ def test_a_place_that_is_taken_stays_as_it_is(tmp_path: Path) -> None:
     write(tmp_path / "peft", on(lora(1)))
     taken = tmp_path / "x.safetensors"
     taken.write_text("precious")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(WriteFailed, match="exists"):
         lorahub.convert(tmp_path / "peft", "kohya", taken)
     assert taken.read_text() == "precious"
 
