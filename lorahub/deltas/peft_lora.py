@@ -81,7 +81,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "exclude_modules": Field(inert=True),
         "layers_to_transform": Field(inert=True),
         "layers_pattern": Field(inert=True),
-        "ensure_weight_tying": Field(inert=True),
+        "ensure_weight_tying": Field(used=True),
         # how the base stores its weights: the base says it, and PEFT itself overrides the flag by layer type
         "fan_in_fan_out": Field(inert=True),
         # settings of an initialisation or variant, without effect unless that one is chosen
@@ -93,10 +93,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         # initialisations that leave the base alone; the others do not, and of them ``pissa`` reads two
         "init_lora_weights": Field(harmless=(True, "gaussian", "eva", "orthogonal", "mica"), refuse=_MOVED),
         # other arithmetic
-        "layer_replication": Field(
-            refuse="it adapts a stack of repeated layers, which the base does not have; PEFT 0.21.2 merges the changes "
-            "of all copies into the one weight they share (https://github.com/huggingface/peft/issues/1707)"
-        ),
+        "layer_replication": Field(used=True),
         "alora_invocation_tokens": Field(
             refuse="it acts only on tokens after an invocation string, which no change of weights can do"
         ),
@@ -144,6 +141,11 @@ def from_the_weight(config: Mapping[str, JSON]) -> bool:
 def plain(config: Mapping[str, JSON]) -> bool:
     """Whether factors are stored as they are, and did not begin as part of the weight."""
     return whole(config) and not from_the_weight(config)
+
+
+def alike(config: Mapping[str, JSON]) -> bool:
+    """Whether no module is spoken of by its name: by a pattern, or as an expert's whose rsLoRA PEFT scales anew."""
+    return not any(config.get(name) for name in ("alpha_pattern", "rank_pattern", "use_rslora"))
 
 
 def lora_options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorRef]) -> dict[str, JSON]:

@@ -86,7 +86,8 @@ def report(
     changes = {name: value for note in done for name, value in note["changes"].items()}
     sums = {name: Change(*value) for note in done for name, value in note.get("measured", {}).items()}
     complete = all(step.out in sums for step in plan.steps)  # of several ranks, one sees all
-    findings = judge(sums, allowed=plan.allowed) if complete else ()
+    dtypes = {step.after.dtype for step in plan.steps}
+    findings = judge(sums, allowed=plan.allowed, dtypes=dtypes) if complete else ()
     return MergeReport(
         changes={step.out: changes.get(step.out) for step in plan.steps if step.terms},
         created=tuple(step.out for step in plan.steps if step.made_whole),

@@ -203,7 +203,9 @@ class Passage:
     def _report(self, seconds: float) -> MergeReport:
         sums = {name: sum((parts[start] for start in sorted(parts)), Change()) for name, parts in self._changes.items()}
         quantised = self._new.quantised  # judged before anything was changed
-        findings = (*judge(sums, allowed=self._new.plan.allowed), *quantised.findings)
+        plan = self._new.plan
+        judged = judge(sums, allowed=plan.allowed, dtypes={step.after.dtype for step in plan.steps})
+        findings = (*judged, *quantised.findings)
         sums |= quantised.sums
         changes = {step.out: sums[step.out].relative for step in self._new.plan.steps}
         held = {"copy": quantised.nbytes} if len(quantised) else {}

@@ -16,15 +16,23 @@ from lorahub.engine.sums import Change
 from lorahub.errors import Degraded
 from lorahub.findings import Finding, Verdict
 
-__all__ = ["LOST", "REFUSE", "WARN", "Retention", "judge", "measured", "overall"]
+__all__ = ["IDLE", "LOST", "REFUSE", "WARN", "Retention", "judge", "measured", "overall"]
 
 LOST = "delta-lost"
 """Code of the finding that rounding takes a noticeable part of the changes away."""
 
+IDLE = "changes-nothing"
+"""Code of the finding that everything that was added is zero."""
+
 WARN, REFUSE = 0.1, 0.5
 """Shares of all changes that are lost, as ``Retention.lost``, from which that is said, and from which it is refused."""
 
-_INSTEAD = "attach the adapter live, or store finer: --dtype float32 (or float16, finer than bfloat16 by eight times)"
+_INSTEAD = "attach the adapter live, or store finer: --dtype float32"
+
+_HALF = " (or float16, finer than bfloat16 by eight times)"
+
+_AS_FINE = frozenset({"F16", "F32", "F64"})
+"""Dtypes that are no coarser than float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +72,25 @@ def overall(changes: Mapping[str, Change]) -> Retention | None:
     return Retention.of(sum(changes.values(), Change()))
 
 
-def judge(changes: Mapping[str, Change], *, allowed: Collection[str] = ()) -> tuple[Finding, ...]:
+def judge(
+    changes: Mapping[str, Change], *, allowed: Collection[str] = (), dtypes: Collection[str] = ()
+) -> tuple[Finding, ...]:
     """What to say of changes that are about to be kept.
+
+    Args:
+        changes: by parameter.
+        allowed: codes of findings that are let through.
+        dtypes: safetensors codes in which these parameters are stored; none where nobody knows.
 
     Raises:
         Degraded: half of them or more is lost, and that is not allowed.
     """
+    if changes and all(change.before > 0 and not change.added > 0 for change in changes.values()):
+        return (_idle(changes),)
     whole = overall(changes)
     if whole is None or not whole.lost >= WARN:
         return ()
+    instead = _INSTEAD if dtypes and _AS_FINE.issuperset(dtypes) else _INSTEAD + _HALF
     each = measured(changes)
     worst = sorted(each, key=lambda name: -each[name].lost)
     message = (
@@ -85,9 +103,20 @@ def judge(changes: Mapping[str, Change], *, allowed: Collection[str] = ()) -> tu
         level=Verdict.DEGRADED if whole.lost >= REFUSE else Verdict.UNVERIFIED,
         message=message,
         where=tuple(name for name in worst if each[name].lost >= WARN),
-        remedy=_INSTEAD,
+        remedy=instead,
         allowable=True,
     )
     if finding.level is Verdict.DEGRADED and LOST not in allowed:
-        raise Degraded(message, f"{_INSTEAD}; to go on all the same: --allow {LOST}", (finding,))
+        raise Degraded(message, f"{instead}; to go on all the same: --allow {LOST}", (finding,))
     return (finding,)
+
+
+def _idle(changes: Collection[str]) -> Finding:
+    return Finding(
+        code=IDLE,
+        axis="policy",
+        level=Verdict.UNVERIFIED,
+        message=f"what is added is zero wherever it was measured in the {len(changes)} parameters that change, so the "
+        "result is the base: the adapter was never trained, or its factors or its scale are zero",
+        where=tuple(sorted(changes)),
+    )

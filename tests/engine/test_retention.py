@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorahub.deltas.lora import LoRA
-from lorahub.engine.retention import LOST
+from lorahub.engine.retention import IDLE, LOST
 from lorahub.errors import Degraded, NotFinite, UsageError
 from lorahub.findings import Verdict
 
@@ -81,6 +81,28 @@ def test_nothing_is_measured_where_nothing_was_to_change(tools):
     report = world.merge(world.live(), {"m.weight": LoRA(torch.zeros(24, 2), torch.ones(2, 16), 1.0)}).report
     assert report.retained == {}
     assert report.retention is None
+
+
+def test_a_change_of_zeros_everywhere_is_said_and_one_beside_a_real_one_is_not(tools, tmp_path):
+    zero = LoRA(torch.zeros(24, 2), torch.ones(2, 16), 1.0)
+    world = tools.World({"m.weight": tools.weights(24, 16), "n.weight": tools.weights(24, 16, seed=1)})
+    for report in (
+        world.merge(world.live(), {"m.weight": zero, "n.weight": zero}).report,
+        world.stream(world.save(tmp_path / "base"), tmp_path / "out", {"m.weight": zero, "n.weight": zero}),
+    ):
+        (finding,) = report.findings
+        assert (finding.code, finding.level, finding.where) == (IDLE, Verdict.UNVERIFIED, ("m.weight", "n.weight"))
+    report = world.merge(world.live(), {"m.weight": zero, "n.weight": tools.lora(24, 16)}).report
+    assert report.findings == ()
+
+
+def test_a_weight_in_float16_is_not_told_to_be_stored_in_float16(tools):
+    for dtype, size, said in ((torch.bfloat16, 5e-4, True), (torch.float16, 6e-5, False)):
+        weight, delta = problem(tools, size, dtype=dtype)
+        with pytest.raises(Degraded) as error:
+            tools.World({"m.weight": weight}).merge({"m.weight": weight.clone()}, {"m.weight": delta})
+        assert "--dtype float32" in error.value.hint
+        assert ("or float16" in error.value.hint) is said
 
 
 # --------------------------------------------------------------------------------------------------- dtype

@@ -344,6 +344,67 @@ def rows(base: Callable[[], nn.Module], **fields: Any) -> Case:
     return Case(base, {"target_modules": ["q_proj"], **fields}, ("lora", "tokens"), 3)
 
 
+ENSURED: Mapping[str, Case] = {
+    "a list": rows(lambda: llama(tied=True), target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    "the output layer, rslora": rows(
+        lambda: llama(tied=True), target_modules=["lm_head"], ensure_weight_tying=True, use_rslora=True
+    ),
+}
+"""One change for an embedding and the output layer, which are one weight."""
+
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def on_disk(case: Case, folder: Path, compat: str | None = None) -> dict[str, torch.Tensor]:
+    """All parameters of the model that lorahub stores: tied weights part, which takes another model."""
+    quietly(lambda: case.base().save_pretrained(str(folder / "base")))
+    merge(folder / "base", {"one": folder / "adapter"}, out=folder / "out", compat=compat)
+    return dict(quietly(lambda: transformers.LlamaForCausalLM.from_pretrained(str(folder / "out"))).state_dict())
+
+
+@pytest.mark.parametrize("name", ENSURED)
+def test_compat_peft_adds_an_embeddings_change_for_each_name_of_a_tied_weight_as_peft_merges_it(
+    name: str, tmp_path: Path
+) -> None:
+    # PEFT 0.21.2; https://github.com/huggingface/peft/issues/2864 is about tying as a whole
+    before, expected = trained(ENSURED[name], tmp_path / "adapter")
+    assert assert_equal(on_disk(ENSURED[name], tmp_path, "peft"), expected, before) >= 2
+
+
+@pytest.mark.parametrize("name", ENSURED)
+def test_compat_strict_adds_an_embeddings_change_to_a_tied_weight_once(name: str, tmp_path: Path) -> None:
+    before, expected = trained(ENSURED[name], tmp_path / "adapter")
+    once = {each: before[each] + (expected[each] - before[each]) / 2 for each in TIED}
+    assert assert_equal(on_disk(ENSURED[name], tmp_path, "strict"), {**expected, **once}, before) >= 2
+
+
+def test_compat_strict_computes_what_pefts_model_of_a_tied_weight_computes(tmp_path: Path) -> None:
+    case = ENSURED["a list"]
+    trained(case, tmp_path / "adapter")
+    model, ids = case.base().eval(), torch.arange(6)[None]
+    wrapped = quietly(lambda: PeftModel.from_pretrained(case.base(), str(tmp_path / "adapter")).eval())
+    on_disk(case, tmp_path, "strict")
+    merged = quietly(lambda: transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / "out")).eval())
+    with torch.no_grad():
+        expected, untouched, found = (each(input_ids=ids).logits for each in (wrapped, model, merged))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert float((expected - untouched).norm() / untouched.norm()) > 1e-2
+
+
+def test_a_tied_weight_is_not_merged_until_somebody_chose_and_one_that_is_apart_is_no_matter_of_dispute(
+    tmp_path: Path,
+) -> None:
+    trained(ENSURED["a list"], tmp_path / "adapter")
+    with pytest.raises(Incompatible) as caught:
+        on_disk(ENSURED["a list"], tmp_path)
+    (finding,) = caught.value.findings
+    assert finding.code == "compat-choice"
+    assert finding.message.startswith("for 2 targets, ")
+    assert not (tmp_path / "out").exists()
+    assert "target-unlisted" not in {each.code for each in check(tmp_path / "adapter", tmp_path / "base").findings}
+    merge(llama(tied=False), {"one": tmp_path / "adapter"})
+
+
 TOKENS: Mapping[str, Case] = {
     "a list": rows(lambda: llama(tied=False), trainable_token_indices=[5, 1, 3]),
     "a module": rows(lambda: llama(tied=False), trainable_token_indices={"embed_tokens": [5, 1]}),

@@ -244,6 +244,16 @@ def test_dora_lengths_of_the_wrong_number_are_refused_before_anything_is_loaded(
     assert "should hold 6 lengths" in finding(reading, "config-contradicts-tensors").message
 
 
+def test_one_wrong_field_of_the_config_is_said_once_and_with_what_to_do(kinds: tuple[Kind, ...]) -> None:
+    pairs = {f"{module}.{name[2:]}": shape for module in "qkv" for name, shape in PAIR.items()}
+    said = finding(read(kinds, pairs, lora(lora_alpha="16")), "config-contradicts-tensors")
+    assert "lora_alpha should be a number, not '16'" in said.message
+    assert "more like it" not in said.message
+    assert len(said.where) == len(pairs)
+    assert "adapter_config.json" in said.remedy
+    assert "(and 2 more like it)" in finding(read(kinds, pairs, lora(r=3)), "config-contradicts-tensors").message
+
+
 def test_modules_the_config_does_not_target_are_used_and_mentioned(kinds: tuple[Kind, ...]) -> None:
     shapes = {**PAIR, "layers.0.k.lora_A.weight": (2, 4), "layers.0.k.lora_B.weight": (6, 2)}
     assert read(kinds, shapes, lora(target_modules=["q", "k"])).findings == ()
@@ -251,6 +261,42 @@ def test_modules_the_config_does_not_target_are_used_and_mentioned(kinds: tuple[
     reading = read(kinds, shapes, lora(target_modules=["q", "0k"]))
     assert len(reading.groups) == 2
     assert finding(reading, "target-unlisted").where == ("layers.0.k",)
+
+
+def several_layers(*modules: str) -> BaseIndex:
+    info = {f"{name}.weight": ParameterInfo(shape=(6, 4), dtype="F32", stored_as=f"{name}.weight") for name in modules}
+    return BaseIndex(ref=BaseRef(), framework="test", parameters=info, tied=(("m.layers.0.q.weight", "q.weight"),))
+
+
+@pytest.mark.parametrize(
+    ("config", "lacking"),
+    [
+        ({"target_modules": ["q"]}, ("m.layers.1.q", "m.layers.2.q")),
+        ({"target_modules": r"m\.layers\.\d+\.q"}, ("m.layers.1.q", "m.layers.2.q")),
+        ({"target_modules": ["q"], "layers_to_transform": [0, 1]}, ("m.layers.1.q",)),
+        ({"target_modules": ["q"], "layers_to_transform": 0}, ()),
+        ({"target_modules": ["q"], "exclude_modules": ["layers.2.q"]}, ("m.layers.1.q",)),
+        ({"target_modules": ["q", "k"], "modules_to_save": ["2.q", "k"]}, ("m.layers.1.q",)),
+        ({"target_modules": "all-linear"}, ()),
+        ({}, ()),
+    ],
+)
+def test_modules_the_config_covers_and_the_file_lacks_are_mentioned(
+    kinds: tuple[Kind, ...], config: dict[str, JSON], lacking: tuple[str, ...]
+) -> None:
+    base = several_layers("m.layers.0.q", "m.layers.1.q", "m.layers.2.q", "m.layers.0.k")
+    shapes = {f"m.layers.0.{name}": shape for name, shape in PAIR.items()}
+    reading = read(kinds, shapes, lora(**config), index=base)
+    assert len(reading.groups) == 1
+    found = [each for each in reading.findings if each.code == "target-unfilled"]
+    assert tuple(where for each in found for where in each.where) == lacking
+    assert all(each.level is Verdict.UNVERIFIED for each in found)
+
+
+def test_modules_of_another_class_of_model_are_not_missed(kinds: tuple[Kind, ...]) -> None:
+    shapes = {f"other.layers.0.{name}": shape for name, shape in PAIR.items()}
+    reading = read(kinds, shapes, lora(target_modules=["q"]), index=several_layers("m.layers.0.q", "m.layers.1.q"))
+    assert "target-unfilled" not in {each.code for each in reading.findings}
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

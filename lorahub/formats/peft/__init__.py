@@ -18,7 +18,7 @@ from lorahub.deltas.kind import JSON, Group, Kind
 from lorahub.errors import UnsupportedFormat
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.families import representatives
-from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written, one_of
 from lorahub.formats.peft.bare import group_bare
 from lorahub.formats.peft.completion import complete
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
@@ -30,6 +30,7 @@ from lorahub.formats.peft.lookalikes import lookalike, named_by_peft
 from lorahub.formats.peft.owner import Owner
 from lorahub.formats.peft.parameters import attention_outputs, in_order, owners
 from lorahub.formats.peft.replication import replication
+from lorahub.formats.peft.targets import unfilled
 from lorahub.formats.peft.types import PeftType, type_of
 from lorahub.formats.peft.write import FILE, write
 from lorahub.formats.peft.written import written_choice
@@ -109,6 +110,7 @@ class PeftFormat:
             spellings = [spelling for _, spelling in ways]
             findings += field_findings(config, spellings, [way for kind, way in ways if kind.name in present])
             findings += _unknown(left)
+            findings += unfilled(config, found, whole.groups, stems, index)
         else:
             findings.append(_no_kind(tag, about, left, others=bool(groups)))
             if about and about.part and left:
@@ -139,7 +141,7 @@ def _weights_file(files: AdapterFiles) -> str:
         return next(iter(files.headers))
     raise UnsupportedFormat(
         f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-        "name the one that is meant: weight_name=...",
+        one_of(files, files.headers),
     )
 
 

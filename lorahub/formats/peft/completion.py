@@ -6,18 +6,16 @@ the kind says; here the base is described to it, and what it cannot do becomes a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.kind import JSON, Matrix, Surroundings
-from lorahub.deltas.patterns import full_match
 from lorahub.errors import BaseNeeded, IntegrityError, LorahubError, UnsupportedKind
 from lorahub.findings import Axis, Finding, Verdict
 from lorahub.formats.families import representatives
-from lorahub.formats.peft.config import names
 from lorahub.formats.peft.fits import Ways
 from lorahub.formats.peft.groups import Grouped
+from lorahub.formats.peft.targets import targeted
 
 __all__ = ["complete", "surroundings"]
 
@@ -91,44 +89,4 @@ def surroundings(index: BaseIndex, config: Mapping[str, JSON]) -> Surroundings:
             out, inputs = info.shape[::-1] if info.transposed else info.shape
             matrices[module] = Matrix(out=out, inputs=inputs, dtype=info.dtype, transposed=info.transposed)
     order = [module for module in index.registered if module in matrices]
-    return Surroundings(matrices=matrices, targeted=_targeted(order, config) if index.registered else None)
-
-
-def _targeted(modules: Sequence[str], config: Mapping[str, JSON]) -> tuple[str, ...] | None:
-    """Those of ``modules`` that PEFT would adapt, or None where the config does not say."""
-    given = config.get("target_modules")
-    if not given or given == "all-linear":
-        return None
-    kept = names(config, "modules_to_save")
-    try:
-        return tuple(
-            module
-            for module in modules
-            if _named(module, "target_modules", config)
-            and not _named(module, "exclude_modules", config)
-            and not any(f".{each}." in f".{module}." for each in kept)
-            and (isinstance(given, str) or module in names(config, "target_modules") or _of_layers(module, config))
-        )
-    except UnsupportedKind:  # a pattern beyond what is matched here
-        return None
-
-
-def _named(module: str, field: str, config: Mapping[str, JSON]) -> bool:
-    """Whether a list of names or a pattern in the config covers ``module``."""
-    given = config.get(field)
-    if isinstance(given, str) and given:
-        return full_match(given, module, field=field)
-    return any(f".{module}".endswith(f".{name}") for name in names(config, field))
-
-
-def _of_layers(module: str, config: Mapping[str, JSON]) -> bool:
-    """Whether ``layers_to_transform`` and ``layers_pattern`` let in a module that is targeted by its name's end."""
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    wanted = layers if isinstance(layers, list) else [layers]
-    parts, patterns = module.split("."), names(config, "layers_pattern")
-    numbered = (at for at in range(1, len(parts) - 1) if re.fullmatch(r"\d+", parts[at], re.ASCII))
-    # without a pattern PEFT 0.21.2 wants two names before the number
-    at = next((at for at in numbered if (parts[at - 1] in patterns if patterns else at > 1)), None)
-    return at is not None and int(parts[at]) in wanted
+    return Surroundings(matrices=matrices, targeted=targeted(order, config) if index.registered else None)

@@ -23,6 +23,7 @@ from lorahub.formats.peft.fits import Fit, Ways, choose, named
 from lorahub.formats.peft.keys import Names, Stems
 from lorahub.formats.peft.owner import Owner
 from lorahub.formats.peft.trouble import Trouble
+from lorahub.formats.peft.tying import without_copies
 from lorahub.formats.runs import Runs, runs_of
 from lorahub.shapes import ShapeMisfit, bind
 
@@ -250,7 +251,7 @@ def _shared(found: Names, ways: Ways, header: Header, present: Collection[str]) 
 
 def _unlisted(modules: Collection[str], config: Mapping[str, JSON]) -> list[Finding]:
     """Modules with tensors that the config does not target: PEFT itself would leave their tensors aside, unsaid."""
-    apart = untargeted(modules, config)
+    apart = without_copies(untargeted(modules, config), config)
     if not apart:
         return []
     return [

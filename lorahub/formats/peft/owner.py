@@ -25,6 +25,7 @@ class Owner:
         transposed: the matrices are stored [in, out]; None: nobody said.
         named: what rank and alpha patterns are matched against.
         twice: PEFT adds the change two times over.
+        names: at how many modules, which have one weight, PEFT's merge adds the change to it.
         problem: why the parameter cannot be told, to follow the module's name.
         way: how PEFT today and the release that trained it differ on which way round it is.
     """
@@ -35,14 +36,17 @@ class Owner:
     transposed: bool | None = None
     named: str = ""
     twice: bool = False
+    names: int = 1
     problem: str = ""
     way: Dispute | None = None
 
     def dispute(self, options: Mapping[str, JSON]) -> Dispute | None:
         """How PEFT's change of this parameter differs from the declared one, whose scale is in ``options``."""
         scale, rule = options.get("scale"), options.get("scale_rule")
-        if not self.twice or not isinstance(scale, int | float):
+        if not isinstance(scale, int | float) or not (self.twice or self.names > 1):
             return self.way
+        if self.names > 1:
+            return replace(_TIED, followed={"scale": self.names * scale, "scale_rule": f"{self.names} * {rule}"})
         return replace(_TWICE, followed={"scale": 2 * scale, "scale_rule": f"2 * {rule}"})
 
 
@@ -53,6 +57,18 @@ _TWICE = Dispute(
     holds="PEFT 0.13 to 0.21.2",
     peft="twice, as an adapter trained by these releases expects",
     strict="once, as LoRA is declared",
+    followed={},
+    declared={},
+)
+
+_TIED = Dispute(
+    topic="tied-embedding",
+    says="with ensure_weight_tying PEFT's merge adds the change to a tied weight once for each module that has it, "
+    "though each of them was trained with it once",
+    upstream="https://github.com/huggingface/peft/issues/2864",
+    holds="PEFT 0.21.2; the issue is about tying as a whole",
+    peft="once for each module, as its merge does and its model before that does not",
+    strict="once, as it was trained",
     followed={},
     declared={},
 )

@@ -17,6 +17,7 @@ from lorahub.files.header import Header
 from lorahub.formats.peft.config import names
 from lorahub.formats.peft.keys import WRAPPED, Bare, Names, Stems
 from lorahub.formats.peft.owner import Owner
+from lorahub.formats.peft.tying import shared_weights
 from lorahub.formats.peft.wrappers import Wrappers
 
 __all__ = ["ATTENTION", "OUTPUT", "attention_outputs", "in_order", "owners"]
@@ -87,6 +88,9 @@ def owners(
             result[stem] = Owner(module=stem, parameter=ATTENTION, named=stem)
             output = f"{stem}.{OUTPUT}"
             result[output] = Owner(module=output, parameter="weight", named=stem, twice=True)
+    for stem, count in shared_weights(config, found, stems, index).items():
+        if stem not in result:
+            result[stem] = Owner(module=stem, parameter="weight", named=stem, names=count)
     return result
 
 

@@ -23,12 +23,15 @@ class Trouble:
     """What is wrong, by code: the keys concerned and the first case in words."""
 
     _TEXTS: Mapping[str, tuple[str, str]] = {
-        "config-contradicts-tensors": (f"{CONFIG} and the tensors contradict each other", ""),
+        "config-contradicts-tensors": (
+            f"{CONFIG} and the tensors contradict each other",
+            f"correct {CONFIG} where it is known to be wrong; else fetch both files again, or ask their author",
+        ),
         "config-unreadable": (f"{CONFIG} uses what is not understood here", ""),
         "base-needed": ("the keys leave out which parameter is meant", "name the base: --base BASE"),
         "key-twice": ("two keys say the same", ""),
         "parameter-ambiguous": ("it cannot be told which parameter is meant, or which way round it is", ""),
-        "slot-misfit": ("tensors of one module do not fit together", ""),
+        "slot-misfit": ("tensors of one module do not fit together", "fetch the file again, or ask its author"),
         "slot-missing": ("part of a module's tensors is missing", "fetch the file again, or ask its author"),
         "tensor-empty": ("tensors are empty or flat", _SHARDED),
     }
@@ -56,7 +59,7 @@ class Trouble:
         result = []
         for code, (cases, where) in sorted(self._found.items()):
             text, remedy = self._TEXTS[code]
-            more = f" (and {len(cases) - 1} more like it)" if len(cases) > 1 else ""
+            more = f" (and {count - 1} more like it)" if (count := len(set(cases))) > 1 else ""
             result.append(
                 Finding(
                     code=code,
