@@ -21,7 +21,7 @@ from lorahub.bases.index import BaseRef
 from lorahub.bases.open import index_base, survey_base
 from lorahub.deltas.kind import JSON
 from lorahub.engine.casting import DTYPES
-from lorahub.errors import NotFinite, UnsupportedFormat, UsageError
+from lorahub.errors import NotFinite, UnsupportedFormat, UsageError, WriteFailed
 from lorahub.files.atomic import atomic_write, new_staging, replace_dir
 from lorahub.files.dtypes import DTYPES as CODES
 from lorahub.files.dtypes import to_torch
@@ -91,18 +91,18 @@ def dequantise(
         progress: called with (bytes written, in all).
 
     Raises:
-        UsageError: there is no such ``dtype``, the base is not quantised, or ``out`` exists.
+        UsageError: there is no such ``dtype``, or the base is not quantised.
         UnsupportedFormat: nobody knows how it is quantised.
         Incompatible: it is quantised in a way that only its own library reads.
         IntegrityError: what a weight is made of is not all there.
         NotFinite: a weight is not finite in ``dtype``.
-        WriteFailed: no space or no permission; nothing is left.
+        WriteFailed: ``out`` is there already, or there is no space or no permission; nothing is left.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is no dtype for weights", f"one of {', '.join(DTYPES)}")
     files, out = survey_base(base), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already", "name a new folder")
+        raise WriteFailed(f"{out} exists already", "name a new folder, or remove it yourself")
     settings = files.config.get("quantization_config")
     if not isinstance(settings, Mapping) or not settings:
         raise UsageError(f"{files.folder} is not quantised, so far as its config.json says")

@@ -23,7 +23,7 @@ from lorahub.composition.report import ReduceReport, Row, unmet
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
 from lorahub.engine.crew import crew_size
-from lorahub.errors import CannotCarry, UsageError
+from lorahub.errors import CannotCarry, UsageError, WriteFailed
 from lorahub.files.digest import tensors_digest
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
@@ -89,7 +89,8 @@ def extract(
         BaseMismatch, Degraded: the two do not fit each other; the findings name every parameter.
         CannotCarry: parameters differ for which an adapter has no word.
         NotFinite: a difference holds NaN or infinity.
-        UsageError: nothing differs, ``out`` exists, or the budget makes no sense.
+        UsageError: nothing differs, or the budget makes no sense.
+        WriteFailed: ``out`` is there already.
     """
     start = time.perf_counter()
     folder = _new(out)
@@ -191,7 +192,8 @@ def resize(
     Raises:
         UnsupportedKind: there is no LoRA in it.
         CannotCarry: it holds what is no weight change.
-        UsageError: ``out`` exists, or the budget makes no sense.
+        UsageError: the budget makes no sense.
+        WriteFailed: ``out`` is there already.
     """
     start = time.perf_counter()
     folder = _new(out)
@@ -246,7 +248,7 @@ def _new(out: str | os.PathLike[str]) -> Path:
     """The folder for a result, which must not hold anything yet."""
     folder = Path(out)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} exists", "name a new folder, or remove it yourself")
+        raise WriteFailed(f"{folder} exists", "name a new folder, or remove it yourself")
     return folder
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "check_path",
     "did_you_mean",
     "matches",
+    "no_weight",
     "path_problem",
     "printable",
 ]
@@ -203,7 +204,8 @@ class Ref:
             return cls(name=name, path=short if _LOCAL.match(short) else body, weight=weight)
         if ":" in (rest := _URL.sub("", body, count=1)) and not _URL.match(body):
             tail = rest[rest.index(":") :]
-            raise _invalid(text, tail, "after ':' comes the weight, a plain number, and nothing else")
+            why = f"'{printable(tail[1:])}' is no weight: after ':' comes the weight, a plain number, and nothing else"
+            raise _invalid(text, tail, why)
         found = _from_url(text, body) if _URL.match(body) else _from_hub(text, body, bare=bare)
         repo, selector, subpath = found
         return cls(name=name, repo=repo, selector=selector, subpath=subpath.rstrip("/"), weight=weight)
@@ -212,6 +214,12 @@ class Ref:
 def _split_weight(text: str) -> tuple[str, float | None]:
     body, colon, tail = text.rpartition(":")
     return (body, float(tail)) if colon and body and _WEIGHT.fullmatch(tail) else (text, None)
+
+
+def no_weight(text: str, place: str) -> InvalidRef:
+    """The error for a reference ``text`` to a ``place`` that is there, behind which stands no weight."""
+    error = _invalid(text, said := text[text.rindex(":") + 1 :], f"'{printable(said)}' is no weight, a finite number")
+    return InvalidRef(error.message, f"write the weight as a number, {printable(place)}:0.8, or leave it out")
 
 
 def _quote(selector: str) -> str:

@@ -12,6 +12,7 @@ from typing import final
 
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
+from lorahub.conversion.vocabulary import PREFIXES, is_foreign, lexicons
 from lorahub.findings import Finding, Verdict
 from lorahub.names import did_you_mean
 
@@ -67,10 +68,24 @@ class Notes:
             others = f"to go on with the other {touched - len(names)}: --allow target-missing"
             return [note("target-missing", Verdict.DEGRADED, message, names, others)]
         remedy = "is it the right base? compare the names: lorahub inspect ADAPTER"
+        if self._named_by_makers():
+            remedy = (
+                "the file has the original makers' names, and this base those of diffusers; translate it first: "
+                "lorahub convert ADAPTER --to diffusers --base BASE -o FOLDER"
+            )
         parts = sorted({target.component for target in self.absent})
         if len(parts) > 1 and not any(":" in name for name in self.index.parameters):
             remedy = f"take the component that this base is: lorahub convert ADAPTER --to peft --component {parts[0]}"
         return [_stop("target-missing", f"nothing of the adapter finds a place: {message}", names, remedy)]
+
+    def _named_by_makers(self) -> bool:
+        """Whether the vocabulary knows all that is absent as another name for what this base has."""
+        model = self.index.config.get("_class_name")
+        own = [_short(name.rpartition(":")[2]) for name in self.index.modules()]
+        known = lexicons(
+            {_short(target.module) for target in self.absent}, own, model if isinstance(model, str) else ""
+        )
+        return len(known) == 1 and known[0].original and not any(map(is_foreign, own))
 
     def _elsewhere(self, touched: int) -> list[Finding]:
         if not self.elsewhere:
@@ -99,7 +114,12 @@ class Notes:
 
     def _misfits(self) -> list[Finding]:
         return [
-            _stop("shape-mismatch", f"{places[0][1]}{why and f'; {why}'}", tuple(name for name, _ in places))
+            _stop(
+                "shape-mismatch",
+                f"{places[0][1]}{why and f'; {why}'}",
+                tuple(name for name, _ in places),
+                "" if why else "use the base that it was trained on; what it says of that: lorahub inspect ADAPTER",
+            )
             for why, places in self.misfits.items()
         ]
 
@@ -117,6 +137,10 @@ class Notes:
         )
         remedy = "to write the checkpoint without them: --allow head-incomplete"
         return [note("head-incomplete", Verdict.DEGRADED, message, self.missing, remedy)]
+
+
+def _short(module: str) -> str:
+    return next((module.removeprefix(each) for each in PREFIXES if module.startswith(each)), module)
 
 
 def note(code: str, level: Verdict, message: str, where: Sequence[str], remedy: str = "") -> Finding:

@@ -209,7 +209,8 @@ def plan(
         placement = place(
             header.reading.groups, kinds, index, framework, shared=header.reading.shared, hints=header.reading.hints
         )
-        findings += placement.findings
+        stopped = any(each.level is Verdict.INCOMPATIBLE for each in header.findings)  # then that is why nothing lands
+        findings += [each for each in placement.findings if not (stopped and each.code == "nothing-lands")]
         given.append(
             Given(
                 name=name,

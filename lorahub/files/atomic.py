@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import secrets
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +38,7 @@ _HINTS: dict[int, str] = {
     errno.EACCES: "look at the permissions of the folder: ls -ld",
     errno.EPERM: "look at the permissions of the folder: ls -ld",
     errno.EROFS: "the file system is read-only: write elsewhere",
-    errno.ENOENT: "make the folder first: mkdir -p",
+    errno.ENOENT: "make the folder first: mkdir -p {folder}",
     errno.ENOTDIR: "a part of the path is a file: name another place",
     errno.EISDIR: "a folder has this name: name another place",
     errno.ENOTEMPTY: "the folder is not empty: name another place, or empty it yourself",
@@ -50,7 +51,7 @@ _HINTS: dict[int, str] = {
 
 def write_failed(path: str | os.PathLike[str], error: OSError) -> WriteFailed:
     """The typed error for what the system said while ``path`` was written."""
-    hint = _HINTS.get(error.errno or 0, "")
+    hint = _HINTS.get(error.errno or 0, "").replace("{folder}", shlex.quote(os.fspath(Path(path).parent)))
     return WriteFailed(f"{os.fspath(path)} cannot be written: {error.strerror or error}", hint)
 
 
@@ -134,7 +135,7 @@ def new_staging(final: str | os.PathLike[str]) -> Path:
     try:
         staging.mkdir()
     except OSError as error:
-        raise write_failed(staging, error) from None
+        raise write_failed(final, error) from None
     return staging
 
 

@@ -22,7 +22,7 @@ from lorahub.deltas.peft_config import INERT, USED, chosen, flag
 from lorahub.errors import CannotCarry, IntegrityError, UnsupportedFormat, UnsupportedKind
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
-from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written, one_of
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
 from lorahub.formats.peft.keys import Stems
 from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
@@ -164,7 +164,7 @@ def _weights_file(files: AdapterFiles) -> str:
         return named[0] if named else next(iter(files.headers))
     raise UnsupportedFormat(
         f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-        "name the one that is meant: weight_name=...",
+        one_of(files, files.headers),
     )
 
 

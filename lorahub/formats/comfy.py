@@ -23,7 +23,7 @@ from lorahub.formats.dotted_metadata import Statements, field_notes
 from lorahub.formats.dotted_spellings import EVERY
 from lorahub.formats.families import representatives
 from lorahub.formats.flat_spellings import REFUSED
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.gather import ways_of
 from lorahub.formats.marks import Mark
 from lorahub.formats.suffixes import Row
@@ -115,7 +115,7 @@ def only_file(files: AdapterFiles) -> str:
         return next(iter(files.headers))
     raise UnsupportedFormat(
         f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-        "name the one that is meant: weight_name=...",
+        one_of(files, files.headers),
     )
 
 

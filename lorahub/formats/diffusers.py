@@ -29,7 +29,7 @@ from lorahub.formats.dotted_spellings import EVERY, FORMAT, PAIRS, SPELLINGS
 from lorahub.formats.families import representatives
 from lorahub.formats.flat_names import take_apart
 from lorahub.formats.flat_spellings import WHOLE
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.gather import Ways, ways_of
 from lorahub.formats.marks import Mark
 from lorahub.formats.peft.config import CONFIG
@@ -211,7 +211,7 @@ def _weights_file(files: AdapterFiles) -> str:
         return claimed[0]
     raise UnsupportedFormat(
         f"{files.folder} holds several adapters: {', '.join(claimed)}" if claimed else f"{files.folder} holds none",
-        "name the file that is meant: weight_name=...",
+        one_of(files, claimed or files.headers),
     )
 
 

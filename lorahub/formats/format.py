@@ -5,7 +5,7 @@ A format is tables and look-ups over headers; it renames, transposes and slices,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding
 from lorahub.lazy import torch
 
-__all__ = ["AdapterFiles", "Format", "Part", "Reading", "Written"]
+__all__ = ["AdapterFiles", "Format", "Part", "Reading", "Written", "one_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,12 @@ class AdapterFiles:
     others: tuple[str, ...] = ()
     numbers: Mapping[str, Mapping[str, bytes]] = field(default_factory=lambda: MappingProxyType({}))
     compat: Compat | None = None
+
+
+def one_of(files: AdapterFiles, names: Iterable[str]) -> str:
+    """What to do where several weights files could be meant, as a hint."""
+    first = min(names, default="FILE")
+    return f"name the one that is meant: {files.folder / first}, or in Python weight_name={first!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

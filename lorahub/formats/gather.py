@@ -82,7 +82,12 @@ class Trouble:
             "the angles of scaled OFT are divided by 2 sqrt(b - 1), as OneTrainer does; drafts used another number",
             "",
         ),
-        "slot-misfit": ("integrity", Verdict.INCOMPATIBLE, "tensors of one module do not fit together", ""),
+        "slot-misfit": (
+            "integrity",
+            Verdict.INCOMPATIBLE,
+            "tensors of one module do not fit together",
+            "fetch the file again, or ask its author",
+        ),
         "slot-missing": (
             "integrity",
             Verdict.INCOMPATIBLE,
@@ -108,7 +113,7 @@ class Trouble:
         result = []
         for code, (cases, where) in sorted(self._found.items()):
             axis, level, text, remedy = self._TEXTS[code]
-            more = f" (and {len(cases) - 1} more like it)" if len(cases) > 1 else ""
+            more = f" (and {count - 1} more like it)" if (count := len(set(cases))) > 1 else ""
             result.append(
                 Finding(
                     code=code,

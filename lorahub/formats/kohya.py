@@ -29,7 +29,7 @@ from lorahub.formats.fitting import fit_factors
 from lorahub.formats.flat_names import PREFIXES, take_apart, usual_prefixes
 from lorahub.formats.flat_spellings import FORMAT, NUMBERS, READ, REFUSED, SPELLINGS
 from lorahub.formats.flat_writing import Draft
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.gather import Trouble, ways_of
 from lorahub.formats.marks import Mark
 from lorahub.formats.modules import Modules, flat
@@ -197,7 +197,7 @@ def _weights_file(files: AdapterFiles) -> str:
         return claimed[0]
     raise UnsupportedFormat(
         f"{files.folder} holds several adapters: {', '.join(claimed)}" if claimed else f"{files.folder} holds none",
-        "name the file that is meant: weight_name=...",
+        one_of(files, claimed or files.headers),
     )
 
 

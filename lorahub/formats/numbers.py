@@ -52,9 +52,14 @@ def read_numbers(files: AdapterFiles, file: str, keys: Collection[str]) -> dict[
     forms = dict(zip(map(id, found), found, strict=True))  # of hundreds of alphas, one or two
     if not all(map(_is_number, forms.values())):
         key, form = next((key, form) for key, form in zip(keys, found, strict=True) if not _is_number(form))
+        if prod(form.shape) != 1:
+            raise IntegrityError(
+                f"{key} should be a single number, not {form.dtype} {list(form.shape)}",
+                "the file is damaged, or of another format: ask its author",
+            )
         raise IntegrityError(
-            f"{key} should be a single number, not {form.dtype} {list(form.shape)}",
-            "the file is damaged, or of another format: ask its author",
+            f"{key} is stored as {form.dtype}, in which no such number is read: {', '.join(sorted(_CODES))} or BF16",
+            f"store {key} as F32, which holds it exactly, and leave the other tensors as they are",
         )
     held = files.numbers.get(file)
     raw: Sequence[bytes]

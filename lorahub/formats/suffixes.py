@@ -183,7 +183,7 @@ _TEXTS: Mapping[str, str] = {
 
 
 def _finding(code: str, cases: Sequence[str], where: Sequence[str]) -> Finding:
-    more = f" (and {len(cases) - 1} more like it)" if len(cases) > 1 else ""
+    more = f" (and {count - 1} more like it)" if (count := len(set(cases))) > 1 else ""
     note, read = code == "alpha-unused", code != "kind-unsupported"
     return Finding(
         code=code,

@@ -25,7 +25,7 @@ from lorahub.errors import CannotCarry, IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.experts import in_base
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.peft.config import COMMON, CONFIG, base_claim
 from lorahub.formats.peft.keys import PREFIX, Stems
 from lorahub.formats.peft.lookalikes import TINKER, lookalike
@@ -90,7 +90,7 @@ class TinkerFormat:
         if len(files.headers) > 1:
             raise UnsupportedFormat(
                 f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-                "name the one that is meant: weight_name=...",
+                one_of(files, files.headers),
             )
         ((file, header),) = files.headers.items()
         config = files.configs.get(CONFIG, {})

@@ -114,9 +114,36 @@ def test_an_approximation_is_asked_for_and_told(lorahub: Cli, make_adapter: Make
 
 def test_misspelt_formats_get_a_suggestion(lorahub: Cli, adapter: Path, tmp_path: Path) -> None:
     run = lorahub("convert", adapter, "--to", "kohia", "-o", tmp_path / "out")
-    assert run.code == 4
-    assert "kohya" in run.err
+    assert run.code == 2
+    assert "Did you mean 'kohya'" in run.err
     assert list(tmp_path.glob("out*")) == []
+
+
+def test_an_unknown_format_is_named_with_the_known_ones(lorahub: Cli, adapter: Path, tmp_path: Path) -> None:
+    run = lorahub("convert", adapter, "--to", "nope", "-o", tmp_path / "out")
+    assert run.code == 2
+    assert all(name in run.err for name in ("peft", "diffusers", "kohya", "mlx"))
+
+
+def test_a_place_that_is_taken_fails_as_it_does_for_merge(
+    lorahub: Cli, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "out"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    codes = {
+        lorahub(*command, "-o", taken).code
+        for command in (("convert", adapter, "--to", "mlx"), ("merge", adapter, "--base", base))
+    }
+    assert codes == {1}
+    assert [path.name for path in taken.iterdir()] == ["notes.txt"]
+
+
+def test_an_absent_folder_is_named_in_the_command_that_makes_it(lorahub: Cli, adapter: Path, tmp_path: Path) -> None:
+    run = lorahub("convert", adapter, "--to", "mlx", "-o", tmp_path / "not here" / "out")
+    assert run.code == 1
+    assert f"mkdir -p '{tmp_path / 'not here'}'" in run.err
+    assert f"{tmp_path / 'not here' / 'out'} cannot be written" in run.err
 
 
 class Base(nn.Module):

@@ -75,14 +75,14 @@ def test_extract_answers_in_json_and_bare(lorahub: Cli, base: Path, tuned: Path,
     assert bare.out == f"{tmp_path / 'b'}\n"
 
 
-def test_extract_without_a_budget_or_into_a_full_folder_is_a_usage_error(
+def test_extract_without_a_budget_is_malformed_and_into_a_full_folder_fails_as_merge_does(
     lorahub: Cli, base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     run = lorahub("extract", tuned, "--base", base, "-o", tmp_path / "a")
     assert run.code == 2
     assert "give a rank, an energy or an error" in run.err
     run = lorahub("extract", tuned, "--base", base, "-o", base, "--rank", "2")
-    assert run.code == 2
+    assert run.code == 1
     assert "exists" in run.err
 
 

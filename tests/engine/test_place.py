@@ -54,6 +54,7 @@ def test_a_misfit_names_both_shapes_and_cannot_be_allowed(base, tools):
     assert "[24, 16]" in found.message
     assert "[20, 4]" in found.message
     assert found.where == ("layers.0.q.weight",)
+    assert "lorahub inspect" in found.remedy
 
 
 def test_many_misfits_of_one_sort_are_one_finding(base, tools):
@@ -97,6 +98,36 @@ def test_an_absent_target_is_degraded_while_something_else_lands(base, tools):
 def test_an_adapter_of_which_nothing_lands_cannot_be_allowed(base, tools):
     found = only(put(base, tools, {"model.layers.0.q.weight": tools.lora(24, 16)}))
     assert (found.code, found.level, found.allowable) == ("target-missing", Verdict.INCOMPATIBLE, False)
+
+
+WAN = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+
+
+def _wan(tools, names, config=None):
+    """Weights of attention in Wan's model, under ``names`` of its projections and of the attention itself."""
+    weights = {
+        f"blocks.{n}.{names['attention']}.{names[each]}.weight": tools.weights(24, 16)
+        for n in (0, 1)
+        for each in "qkvo"
+    }
+    return tools.World(weights, config=config or {})
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_names_of_the_makers_end_in_the_command_that_translates_them(tools, prefix):
+    world = _wan(tools, WAN | {"attention": "attn1"}, {"_class_name": "WanTransformer3DModel"})
+    found = only(put(world, tools, {f"{prefix}blocks.0.self_attn.{each}.weight": tools.lora(24, 16) for each in "qk"}))
+    assert (found.code, found.level) == ("target-missing", Verdict.INCOMPATIBLE)
+    assert "lorahub convert ADAPTER --to diffusers --base BASE -o FOLDER" in found.remedy
+
+
+def test_no_translation_is_offered_where_it_would_not_help(tools):
+    makers = {each: each for each in "qkvo"} | {"attention": "self_attn"}
+    own = _wan(tools, makers)
+    assert "--to diffusers" not in only(put(own, tools, {"blocks.7.self_attn.q.weight": tools.lora(24, 16)})).remedy
+    diffusers = _wan(tools, WAN | {"attention": "attn1"}, {"_class_name": "WanTransformer3DModel"})
+    odd = only(put(diffusers, tools, {"blocks.0.elsewhere.q.weight": tools.lora(24, 16)}))
+    assert "--to diffusers" not in odd.remedy
 
 
 def components(tools, *targets):

@@ -78,6 +78,13 @@ def test_findings_of_the_header_are_part_of_the_plan(base, tools):
     assert plan.findings == (finding,)
 
 
+def test_that_nothing_lands_is_not_said_beside_what_it_follows_from(base, tools):
+    cause = Finding(code="config-contradicts-tensors", axis="integrity", level=Verdict.INCOMPATIBLE, message="?")
+    assert base.plan({}, findings=(cause,)).findings == (cause,)
+    loss = Finding(code="key-unknown", axis="format", level=Verdict.DEGRADED, message="?", allowable=True)
+    assert set(codes(base.plan({}, findings=(loss,), allow=["key-unknown"]))) == {"key-unknown", "nothing-lands"}
+
+
 def test_two_replacements_of_one_parameter_are_refused(base, tools):
     value = {"norm.weight": Replace(tools.weights(16))}
     assert codes(base.plan(value, value)) == {"two-replacements": Verdict.INCOMPATIBLE}

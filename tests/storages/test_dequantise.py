@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lorahub
 from lorahub.cli.main import main
-from lorahub.errors import Incompatible, IntegrityError, NotFinite, UnsupportedFormat, UsageError
+from lorahub.errors import Incompatible, IntegrityError, NotFinite, UnsupportedFormat, UsageError, WriteFailed
 from lorahub.storages.storage import held_in
 
 SETTINGS = {
@@ -187,5 +187,5 @@ def test_the_request_itself_is_looked_at_first(saved, tmp_path):
         lorahub.dequantise(folder, tmp_path / "out", dtype="int8")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(WriteFailed, match="exists already"):
         lorahub.dequantise(folder, tmp_path / "full")

@@ -62,7 +62,7 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_behind(tmp_path
 def test_a_forbidden_or_absent_folder_is_a_write_failure(tmp_path, monkeypatch):
     with pytest.raises(WriteFailed) as caught:
         atomic_write(tmp_path / "absent" / "a", b"")
-    assert caught.value.hint == "make the folder first: mkdir -p"
+    assert caught.value.hint == f"make the folder first: mkdir -p {tmp_path / 'absent'}"
     monkeypatch.setattr("lorahub.files.atomic.new_partial", failing(errno.EACCES))
     with pytest.raises(WriteFailed, match="Permission denied") as caught:
         atomic_write(tmp_path / "a", b"")

@@ -19,7 +19,7 @@ from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
 from lorahub.composition import extract as extraction
 from lorahub.composition.pairing import Way, pair
 from lorahub.composition.truncate import Budget
-from lorahub.errors import BaseMismatch, CannotCarry, Degraded, NotFinite, UsageError
+from lorahub.errors import BaseMismatch, CannotCarry, Degraded, NotFinite, UsageError, WriteFailed
 from lorahub.files.dtypes import from_torch
 from lorahub.files.shards import encode_index
 from lorahub.files.tensors import open_weights
@@ -587,7 +587,7 @@ def test_nan_is_refused_with_the_name_of_its_parameter(base: Path, tmp_path: Pat
 def test_a_folder_that_holds_something_is_not_written_to(base: Path, tuned: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(WriteFailed, match="exists"):
         lorahub.extract(tuned, base, tmp_path / "out", rank=4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 

@@ -245,6 +245,15 @@ def test_an_alpha_of_infinity_or_of_several_numbers_is_refused(weights: Folder) 
         weights.read({**PAIR, "alpha": (2,)})
 
 
+def test_of_an_alpha_in_eight_bits_the_dtype_is_named_and_not_its_size(weights: Folder) -> None:
+    tensors = {STEM + "." + name: torch.ones(shape) for name, shape in PAIR.items()}
+    save_file(weights.path, {**tensors, STEM + ".alpha": torch.tensor(1.0).to(torch.float8_e5m2)}, {})
+    with pytest.raises(IntegrityError, match="stored as F8_E5M2") as caught:
+        open_header(weights.path.parent, weights.registry)
+    assert "single number" not in caught.value.message
+    assert "F32" in caught.value.hint
+
+
 @pytest.mark.parametrize(("entries", "says"), [({"alpha": 8.0}, "says 8"), ({}, "has no alpha, which means 2")])
 def test_a_header_that_states_another_alpha_is_an_error_with_both_numbers(
     weights: Folder, entries: dict[str, float], says: str
@@ -419,8 +428,10 @@ def test_kohya_claims_its_own_and_no_other(weights: Folder, registry: Registry) 
 def test_among_several_adapters_in_a_folder_the_user_is_asked(weights: Folder, registry: Registry) -> None:
     folder = weights.fill({f"{STEM}.{name}": shape for name, shape in PAIR.items()})
     (folder / "second.safetensors").write_bytes(weights.path.read_bytes())
-    with pytest.raises(UnsupportedFormat, match=r"second\.safetensors, weights\.safetensors"):
+    with pytest.raises(UnsupportedFormat, match=r"second\.safetensors, weights\.safetensors") as caught:
         open_header(folder, registry)
+    assert f"{folder / 'second.safetensors'}," in caught.value.hint
+    assert "weight_name='second.safetensors'" in caught.value.hint
     assert open_header(folder, registry, weight_name="second.safetensors").reading.file == "second.safetensors"
 
 

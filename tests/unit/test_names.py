@@ -119,7 +119,7 @@ REFUSED = {
     "": "namespace/name",
     "acme": "namespace/name",
     "acme/ink:heavy": "weight",
-    "acme/ink:nan": "weight",
+    "acme/ink:nan": "'nan' is no weight",
     "acme/ink:1e999": "finite",
     "acme/ink@": "after '@'",
     "acme/ink@=>1": "range",

@@ -25,7 +25,7 @@ from lorahub.files.grammar import show
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.experts import in_base
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.gguf.names import GgufStems
 from lorahub.formats.gguf.notes import about_base, about_invocation, about_names, about_norms
 from lorahub.formats.gguf.tables import (
@@ -77,7 +77,7 @@ class GgufFormat:
         if len(found) > 1:
             raise UnsupportedFormat(
                 f"{files.folder} holds several weights files: {', '.join(sorted(found))}",
-                "name the one that is meant: weight_name=...",
+                one_of(files, found),
             )
         ((file, header),) = found.items()
         _demand_adapter(header, str(files.folder / file))

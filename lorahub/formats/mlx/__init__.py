@@ -24,7 +24,7 @@ from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.experts import in_base
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.marks import Mark
 from lorahub.formats.mlx.tables import CONFIG, DEFAULT_SCALE, EMBEDDING, EMBEDDINGS, EXPERTS, FILES, LINEAR, MIXTRAL
 from lorahub.formats.mlx.write import write
@@ -125,7 +125,7 @@ def _weights_file(files: AdapterFiles) -> str:
         return next(iter(files.headers))
     raise UnsupportedFormat(
         f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-        "name the one that is meant: weight_name=...",
+        one_of(files, files.headers),
     )
 
 

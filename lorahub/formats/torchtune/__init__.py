@@ -18,7 +18,7 @@ from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
 from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.findings import Claim, Finding, Verdict
-from lorahub.formats.format import AdapterFiles, Format, Reading, Written
+from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_of
 from lorahub.formats.peft.config import CONFIG, base_claim
 from lorahub.formats.peft.lookalikes import TORCHTUNE, lookalike
 from lorahub.formats.rope import to_halves
@@ -59,7 +59,7 @@ class TorchtuneFormat:
         if file != FILE and len(files.headers) > 1:
             raise UnsupportedFormat(
                 f"{files.folder} holds several weights files: {', '.join(sorted(files.headers))}",
-                "name the one that is meant: weight_name=...",
+                one_of(files, files.headers),
             )
         header, config = files.headers[file], files.configs.get(CONFIG)
         if config is None or "lora_alpha" not in config:
