@@ -35,7 +35,7 @@ def _api(base: Path, adapter: Path, out: Path) -> None:
 def _copy(base: Path, adapter: Path, out: Path) -> None:
     """The stream with nothing to fold: the same plan without its steps."""
     from lorahub import merging
-    from lorahub.engine import stream
+    from lorahub.engine.writing import stream
 
     _import_torch()
     with _work():

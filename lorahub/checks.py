@@ -15,7 +15,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from lorahub.adapter import AdapterHeader
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex, natural
-from lorahub.engine.plan import Plan
+from lorahub.engine.planning.plan import Plan
 from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError, LorahubError
 from lorahub.findings import Axis, Finding, Verdict, worst
 from lorahub.records import BaseRecord

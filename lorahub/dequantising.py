@@ -20,7 +20,7 @@ from lorahub.bases.framework import BaseFiles
 from lorahub.bases.index import BaseRef
 from lorahub.bases.open import index_base, survey_base
 from lorahub.deltas.kind import JSON
-from lorahub.engine.casting import DTYPES
+from lorahub.engine.planning.casting import DTYPES
 from lorahub.errors import NotFinite, UnsupportedFormat, UsageError, WriteFailed
 from lorahub.files.atomic import atomic_write, new_staging, replace_dir
 from lorahub.files.dtypes import DTYPES as CODES

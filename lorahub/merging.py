@@ -19,19 +19,19 @@ from lorahub.bases.repeated import repeated, why_not
 from lorahub.bases.torch_module import held_parameters
 from lorahub.deltas.disputes import Compat, as_compat
 from lorahub.deltas.kind import JSON
-from lorahub.engine.casting import cast as cast_plan
-from lorahub.engine.inplace import merge_in_place
-from lorahub.engine.merge import Arranged, Merged, merge_into
-from lorahub.engine.plan import Plan
-from lorahub.engine.plan import plan as plan_merge
-from lorahub.engine.ranks import ALONE, Ranks
+from lorahub.engine.changing.merge import Arranged, Merged, merge_into
+from lorahub.engine.changing.sharding import local_parts
+from lorahub.engine.changing.undo import Keeping
+from lorahub.engine.planning.casting import cast as cast_plan
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.engine.report import MergeReport
-from lorahub.engine.sharding import local_parts
-from lorahub.engine.staging import SINGLE
-from lorahub.engine.stream import stream_merge
-from lorahub.engine.undo import Keeping
 from lorahub.engine.undoing.keeper import Policy
 from lorahub.engine.undoing.reload import BaseRows
+from lorahub.engine.writing.inplace import merge_in_place
+from lorahub.engine.writing.ranks import ALONE, Ranks
+from lorahub.engine.writing.staging import SINGLE
+from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import Degraded, Incompatible, Unavailable, UsageError
 from lorahub.files.digest import file_digest
 from lorahub.findings import Finding, Verdict, worst

@@ -12,8 +12,8 @@ from typing import Any
 
 from lorahub import strict_json
 from lorahub.deltas.kind import JSON
-from lorahub.engine.inplace import restored
 from lorahub.engine.report import MergeReport
+from lorahub.engine.writing.inplace import restored
 from lorahub.errors import Degraded, IntegrityError, UsageError
 from lorahub.files.journal import revert, settle
 from lorahub.findings import Finding, Verdict

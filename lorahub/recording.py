@@ -13,7 +13,7 @@ from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.kind import JSON
-from lorahub.engine.plan import Plan
+from lorahub.engine.planning.plan import Plan
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.hub.contents import rule_for, survey
 from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, BaseRecord, Compat, FileRecord

@@ -24,7 +24,7 @@ from lorahub.bases.torch_module import TorchModule
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef
-from lorahub.engine.plan import Form, Plan, Step, Term
+from lorahub.engine.planning.plan import Form, Plan, Step, Term
 from lorahub.errors import BaseMismatch, CannotCarry, NotLocal, UnsupportedKind
 from lorahub.lazy import torch
 from lorahub.live.attached import Live

@@ -7,7 +7,7 @@ import click
 from lorahub import dequantising
 from lorahub.cli.options import output_options
 from lorahub.cli.output import Output, size
-from lorahub.engine.casting import DTYPES
+from lorahub.engine.planning.casting import DTYPES
 
 __all__ = ["dequantise"]
 

@@ -9,10 +9,10 @@ import click
 from lorahub import merging, patching
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, Progress, aligned, size
-from lorahub.engine.casting import DTYPES
-from lorahub.engine.ranks import Ranks
-from lorahub.engine.retention import Retention
+from lorahub.engine.folding.retention import Retention
+from lorahub.engine.planning.casting import DTYPES
 from lorahub.engine.rounding.table import MODES, STOCHASTIC
+from lorahub.engine.writing.ranks import Ranks
 from lorahub.errors import UsageError
 from lorahub.sources import quiet
 

@@ -12,7 +12,7 @@ from typing import TypeAlias, final
 from lorahub.bases.framework import BaseFiles
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Target
-from lorahub.engine.place import FLOATS, logical_shape
+from lorahub.engine.planning.place import FLOATS, logical_shape
 from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.tensors import FileSource
 from lorahub.lazy import torch

@@ -26,7 +26,7 @@ from lorahub.conversion.weights import BaseWeights
 from lorahub.converting.request import Request
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.kind import JSON
-from lorahub.engine.place import logical_shape, place
+from lorahub.engine.planning.place import logical_shape, place
 from lorahub.errors import CannotCarry
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch

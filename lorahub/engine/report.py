@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import cast
 
 from lorahub.deltas.kind import JSON
-from lorahub.engine.retention import Retention
+from lorahub.engine.folding.retention import Retention
 from lorahub.findings import Finding
 
 __all__ = ["MergeReport"]

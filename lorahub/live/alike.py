@@ -10,7 +10,7 @@ from collections import deque
 from typing import final
 
 from lorahub.adapter import Adapter, AdapterHeader
-from lorahub.engine.plan import Plan
+from lorahub.engine.planning.plan import Plan
 
 __all__ = ["Alike"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Self, final
 
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex
-from lorahub.engine.bind import HasDeltas
-from lorahub.engine.plan import Plan
+from lorahub.engine.folding.bind import HasDeltas
+from lorahub.engine.planning.plan import Plan
 from lorahub.errors import UsageError
 from lorahub.live.desk import Desk
 from lorahub.live.loading import Loader

@@ -15,11 +15,11 @@ from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Piece
 from lorahub.bases.torch_module import held_parameters
 from lorahub.deltas.delta import Delta
-from lorahub.engine.bind import Bound, HasDeltas
-from lorahub.engine.place import FLOATS
-from lorahub.engine.plan import Plan
-from lorahub.engine.steps import Step
-from lorahub.engine.sums import Ingredient
+from lorahub.engine.folding.bind import Bound, HasDeltas
+from lorahub.engine.folding.sums import Ingredient
+from lorahub.engine.planning.place import FLOATS
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Step
 from lorahub.errors import Incompatible, UnsupportedKind, UsageError
 from lorahub.lazy import torch
 from lorahub.live import lookup

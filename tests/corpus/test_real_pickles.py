@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorahub.adapter import load, open_header
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.torch_module import TorchModule
-from lorahub.engine.place import place
+from lorahub.engine.planning.place import place
 from lorahub.errors import IntegrityError, LorahubError, UnsupportedFormat, UnsupportedKind
 from lorahub.files.pickles import PICKLES, left_out, unpack
 from lorahub.plugins import Registry

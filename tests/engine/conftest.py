@@ -21,11 +21,11 @@ from lorahub.deltas.ia3 import IA3, Gain
 from lorahub.deltas.kind import Group, Kind, TensorRef
 from lorahub.deltas.lora import LORA, LoRA
 from lorahub.deltas.replace import REPLACE, Replace
-from lorahub.engine.casting import cast
-from lorahub.engine.merge import Merged, merge_into
-from lorahub.engine.plan import Plan, plan
+from lorahub.engine.changing.merge import Merged, merge_into
+from lorahub.engine.planning.casting import cast
+from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport
-from lorahub.engine.stream import stream_merge
+from lorahub.engine.writing.stream import stream_merge
 from lorahub.files.dtypes import from_torch
 from lorahub.files.header import read_header
 from lorahub.files.shards import encode_index

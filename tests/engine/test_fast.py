@@ -9,12 +9,12 @@ import torch
 from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.lora import LoRA
 from lorahub.engine.crew import Workspace
-from lorahub.engine.fold import Fold
+from lorahub.engine.folding.fold import Fold
+from lorahub.engine.folding.sums import Ingredient
+from lorahub.engine.planning.steps import Form, Step
 from lorahub.engine.rounding import fast
 from lorahub.engine.rounding.fast import FAST
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.steps import Form, Step
-from lorahub.engine.sums import Ingredient
 from lorahub.errors import UsageError
 
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}

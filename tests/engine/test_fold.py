@@ -11,11 +11,11 @@ from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.lora import LoRA
 from lorahub.deltas.replace import Replace
 from lorahub.engine.crew import Workspace, crew_size, run_jobs
-from lorahub.engine.fold import Fold
+from lorahub.engine.folding.fold import Fold
+from lorahub.engine.folding.sums import Ingredient, Sums
+from lorahub.engine.folding.windows import cut, gather
+from lorahub.engine.planning.steps import Form, Step
 from lorahub.engine.rounding.fast import FAST
-from lorahub.engine.steps import Form, Step
-from lorahub.engine.sums import Ingredient, Sums
-from lorahub.engine.windows import cut, gather
 from lorahub.errors import NotFinite, UsageError
 
 

@@ -15,7 +15,7 @@ import pytest
 from lorahub.bases.framework import Edits
 from lorahub.bases.open import survey_base
 from lorahub.deltas.replace import Replace
-from lorahub.engine.inplace import merge_in_place, restored
+from lorahub.engine.writing.inplace import merge_in_place, restored
 from lorahub.errors import IntegrityError, NotFinite, NotFound, UsageError, WriteFailed
 from lorahub.files import journal
 from lorahub.files.header import read_header
@@ -294,7 +294,7 @@ spec = importlib.util.spec_from_file_location("doubles", sys.argv[1])
 doubles = importlib.util.module_from_spec(spec)
 sys.modules["doubles"] = doubles
 spec.loader.exec_module(doubles)
-from lorahub.engine.inplace import merge_in_place
+from lorahub.engine.writing.inplace import merge_in_place
 from lorahub.files.journal import revert, settle
 
 folder, undo = Path(sys.argv[2]), sys.argv[3] == "undo"

@@ -10,7 +10,7 @@ import torch
 from lorahub.bases.framework import Edits
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.replace import Replace
-from lorahub.engine.merge import merge_into
+from lorahub.engine.changing.merge import merge_into
 from lorahub.errors import BaseMismatch, Degraded, Incompatible, LorahubError, NotFinite, UsageError
 
 
@@ -135,7 +135,7 @@ def test_an_undo_that_was_interrupted_goes_on_where_it_was(base, adapter, monkey
         raise KeyboardInterrupt  # a signal would not do: a run in the background ignores it
 
     with monkeypatch.context() as patched:
-        patched.setattr("lorahub.engine.state.restore", restore)
+        patched.setattr("lorahub.engine.changing.state.restore", restore)
         with pytest.raises(KeyboardInterrupt):
             merged.undo()
     assert not merged.undone
@@ -272,8 +272,8 @@ def test_siblings_are_read_before_they_change(tools, tmp_path, streamed):
     def touches(group):
         return (dataclasses.replace(kind.touches(group)[0], reads=("gate",)),)
 
-    from lorahub.engine.plan import plan
-    from lorahub.engine.stream import stream_merge
+    from lorahub.engine.planning.plan import plan
+    from lorahub.engine.writing.stream import stream_merge
 
     kinds = tools.kinds | {"dora": dataclasses.replace(kind, touches=touches)}
     planned = plan(world.index(), world, {"a": (tools.header(adapter), 1.0)}, kinds)

@@ -14,7 +14,7 @@ from lorahub.deltas.full import Full
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.kind import Group, TensorRef
 from lorahub.deltas.replace import Replace
-from lorahub.engine.place import logical_shape, place
+from lorahub.engine.planning.place import logical_shape, place
 from lorahub.findings import Verdict
 
 

@@ -150,7 +150,7 @@ def test_two_heads_that_need_different_configurations_are_refused(base, tools):
         def edits(self, index, created, hints):
             return Edits(config={"num_labels": next(iter(created.values()))[0][0]})
 
-    from lorahub.engine.plan import plan
+    from lorahub.engine.planning.plan import plan
 
     adapters = {
         name: (tools.header({f"{name}.weight": Replace(tools.weights(size, 16))}), 1.0)

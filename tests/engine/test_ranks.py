@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorahub.engine.ranks import Ranks, Roll
-from lorahub.engine.staging import Staging, staging_of
+from lorahub.engine.writing.ranks import Ranks, Roll
+from lorahub.engine.writing.staging import Staging, staging_of
 from lorahub.errors import RankFailed, UsageError, WriteFailed
 from lorahub.files.atomic import is_partial
 
@@ -86,8 +86,8 @@ doubles = importlib.util.module_from_spec(spec)
 sys.modules["doubles"] = doubles
 spec.loader.exec_module(doubles)
 import torch
-from lorahub.engine.ranks import Ranks
-from lorahub.engine.stream import stream_merge
+from lorahub.engine.writing.ranks import Ranks
+from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import LorahubError
 
 folder, world, what = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorahub.deltas.lora import LoRA
-from lorahub.engine.retention import IDLE, LOST
+from lorahub.engine.folding.retention import IDLE, LOST
 from lorahub.errors import Degraded, NotFinite, UsageError
 from lorahub.findings import Verdict
 

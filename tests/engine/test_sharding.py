@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorahub.engine.sharding import _chunks, _joined, _overlaps, _within
+from lorahub.engine.changing.sharding import _chunks, _joined, _overlaps, _within
 from lorahub.files.writer import save_file
 
 SCRIPT = Path(__file__).with_name("sharded_ranks.py")

@@ -16,8 +16,8 @@ import torch
 
 from lorahub.bases.framework import Edits
 from lorahub.deltas.replace import Replace
-from lorahub.engine.staging import Staging, staging_of
-from lorahub.engine.stream import stream_merge
+from lorahub.engine.writing.staging import Staging, staging_of
+from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import BaseMismatch, IntegrityError, NotFinite, UsageError, WriteFailed
 from lorahub.files.atomic import is_partial
 from lorahub.files.header import read_header

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
-from lorahub.engine.ties import undeclared_ties
+from lorahub.engine.planning.ties import undeclared_ties
 from lorahub.findings import Verdict
 
 WORDS, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.q.weight"

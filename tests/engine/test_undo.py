@@ -13,10 +13,10 @@ from lorahub.deltas.full import Full
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.loha import LOHA, LoHa
 from lorahub.deltas.replace import Replace
-from lorahub.engine.fold import Fold
-from lorahub.engine.merge import Arranged, merge_into
-from lorahub.engine.plan import plan
-from lorahub.engine.undo import Keeping
+from lorahub.engine.changing.merge import Arranged, merge_into
+from lorahub.engine.changing.undo import Keeping
+from lorahub.engine.folding.fold import Fold
+from lorahub.engine.planning.plan import plan
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.engine.undoing.reload import BaseRows
 from lorahub.errors import BaseMismatch, IntegrityError, NotFinite, UsageError
@@ -122,8 +122,10 @@ class Go:
 
 @pytest.fixture
 def go(tools, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorahub.engine.sums.UNIT", 8 * 16 * 2)  # eight rows, so that every parameter has several units
-    monkeypatch.setattr("lorahub.engine.sums.WINDOW", 8 * 16 * 4)
+    monkeypatch.setattr(
+        "lorahub.engine.folding.sums.UNIT", 8 * 16 * 2
+    )  # eight rows, so that every parameter has several units
+    monkeypatch.setattr("lorahub.engine.folding.sums.WINDOW", 8 * 16 * 4)
     return Go(tools, world, tmp_path)
 
 

@@ -16,8 +16,8 @@ from lorahub.bases.layout import Piece, Region, Target
 from lorahub.bases.torch_module import TorchModule
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.lora import LoRA
-from lorahub.engine.merge import merge_into
-from lorahub.engine.plan import Form, Plan, Step, Term
+from lorahub.engine.changing.merge import merge_into
+from lorahub.engine.planning.plan import Form, Plan, Step, Term
 from lorahub.live.attached import Live
 
 Deltas = Mapping[str, Delta]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorahub
-from lorahub.engine.quantised import COARSE, Quantised
-from lorahub.engine.retention import LOST
+from lorahub.engine.changing.quantised import COARSE, Quantised
+from lorahub.engine.folding.retention import LOST
 from lorahub.errors import BaseMismatch, Degraded, NotFinite, UsageError
 from lorahub.findings import Verdict
 from lorahub.storages.storage import held_in
@@ -118,7 +118,7 @@ def test_eight_bits_keep_a_large_change_and_lose_a_small_one(quantised, kind, lo
 
 def test_the_retained_share_is_the_projection_on_what_was_wanted(quantised, lora):
     from lorahub.bases.torch_module import held_parameters
-    from lorahub.engine.bind import Bound
+    from lorahub.engine.folding.bind import Bound
     from lorahub.merging import prepare
     from lorahub.plugins import load_registry
 
@@ -204,7 +204,7 @@ def test_a_weight_dependent_kind_sees_the_weight_and_not_the_codes(quantised, lo
 
 
 def test_a_plan_for_another_shape_is_refused(quantised, lora, net):
-    from lorahub.engine.merge import merge_into
+    from lorahub.engine.changing.merge import merge_into
     from lorahub.merging import prepare
     from lorahub.plugins import load_registry
 

@@ -12,7 +12,7 @@ from lorahub.bases.layout import Region, Target
 from lorahub.bases.torch_module import TorchModule
 from lorahub.deltas.kind import Group, TensorRef
 from lorahub.deltas.replace import REPLACE, Replace
-from lorahub.engine.place import place as put
+from lorahub.engine.planning.place import place as put
 from lorahub.findings import Verdict
 
 MODULE = "model.layers.0.mlp.experts"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorahub.engine.folding.sums import Change, all_finite, squares
 from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
-from lorahub.engine.sums import Change, all_finite, squares
 
 __all__ = ["merge_patches"]
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 import triton
 import triton.language as tl
 
+from lorahub.engine.folding.sums import Change
 from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
-from lorahub.engine.sums import Change
 from lorahub.lazy import torch
 
 __all__ = ["BLOCK", "merge_patches"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from lorahub.engine.sums import Change
+from lorahub.engine.folding.sums import Change
 from lorahub.lazy import torch
 
 __all__ = ["Outcome", "Patch", "accumulator"]

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from lorahub.engine.recipes import Factors, Recipe, Stretch
+from lorahub.engine.folding.recipes import Factors, Recipe, Stretch
+from lorahub.engine.folding.sums import Change, Sums
+from lorahub.engine.folding.windows import sample
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.fast import float32_is_float32
 from lorahub.engine.rounding.nearest import nearest, round_into
-from lorahub.engine.steps import Step
-from lorahub.engine.sums import Change, Sums
-from lorahub.engine.windows import sample
 from lorahub.lazy import torch
 
 __all__ = ["Exact"]

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lorahub.engine.folding.recipes import Factors, Recipe, Stretch, joined
+from lorahub.engine.folding.sums import Change, Sums
+from lorahub.engine.folding.windows import sample
 from lorahub.engine.kernels.choice import merger
 from lorahub.engine.kernels.patches import Patch
-from lorahub.engine.recipes import Factors, Recipe, Stretch, joined
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.nearest import round_into
-from lorahub.engine.steps import Step
-from lorahub.engine.sums import Change, Sums
-from lorahub.engine.windows import sample
 from lorahub.lazy import torch
 
 __all__ = ["FAST", "Fast", "Product", "float32_is_float32"]

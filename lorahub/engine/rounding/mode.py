@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from lorahub.engine.recipes import Factors, Recipe
-    from lorahub.engine.steps import Step
-    from lorahub.engine.sums import Sums
+    from lorahub.engine.folding.recipes import Factors, Recipe
+    from lorahub.engine.folding.sums import Sums
+    from lorahub.engine.planning.steps import Step
     from lorahub.lazy import torch
 
 __all__ = ["Mode"]

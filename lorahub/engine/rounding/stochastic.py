@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from lorahub.engine.recipes import Factors, Recipe
+from lorahub.engine.folding.recipes import Factors, Recipe
+from lorahub.engine.folding.sums import Sums
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.fast import FAST, Product
 from lorahub.engine.rounding.nearest import nearest
-from lorahub.engine.steps import Step
-from lorahub.engine.sums import Sums
 from lorahub.lazy import torch
 
 __all__ = ["Stochastic", "uniform"]

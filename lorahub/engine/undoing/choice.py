@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lorahub.engine.steps import Step
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.keeper import Policy
 
 __all__ = ["LARGE", "TYPICAL", "can_journal", "choose", "held_bytes", "journal_share"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar, final
 
 from lorahub.engine.crew import Workspace
-from lorahub.engine.fold import Fold
+from lorahub.engine.folding.fold import Fold
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.engine.undoing.keeper import Keeper, Policy
 from lorahub.engine.undoing.residual import Residual, Verbatim, encode

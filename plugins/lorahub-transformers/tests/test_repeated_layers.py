@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import lorahub
 from lorahub.adapter import load, open_header
 from lorahub.cli.main import main
-from lorahub.engine.staging import staging_of
+from lorahub.engine.writing.staging import staging_of
 from lorahub.errors import BaseMismatch, Incompatible, IntegrityError, UnsupportedKind
 from lorahub.files.writer import StreamWriter
 from lorahub.merging import PROVENANCE, prepare

@@ -20,14 +20,14 @@ from lorahub.bases.layers import Repetition, ranges_of, shown
 from lorahub.bases.repeated import why_not
 from lorahub.deltas.disputes import CHOSEN, Compat
 from lorahub.deltas.kind import JSON, Kind
-from lorahub.engine.assemble import Given, assemble
-from lorahub.engine.explain import explain
-from lorahub.engine.place import place
+from lorahub.engine.folding.windows import ARITHMETIC
+from lorahub.engine.planning.assemble import Given, assemble
+from lorahub.engine.planning.explain import explain
+from lorahub.engine.planning.place import place
+from lorahub.engine.planning.steps import Form, Step, Term
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.steps import Form, Step, Term
 from lorahub.engine.undoing.choice import held_bytes
 from lorahub.engine.undoing.keeper import Policy
-from lorahub.engine.windows import ARITHMETIC
 from lorahub.errors import BaseMismatch, Degraded, UsageError
 from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding, Verdict, worst

@@ -12,9 +12,9 @@ from typing import Protocol, final, runtime_checkable
 
 from lorahub.bases.layout import Piece, Target
 from lorahub.deltas.delta import Delta
-from lorahub.engine.plan import Plan
-from lorahub.engine.steps import Step, Term
-from lorahub.engine.sums import Ingredient
+from lorahub.engine.folding.sums import Ingredient
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Step, Term
 from lorahub.errors import IntegrityError, UsageError
 from lorahub.files.tensors import DictSource
 from lorahub.formats.on_demand import OnDemand

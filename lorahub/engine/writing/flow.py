@@ -17,15 +17,15 @@ from typing import Any, Protocol, TypeAlias, final
 from lorahub.bases.framework import BaseFiles
 from lorahub.bases.layout import Piece
 from lorahub.deltas.kind import JSON
-from lorahub.engine.bind import Bound
-from lorahub.engine.checkpoint import Shard
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.engine.fold import Change, Fold, Unit
-from lorahub.engine.plan import Plan
+from lorahub.engine.folding.bind import Bound
+from lorahub.engine.folding.fold import Change, Fold, Unit
+from lorahub.engine.folding.retention import judge, measured, overall
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
-from lorahub.engine.retention import judge, measured, overall
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.steps import Step
+from lorahub.engine.writing.checkpoint import Shard
 from lorahub.errors import IntegrityError
 from lorahub.files.direct import BLOCK
 from lorahub.files.dtypes import to_torch, torch_shape

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from lorahub.bases.layout import Piece, Region, Target
 from lorahub.deltas.delta import Index
 from lorahub.deltas.kind import JSON
-from lorahub.engine.windows import UNIT, WINDOW
+from lorahub.engine.folding.windows import UNIT, WINDOW
 from lorahub.files.dtypes import nbytes
 
 __all__ = ["Form", "Step", "Term"]

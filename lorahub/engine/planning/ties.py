@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.kind import JSON
-from lorahub.engine.notes import note
+from lorahub.engine.planning.notes import note
 from lorahub.findings import Finding, Verdict
 
 __all__ = ["undeclared_ties"]

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lorahub.bases.layout import Piece
-from lorahub.engine.bind import Bound
+from lorahub.engine.changing.quantised import Quantised
+from lorahub.engine.changing.undo import altered, restore
 from lorahub.engine.crew import Workspace
-from lorahub.engine.fold import Fold
-from lorahub.engine.plan import Plan
-from lorahub.engine.quantised import Quantised
-from lorahub.engine.steps import Step
-from lorahub.engine.undo import altered, restore
+from lorahub.engine.folding.bind import Bound
+from lorahub.engine.folding.fold import Fold
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.errors import UsageError
 from lorahub.lazy import torch

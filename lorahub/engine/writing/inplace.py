@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, final
 
 from lorahub.bases.framework import BaseFiles
-from lorahub.engine.bind import Bound, HasDeltas
-from lorahub.engine.checkpoint import Shard, lay_out
 from lorahub.engine.crew import crew_size
-from lorahub.engine.flow import Flow, Note, Progress, open_sources, report
-from lorahub.engine.plan import Plan
+from lorahub.engine.folding.bind import Bound, HasDeltas
+from lorahub.engine.planning.plan import Plan
 from lorahub.engine.report import MergeReport
+from lorahub.engine.writing.checkpoint import Shard, lay_out
+from lorahub.engine.writing.flow import Flow, Note, Progress, open_sources, report
 from lorahub.errors import IntegrityError, UsageError
 from lorahub.files.journal import Draft, demand_writable, hold_settled
 from lorahub.files.raw import Bytes

@@ -14,17 +14,17 @@ from itertools import pairwise
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self, final
 
-from lorahub.engine.bind import Bound, HasDeltas
+from lorahub.engine.changing.passage import Passage
+from lorahub.engine.changing.quantised import Quantised
+from lorahub.engine.changing.state import State, demand_in_place, demand_unaltered, reverse_of, untouched
+from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.crew import crew_size
-from lorahub.engine.fold import with_rows
-from lorahub.engine.passage import Passage
-from lorahub.engine.plan import Plan
-from lorahub.engine.quantised import Quantised
+from lorahub.engine.folding.bind import Bound, HasDeltas
+from lorahub.engine.folding.fold import with_rows
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding.fast import FAST
-from lorahub.engine.state import State, demand_in_place, demand_unaltered, reverse_of, untouched
-from lorahub.engine.steps import Step
-from lorahub.engine.undo import Keeping
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.errors import BaseMismatch, Incompatible, UsageError
 from lorahub.files.dtypes import to_torch, torch_shape

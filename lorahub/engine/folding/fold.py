@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from lorahub.engine.crew import Workspace
-from lorahub.engine.planes import Plane, Rows, Whole
+from lorahub.engine.folding.planes import Plane, Rows, Whole
+from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
+from lorahub.engine.folding.windows import gather
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.fast import FAST
 from lorahub.engine.rounding.mode import Mode
-from lorahub.engine.steps import Step
-from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
-from lorahub.engine.windows import gather
 from lorahub.errors import NotFinite
 from lorahub.files.dtypes import to_torch, torch_shape
 from lorahub.lazy import torch

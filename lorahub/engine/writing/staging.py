@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lorahub.deltas.kind import JSON
-from lorahub.engine.ranks import ALONE, Ranks, Roll
+from lorahub.engine.writing.ranks import ALONE, Ranks, Roll
 from lorahub.errors import WriteFailed
 from lorahub.files.atomic import atomic_write, flush_folder, replace_dir, write_failed
 from lorahub.files.locks import Lock

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TypeAlias, final
 
+from lorahub.engine.changing.state import State, demand_unaltered, untouched
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.engine.fold import Change, Fold, Unit
+from lorahub.engine.folding.fold import Change, Fold, Unit
+from lorahub.engine.folding.retention import judge, measured, overall
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
-from lorahub.engine.retention import judge, measured, overall
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.state import State, demand_unaltered, untouched
-from lorahub.engine.steps import Step
 from lorahub.engine.undoing.keeper import Keeper, Way
 from lorahub.errors import IntegrityError, LorahubError
 from lorahub.lazy import torch

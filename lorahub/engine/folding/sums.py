@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self, final
 
 from lorahub.bases.layout import Piece
 from lorahub.deltas.delta import Delta
-from lorahub.engine.windows import UNIT, WINDOW
+from lorahub.engine.folding.windows import UNIT, WINDOW
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:

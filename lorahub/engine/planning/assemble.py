@@ -16,10 +16,10 @@ from lorahub.bases.layout import Piece, Region, Target
 from lorahub.deltas.delta import Index
 from lorahub.deltas.disputes import REFUSED
 from lorahub.deltas.kind import JSON
-from lorahub.engine.notes import note
-from lorahub.engine.place import FLOATS, Created, Placed, Placement
-from lorahub.engine.steps import Form, Step, Term
-from lorahub.engine.ties import undeclared_ties
+from lorahub.engine.planning.notes import note
+from lorahub.engine.planning.place import FLOATS, Created, Placed, Placement
+from lorahub.engine.planning.steps import Form, Step, Term
+from lorahub.engine.planning.ties import undeclared_ties
 from lorahub.findings import Finding, Verdict
 
 __all__ = ["Assembled", "Given", "assemble"]

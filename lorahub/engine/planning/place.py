@@ -16,8 +16,8 @@ from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.delta import ALL, Index
 from lorahub.deltas.kind import JSON, Group, Kind, TensorRef, Touch
-from lorahub.engine.misfits import reason
-from lorahub.engine.notes import Notes
+from lorahub.engine.planning.misfits import reason
+from lorahub.engine.planning.notes import Notes
 from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding
 from lorahub.shapes import Binding, ShapeMisfit, instantiate, unify

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from lorahub.engine.sums import Change
+from lorahub.engine.folding.sums import Change
 from lorahub.errors import Degraded
 from lorahub.findings import Finding, Verdict
 

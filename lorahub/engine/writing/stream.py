@@ -16,15 +16,15 @@ from pathlib import Path
 
 from lorahub.bases.framework import BaseFiles
 from lorahub.deltas.kind import JSON
-from lorahub.engine.bind import Bound, HasDeltas
-from lorahub.engine.checkpoint import Shard, index_file, lay_out
 from lorahub.engine.crew import crew_size
-from lorahub.engine.flow import Flow, Note, Output, Progress, open_sources, report
-from lorahub.engine.plan import Plan
-from lorahub.engine.ranks import ALONE, Ranks
+from lorahub.engine.folding.bind import Bound, HasDeltas
+from lorahub.engine.planning.plan import Plan
 from lorahub.engine.report import MergeReport
-from lorahub.engine.resume import whole
-from lorahub.engine.staging import SINGLE, Staging
+from lorahub.engine.writing.checkpoint import Shard, index_file, lay_out
+from lorahub.engine.writing.flow import Flow, Note, Output, Progress, open_sources, report
+from lorahub.engine.writing.ranks import ALONE, Ranks
+from lorahub.engine.writing.resume import whole
+from lorahub.engine.writing.staging import SINGLE, Staging
 from lorahub.errors import IntegrityError, Unavailable, UsageError, WriteFailed
 from lorahub.files.atomic import atomic_write, write_failed
 from lorahub.files.writer import StreamWriter

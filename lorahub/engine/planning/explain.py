@@ -12,7 +12,7 @@ from lorahub.engine.undoing.choice import held_bytes
 from lorahub.findings import Verdict
 
 if TYPE_CHECKING:
-    from lorahub.engine.plan import Plan
+    from lorahub.engine.planning.plan import Plan
 
 __all__ = ["explain"]
 

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lorahub.engine.checkpoint import Shard
-from lorahub.engine.flow import Note
+from lorahub.engine.writing.checkpoint import Shard
+from lorahub.engine.writing.flow import Note
 from lorahub.errors import LorahubError
 from lorahub.files.raw import CHUNK, open_regular, read_into
 from lorahub.files.tensors import FileSource

@@ -11,8 +11,8 @@ from typing import Protocol, final
 
 from lorahub.deltas.delta import ALL, Delta
 from lorahub.engine.crew import Workspace
-from lorahub.engine.sums import Change, Sums
-from lorahub.engine.windows import sample
+from lorahub.engine.folding.sums import Change, Sums
+from lorahub.engine.folding.windows import sample
 from lorahub.lazy import torch
 
 __all__ = ["Factors", "Keep", "Put", "Recipe", "Stretch", "Sum", "joined"]

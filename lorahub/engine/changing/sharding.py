@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from lorahub.bases.layout import Piece, Region
 from lorahub.deltas.delta import ALL, Index
-from lorahub.engine.bind import HasDeltas
-from lorahub.engine.plan import Plan
+from lorahub.engine.folding.bind import HasDeltas
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Form, Step, Term
 from lorahub.engine.rounding.stochastic import Stochastic
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.steps import Form, Step, Term
 from lorahub.errors import Incompatible, NotLocal
 from lorahub.files.dtypes import stored_shape
 from lorahub.lazy import torch

@@ -15,9 +15,9 @@ from typing import Protocol, Self, final
 from lorahub.bases.layout import Region
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.engine.crew import Workspace
-from lorahub.engine.recipes import Factors, Keep, Put, Recipe, Stretch, Sum
-from lorahub.engine.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
-from lorahub.engine.windows import cut
+from lorahub.engine.folding.recipes import Factors, Keep, Put, Recipe, Stretch, Sum
+from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
+from lorahub.engine.folding.windows import cut
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 

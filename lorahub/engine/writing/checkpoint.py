@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lorahub.bases.framework import BaseFiles
-from lorahub.engine.plan import Plan
-from lorahub.engine.steps import Form, Step
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Form, Step
 from lorahub.errors import IntegrityError, UsageError
 from lorahub.files.header import TensorInfo
 from lorahub.files.shards import encode_index

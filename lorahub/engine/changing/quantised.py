@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from lorahub.bases.layout import Piece
-from lorahub.engine.bind import Bound
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.engine.fold import Change, Fold
-from lorahub.engine.retention import LOST, REFUSE, WARN
-from lorahub.engine.steps import Form, Step
-from lorahub.engine.sums import all_finite
+from lorahub.engine.folding.bind import Bound
+from lorahub.engine.folding.fold import Change, Fold
+from lorahub.engine.folding.retention import LOST, REFUSE, WARN
+from lorahub.engine.folding.sums import all_finite
+from lorahub.engine.planning.steps import Form, Step
 from lorahub.errors import BaseMismatch, Degraded, Incompatible, NotFinite
 from lorahub.files.dtypes import from_torch, stored_shape
 from lorahub.findings import Finding, Verdict, worst

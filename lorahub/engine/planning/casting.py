@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.kind import JSON
-from lorahub.engine.plan import Plan
-from lorahub.engine.steps import Form, Step
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.planning.steps import Form, Step
 from lorahub.errors import UsageError
 from lorahub.files.dtypes import nbytes
 

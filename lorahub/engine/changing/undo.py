@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from lorahub.engine.bind import Bound
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.engine.fold import Fold
-from lorahub.engine.steps import Step
+from lorahub.engine.folding.bind import Bound
+from lorahub.engine.folding.fold import Fold
+from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.choice import can_journal, choose, held_bytes
 from lorahub.engine.undoing.copies import Copies, HostCopies
 from lorahub.engine.undoing.journal import Journal

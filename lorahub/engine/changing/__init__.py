@@ -1,0 +1,1 @@
+"""Plans executed on live weights, in place, and the ways back."""

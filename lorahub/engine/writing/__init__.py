@@ -1,0 +1,1 @@
+"""Plans executed from disk to disk, or in the files themselves."""
