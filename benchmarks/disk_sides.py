@@ -34,12 +34,12 @@ def _api(base: Path, adapter: Path, out: Path) -> None:
 
 def _copy(base: Path, adapter: Path, out: Path) -> None:
     """The stream with nothing to fold: the same plan without its steps."""
-    from lorahub import merging
     from lorahub.engine.writing import stream
+    from lorahub.preparing import prepare
 
     _import_torch()
     with _work():
-        job = merging.prepare(base, {"a": adapter})
+        job = prepare(base, {"a": adapter})
         assert job.base.files is not None
         names = tuple(job.base.index.parameters)
         nothing = replace(job.plan, adapters=(), steps=(), untouched=names, config_edits={})

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layers import ranges_of, shown
 from lorahub.bases.layout import Target
+from lorahub.combination import Combinable
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import REFUSED, UNDECIDED, Compat
 from lorahub.deltas.kind import JSON, Touch
@@ -104,7 +105,7 @@ class AdapterHeader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
+class Adapter(Combinable):
     """A metadata record, and what happens to each target.
 
     Attributes:

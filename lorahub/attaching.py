@@ -11,19 +11,19 @@ from lorahub.deltas.delta import Delta
 from lorahub.errors import BaseMismatch, UsageError
 from lorahub.live.alike import Alike
 from lorahub.live.attached import Live, Planned
-from lorahub.merging import named_weights, prepare
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Given, Source, open_base
+from lorahub.preparing import Several, named_weights, prepare
+from lorahub.sources import Base, Given, open_base
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["attach"]
+__all__ = ["Policy", "attach", "plan_one"]
 
 
 def attach(
     model: nn.Module,
-    adapters: Mapping[str, Given] | Sequence[Source],
+    adapters: Several,
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     active: Collection[str] | None = None,
@@ -37,7 +37,7 @@ def attach(
     Args:
         model: any ``nn.Module``; attach first and compile then, for attaching compiles everything again.  PyTorch 2.8
             breaks the graph wherever an adapter is looked up; newer ones make one of all.
-        adapters: name -> adapter, or a list of references.
+        adapters: name -> adapter, a list of references, or a sum of open adapters: ``0.7 * a - b``.
         weights: one per adapter; 1 by default, or the weight in the reference.
         active: which act from the start; all of them by default, as after a merge.
         capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it; 0: none.
@@ -64,7 +64,7 @@ def attach(
         if plan is not None and own:
             planned: Planned = plan, own
         else:
-            planned = _planned(base, name, cast("Given", source), Policy(allow=allow, compat=compat, hub=hub))
+            planned = plan_one(base, name, cast("Given", source), Policy(allow=allow, compat=compat, hub=hub))
             if own and planned[1] is own:
                 alike.keep(own, planned[0])
         sources[name] = cast("Given", source)
@@ -106,7 +106,7 @@ class Policy:
     hub: str | None
 
 
-def _planned(base: Base, name: str, source: Given, policy: Policy) -> Planned:
+def plan_one(base: Base, name: str, source: Given, policy: Policy) -> Planned:
     """The plan of one adapter at weight 1, and the adapter: the very object that was given, where that is possible."""
     job = prepare(base, {name: source}, weights=[1.0], allow=policy.allow, compat=policy.compat, hub=policy.hub)
     job.refuse()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorahub import __version__, checks, recording
-from lorahub.adapter import Adapter, AdapterHeader, save
+from lorahub import checks, recording
+from lorahub.adapter import Adapter, save
 from lorahub.adapter import load as load_tensors
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
@@ -22,12 +22,11 @@ from lorahub.composition.pairing import Pair, Way, pair
 from lorahub.composition.report import ReduceReport, Row, unmet
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
+from lorahub.descent import derived, parent, written
 from lorahub.engine.crew import crew_size
 from lorahub.errors import CannotCarry, UsageError, WriteFailed
-from lorahub.files.digest import tensors_digest
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
-from lorahub.records import SCHEMA_VERSION, AdapterRecord
 from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
 
 if TYPE_CHECKING:
@@ -123,8 +122,10 @@ def extract(
     )  # fmt: skip
     touched = {row.target for row in found.rows if row.way in ("factors", "whole")} & before.index.parameters.keys()
     described = recording.describe_base(before.index, before.framework, touched, repo=base_repo, revision=base_revision)
-    parents = [{"ref": _called(after.index), "role": "tuned checkpoint", "revision": after.index.ref.commit}]
-    made = _record(None, "extract", settings, parents, {"tuned_weights": after.index.weights}).changed(base=described)
+    tuned_from = {"ref": _called(after.index), "role": "tuned checkpoint", "revision": after.index.ref.commit}
+    parents = [{name: value for name, value in tuned_from.items() if value}]
+    about = {"tuned_weights": after.index.weights} if after.index.weights else {}
+    made = derived(None, "extract", {**settings, **about}, parents).changed(base=described)
     adapter = Adapter(deltas=found.deltas, record=made, hints=_hints(found, pairs, before, after))
     save(adapter, folder)
     return ReduceReport(
@@ -132,7 +133,7 @@ def extract(
         rows=found.rows,
         findings=(*findings, *unmet(found.rows, budget)),
         seconds=time.perf_counter() - start,
-        bytes_written=_written(folder),
+        bytes_written=written(folder),
         settings=settings,
     )
 
@@ -222,17 +223,15 @@ def resize(
         rank=rank, energy=energy, error=error, sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, adaptive=adaptive,
         parameters=parameters, dtype=dtype,
     )  # fmt: skip
-    parents = [_parent(header)]
-    made = replace(
-        loaded, deltas=found.deltas, record=_record(header.record, "resize", settings, parents, {}), header=None
-    )
+    record = derived(header.record, "resize", settings, [parent(header, "resized")])
+    made = replace(loaded, deltas=found.deltas, record=record, header=None)
     save(made, folder, registry=registry, format=header.format)
     return ReduceReport(
         out=os.fspath(out),
         rows=found.rows,
         findings=(*header.findings, *found.findings, *unmet(found.rows, budget)),
         seconds=time.perf_counter() - start,
-        bytes_written=_written(folder),
+        bytes_written=written(folder),
         settings=settings,
     )
 
@@ -277,39 +276,3 @@ def _hints(found: extraction.Extracted, pairs: Collection[Pair], base: Base, tun
 def _called(index: BaseIndex) -> str:
     """What a checkpoint is called: its name on a hub, or that of its folder; never a path."""
     return index.ref.repo or (Path(index.ref.folder).name if index.ref.folder else "a live model")
-
-
-def _parent(header: AdapterHeader) -> dict[str, JSON]:
-    """The adapter as a record names a parent; of a path, the last part only."""
-    known, place = header.record, Path(header.label)
-    named = place.resolve().name if place.exists() else header.label
-    if known and known.name:
-        named = f"{known.name}@{known.version}" if known.version else known.name
-    digest = known.digest.tensors if known and known.digest else None
-    file = header.reading.file
-    if digest is None and file.endswith(".safetensors"):
-        digest = tensors_digest(header.folder / file, header.files.headers[file])
-    return {"ref": named, "digest": digest, "role": "resized"}
-
-
-def _record(
-    start: AdapterRecord | None,
-    method: str,
-    settings: Mapping[str, JSON],
-    parents: Collection[Mapping[str, JSON]],
-    inputs: Mapping[str, JSON],
-) -> AdapterRecord:
-    """A record that says what was made from what; what an earlier one said stays, but for version and results."""
-    begun = start or AdapterRecord(schema_version=SCHEMA_VERSION, kinds=("lora",))
-    params = {**settings, **{name: value for name, value in inputs.items() if value}}
-    return begun.changed(
-        version=None,
-        evals=None,
-        derivation=None,
-        parents=[{name: value for name, value in each.items() if value} for each in parents],
-        recipe={"method": method, "params": params, "tool": "lorahub", "tool_version": __version__},
-    )
-
-
-def _written(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".npz", ".gguf"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import merging
+from lorahub import checking
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 from lorahub.findings import Verdict
@@ -37,7 +37,7 @@ def check(
     6 unavailable.
     """
     with out.progress("checking") as progress:
-        report = merging.check(ref, base, runtime=runtime, allow=allow, compat=compat, hub=hub, progress=progress)
+        report = checking.check(ref, base, runtime=runtime, allow=allow, compat=compat, hub=hub, progress=progress)
     axes = [(axis, str(verdict)) for axis, verdict in report.axes.items()]
     out.answer(
         report.document(),

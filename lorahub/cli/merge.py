@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import click
 
-from lorahub import merging, patching
+from lorahub import patching
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, Progress, aligned, size
 from lorahub.engine.folding.retention import Retention
@@ -14,6 +14,7 @@ from lorahub.engine.planning.casting import DTYPES
 from lorahub.engine.rounding.table import MODES, STOCHASTIC
 from lorahub.engine.writing.ranks import Ranks
 from lorahub.errors import UsageError
+from lorahub.preparing import prepare
 from lorahub.sources import quiet
 
 __all__ = ["merge"]
@@ -100,9 +101,7 @@ def merge(
     settled = patching.settle_base(base) if in_place and base and not plan_only else None
     ranks = Ranks.from_environment()
     with _progress(out, "reading", ranks) as progress:
-        job = merging.prepare(
-            base, refs, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub, progress=progress
-        )
+        job = prepare(base, refs, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub, progress=progress)
     if plan_only:
         out.answer(job.document(), text=f"{job.plan.explain()}\n\nverdict: {job.verdict}", bare=job.plan.digest())
         out.findings([finding for finding in job.findings if finding not in job.plan.findings])  # the others are in it

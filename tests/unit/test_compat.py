@@ -19,6 +19,7 @@ import lorahub
 from lorahub.adapter import load, open_header
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
 from lorahub.bases.layout import Target
+from lorahub.checking import check
 from lorahub.cli.main import main
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
@@ -32,8 +33,10 @@ from lorahub.formats.assembly import touches
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.peft import PeftFormat
 from lorahub.formats.peft.types import TYPES
-from lorahub.merging import PROVENANCE, check, merge, plan, prepare
+from lorahub.job import PROVENANCE
+from lorahub.merging import merge, plan
 from lorahub.plugins import Registry, load_registry
+from lorahub.preparing import prepare
 from lorahub.publishing import record
 
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorahub
-from lorahub import merging
+from lorahub import preparing
 from lorahub.errors import Offline, UsageError
 from lorahub.files.writer import save_file
 from lorahub.names import Ref
@@ -46,7 +46,7 @@ def test_the_recorded_base_is_asked_for_by_name_and_never_taken_from_a_folder_th
         asked.append(base)
         raise Offline("the network is off", "switch it on")
 
-    monkeypatch.setattr(merging, "open_base", unreachable)
+    monkeypatch.setattr(preparing, "open_base", unreachable)
     with pytest.raises(
         Offline, match=r"records acme/base@a{40} as its base, which cannot be had: the network"
     ) as refused:

@@ -1,0 +1,245 @@
+"""A merge that is planned and judged: what it says of itself, and how it is written to disk.
+
+It knows nothing of how adapters and bases are named and opened (``preparing``), and of live models only that they are
+not written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorahub import __version__, checks, patching, strict_json
+from lorahub.adapter import Adapter, AdapterHeader, OpenAdapter, open_deltas
+from lorahub.adapter import load as load_tensors
+from lorahub.bases.layers import shown
+from lorahub.deltas.disputes import Compat
+from lorahub.deltas.kind import JSON
+from lorahub.engine.planning.plan import Plan
+from lorahub.engine.report import MergeReport
+from lorahub.engine.writing.inplace import merge_in_place
+from lorahub.engine.writing.ranks import ALONE, Ranks
+from lorahub.engine.writing.staging import SINGLE
+from lorahub.engine.writing.stream import stream_merge
+from lorahub.errors import Degraded, Incompatible, UsageError
+from lorahub.files.digest import file_digest
+from lorahub.findings import Finding, Verdict, worst
+from lorahub.hub.contents import survey
+from lorahub.plugins import load_registry
+from lorahub.registry import Registry
+from lorahub.sources import Base, Progress, quiet
+
+__all__ = ["PROVENANCE", "Job", "demand_own_layers"]
+
+PROVENANCE = "lorahub-merge.json"
+"""The file in a merged folder that says what it was made of."""
+
+HEADER_KEY = "lorahub-merge"
+"""The same in the header of a merged checkpoint that is one file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A merge that is planned and judged, and not yet done.
+
+    Attributes:
+        base: the base.
+        headers: name -> adapter, read against the base.
+        weights: name -> weight.
+        plan: what will change.
+        findings: everything there is to say, the plan's and each adapter's.
+        allowed: codes that were allowed.
+        compat: whose result counts where PEFT's is not the declared one, for all adapters; None: each adapter's own
+            choice, where it says.
+    """
+
+    base: Base
+    headers: Mapping[str, AdapterHeader]
+    weights: Mapping[str, float]
+    plan: Plan
+    findings: tuple[Finding, ...]
+    allowed: tuple[str, ...]
+    compat: Compat | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst finding that was not allowed."""
+        return worst(self.findings, allowed=self.allowed)
+
+    def refuse(self) -> None:
+        """Raise what the findings demand; return where the merge may go on."""
+        checks.refuse(
+            self.findings, allowed=self.allowed, subject=f"{', '.join(self.headers)} into {self.base.index.ref}"
+        )
+
+    def document(self) -> dict[str, object]:
+        """The plan and the findings as JSON-ready values."""
+        return {
+            "plan": self.plan.document(),
+            "verdict": str(self.verdict),
+            "compat": self.compat,
+            "findings": [finding.document() for finding in self.findings],
+        }
+
+    def provenance(self) -> dict[str, JSON]:
+        """What the merged weights are made of, what was allowed and chosen: the text of ``lorahub-merge.json``."""
+        index = self.base.index
+        base = {"repo_id": index.ref.repo, "revision": index.ref.commit, "weights": index.weights}
+        adapters: list[JSON] = []
+        for name, header in self.headers.items():
+            known = header.record
+            said: dict[str, JSON] = {
+                "name": name,
+                "weight": self.weights[name],
+                "sha256": file_digest(header.folder / header.reading.file)[0],
+                "recorded_name": known.name if known else None,
+                "version": known.version if known else None,
+                "license": known.license if known else None,
+                "compat": header.reading.hints.get("compat") or self._inside(name),
+            }
+            adapters.append({key: value for key, value in said.items() if value is not None and value != ""})
+        return {
+            "lorahub": __version__,
+            "base": {key: value for key, value in base.items() if value},
+            "adapters": adapters,
+            "mode": self.plan.mode,
+            "allowed": [*sorted(self.allowed)],
+            "findings": [*sorted({each.code for each in self.findings if each.level >= Verdict.UNVERIFIED})],
+            **({"layers": [*self.plan.repeated.sources]} if self.plan.repeated else {}),
+            "plan": self.plan.digest(),
+        }
+
+    def _inside(self, name: str) -> str | None:
+        """The choice, where it decided where an adapter's weight goes."""
+        terms = (term for step in self.plan.steps for term in step.terms if term.adapter == name)
+        return self.compat if any(term.strength != 1 for term in terms) else None
+
+    def adapters(self, registry: Registry) -> dict[str, Adapter]:
+        """The adapters' tensors, under the base's names."""
+        return {name: load_tensors(header, registry, index=header.index) for name, header in self.headers.items()}
+
+    def write(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        keep_base_tokenizer: bool = False,
+        threads: int | None = None,
+        ranks: Ranks = ALONE,
+        progress: Progress = quiet,
+    ) -> MergeReport:
+        """Stream the merged checkpoint to ``out``, with its config, tokenizer, processor and template files.
+
+        Where ``out`` ends in ".safetensors" it is one file, whose header carries the provenance.
+
+        Raises:
+            UsageError: the base is a live model, or ``out`` exists.
+            WriteFailed: no space or no permission; nothing is left at ``out``.
+            RankFailed: another of several processes failed or is gone.
+        """
+        if self.base.files is None:
+            raise UsageError("a live model cannot be merged to disk", "save it first, then merge the folder")
+        self.refuse()
+        single = Path(out).suffix == SINGLE
+        companions: dict[str, bytes | Path] = {
+            **_companions(self.base, self.headers.values(), keep_base_tokenizer),
+            PROVENANCE: strict_json.pretty(self.provenance()).encode(),
+        }
+        with self._opened() as adapters:
+            return stream_merge(
+                self.base.files,
+                self.plan,
+                adapters,
+                Path(out),
+                companions=None if single else companions,
+                metadata={HEADER_KEY: strict_json.compact(self.provenance())} if single else None,
+                threads=threads,
+                ranks=ranks,
+                progress=progress,
+            )
+
+    def write_in_place(
+        self,
+        *,
+        keep_undo: bool = False,
+        keep_base_tokenizer: bool = False,
+        settled: MergeReport | None = None,
+        threads: int | None = None,
+        progress: Progress = quiet,
+    ) -> MergeReport:
+        """Merge into the base's own files; either all that changes is written, or nothing.
+
+        Args:
+            keep_undo: keep the old bytes beside them, for ``lorahub.patching.undo``.
+            keep_base_tokenizer: leave tokenizer, processor and template files as they are.
+            settled: what ``patching.settle_base`` gave before this merge was planned: where that was this very merge,
+                there is nothing left to do.
+            threads: how many fold.
+            progress: called with (bytes done, bytes in all).
+
+        Raises:
+            UsageError: the base is a live model, or its files cannot stay laid out as they are.
+            Degraded: an adapter is in the base already.
+            WriteFailed: a file is shared (links, a hub's cache) or read-only, or there is no space.
+        """
+        if self.base.files is None or self.base.index.ref.repo:
+            raise UsageError("only the files of a folder are merged into in place", "name a folder: --base FOLDER")
+        place, folder = Path(self.base.index.ref.folder), self.base.files.folder
+        brought = {name: file_digest(header.folder / header.reading.file)[0] for name, header in self.headers.items()}
+        try:
+            patching.demand_new(place, brought, self.allowed)
+        except Degraded:
+            if settled is not None:
+                return settled
+            raise
+        self.refuse()
+        demand_own_layers(self, "files that are written in place keep their layout")
+        said = {**self.provenance(), "earlier": [*patching.history(place)]}
+        companions = _companions(self.base, self.headers.values(), keep_base_tokenizer)
+        own = {name: path for name, path in companions.items() if path.parent != folder and place.is_dir()}
+        small = {name: path.read_bytes() for name, path in own.items()}
+        small[patching.provenance_name(place)] = strict_json.pretty(said).encode()
+        with self._opened() as adapters:
+            return merge_in_place(
+                self.base.files,
+                self.plan,
+                adapters,
+                companions=small,
+                keep_undo=keep_undo,
+                threads=threads,
+                progress=progress,
+            )
+
+    @contextmanager
+    def _opened(self) -> Iterator[dict[str, OpenAdapter]]:
+        """The adapters, whose tensors are read when they are needed."""
+        registry = load_registry()
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(open_deltas(each, registry)) for name, each in self.headers.items()}
+
+
+def demand_own_layers(job: Job, why: str) -> None:
+    """Return where the model that results has the base's own layers.
+
+    Raises:
+        Incompatible: it is deeper than its base, and ``why`` says why there is no place for it.
+    """
+    if job.plan.repeated:
+        raise Incompatible(
+            f"{', '.join(job.headers)} is for a model that repeats layers {shown(job.plan.repeated.ranges)} of its "
+            f"base, and {why}",
+            "merge to disk (out=FOLDER, or lorahub merge ... -o FOLDER) and load the result",
+        )
+
+
+def _companions(base: Base, headers: Collection[AdapterHeader], keep_base: bool) -> dict[str, Path]:
+    """File name -> where it comes from: the base's config and tokenizer files, an adapter's own winning."""
+    assert base.files is not None
+    result = {name: base.files.folder / name for name in base.framework.companions(base.files)}
+    if not keep_base:
+        for header in headers:
+            own = (path for path, found in survey(header.folder).files.items() if found.role == "companion")
+            result |= {path: header.folder / path for path in own if "/" not in path}
+    return result

@@ -1,0 +1,201 @@
+"""What is asked for, opened, placed, planned and judged: the way to a ``Job``, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lorahub import checks
+from lorahub.adapter import Adapter, AdapterHeader
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layers import ranges_of
+from lorahub.bases.repeated import repeated, why_not
+from lorahub.combination import Combination
+from lorahub.deltas.disputes import as_compat
+from lorahub.engine.planning.casting import cast as cast_plan
+from lorahub.engine.planning.plan import plan as plan_merge
+from lorahub.errors import Unavailable, UsageError
+from lorahub.job import Job
+from lorahub.names import Ref
+from lorahub.plugins import load_registry
+from lorahub.sources import Base, Given, Progress, Source, as_ref, header_of, open_base, quiet, recorded_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Several", "named_weights", "open_recorded", "prepare"]
+
+Several: TypeAlias = "Mapping[str, Given] | Sequence[Source] | Combination"
+"""Adapters by name, as a list of references whose names are taken from them, or as a sum (``0.7 * a - b``)."""
+
+
+def prepare(
+    base: Source | nn.Module | Base | None,
+    adapters: Several,
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    allow: Collection[str] = (),
+    compat: str | None = None,
+    mode: str = "fast",
+    dtype: str | None = None,
+    hub: str | None = None,
+    progress: Progress = quiet,
+) -> Job:
+    """Plan and judge a merge; headers only, nothing is refused yet.
+
+    Args:
+        base: a folder, a file, ``ns/name[@COMMIT]`` or a live model; None takes the one that the first adapter records.
+        adapters: by name, a list of references whose names are taken from them, or a sum (``0.7 * a - b``).
+        weights: one per adapter, in order or by name; they replace weights in references.
+        allow: finding codes to accept.
+        compat: "peft" or "strict": whose result counts where PEFT's is not the declared one.  None takes what each
+            adapter's record or file says; where that is nothing, a finding asks.
+        mode: how sums are made and rounded; see ``merge``.
+        dtype: what the result is stored in; see ``merge``.
+        hub: path of a folder hub.
+        progress: called with (bytes done, bytes in all).
+    """
+    registry = load_registry()
+    choice = as_compat(compat)
+    named = _named(adapters)
+    if not named:
+        raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
+    chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
+    if base is None:
+        first = header_of(next(iter(named.values()))[0], registry, hub=hub, progress=progress)
+        opened = open_recorded(first, progress)
+    else:
+        opened = open_base(base, digest=True, progress=progress)
+
+    def read(index: BaseIndex) -> dict[str, AdapterHeader]:
+        return {
+            name: header_of(source, registry, hub=hub, progress=progress, index=index, compat=choice)
+            for name, (source, _) in named.items()
+        }
+
+    headers = read(opened.index)
+    index = _deepened(opened.index, headers.values())
+    if index is not opened.index:
+        headers = read(index)
+    planned = plan_merge(
+        index,
+        opened.framework,
+        {name: (header, chosen[name]) for name, header in headers.items()},
+        registry.kinds,
+        allow=tuple(allow),
+        compat=choice,
+        mode=mode,
+    )
+    planned = planned if dtype is None else cast_plan(planned, index, dtype)
+    found = tuple(
+        dict.fromkeys(
+            finding
+            for header in headers.values()
+            for finding in checks.findings(header, opened.index, opened.framework, planned)
+        )
+    )
+    return Job(
+        base=opened,
+        headers=headers,
+        weights=chosen,
+        plan=planned,
+        findings=found,
+        allowed=tuple(allow),
+        compat=choice,
+    )
+
+
+def _deepened(index: BaseIndex, headers: Collection[AdapterHeader]) -> BaseIndex:
+    """The index of the deeper model that all adapters are for; the base's own where they agree on none."""
+    asked = {ranges_of(header.reading.hints) for header in headers}
+    ranges = asked.pop() if len(asked) == 1 else ()
+    return repeated(index, ranges) if ranges and why_not(index, ranges) is None else index
+
+
+def open_recorded(header: AdapterHeader, progress: Progress) -> Base:
+    """The base that an adapter records, by its name in a hub.
+
+    Raises:
+        UsageError: it records none.
+        Unavailable: it is not at hand.
+    """
+    named = recorded_base(header)
+    try:
+        return open_base(Ref.parse(named, bare=True), digest=True, progress=progress)  # never a path that lies here
+    except Unavailable as error:
+        raise type(error)(
+            f"{header.label} records {named} as its base, which cannot be had: {error.message}",
+            "name one that is at hand: --base FOLDER",
+        ) from None
+
+
+def named_weights(
+    adapters: Several, weights: Sequence[float] | Mapping[str, float] | None = None
+) -> dict[str, tuple[Given, float]]:
+    """Adapters by name with the weight that is asked for, or that their reference carries.
+
+    Raises:
+        UsageError: a weight too many or too few, for an unknown name, or no finite number.
+    """
+    named = _named(adapters)
+    chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
+    return {name: (source, chosen[name]) for name, (source, _) in named.items()}
+
+
+def _named(adapters: Several) -> dict[str, tuple[Given, float]]:
+    """Adapters by name, with the weight that their reference carries (1 where it carries none)."""
+    if isinstance(adapters, Combination):
+        return _of_sum(adapters)
+    if isinstance(adapters, Mapping):
+        return {name: (source, _weight(source)) for name, source in adapters.items()}
+    result: dict[str, tuple[Given, float]] = {}
+    for source in adapters:
+        ref = as_ref(source)
+        stem = ref.name or (ref.repo or ref.path or "adapter").rstrip("/").rpartition("/")[2]
+        name = next(
+            each for each in (stem, *(f"{stem}-{n}" for n in range(2, len(adapters) + 2))) if each not in result
+        )
+        result[name] = (ref, _weight(ref))
+    return result
+
+
+def _of_sum(adapters: Combination) -> dict[str, tuple[Given, float]]:
+    """The adapters of a sum, called by their labels; each at its own weight."""
+    result: dict[str, tuple[Given, float]] = {}
+    for number, (each, weight) in enumerate(adapters.terms, start=1):
+        if not isinstance(each, Adapter):
+            raise UsageError(f"term {number} of the sum is no adapter, but a {type(each).__name__}")
+        stem = Path(each.header.label).name if each.header else "adapter"
+        result[stem if stem not in result else f"{stem}-{number}"] = (each, weight)
+    return result
+
+
+def _weight(source: Given) -> float:
+    if isinstance(source, Adapter | AdapterHeader):
+        return 1.0
+    weight = as_ref(source).weight
+    return 1.0 if weight is None else weight
+
+
+def _weights(
+    names: Sequence[str], given: Sequence[float] | Mapping[str, float] | None, own: Mapping[str, float]
+) -> dict[str, float]:
+    if given is None:
+        result = dict(own)
+    elif isinstance(given, Mapping):
+        if unknown := sorted(set(given) - set(names)):
+            raise UsageError(
+                f"weights name adapters that were not given: {', '.join(unknown)}",
+                f"the adapters are {', '.join(names)}",
+            )
+        result = {name: float(given.get(name, own[name])) for name in names}
+    else:
+        if len(given) != len(names):
+            raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
+        result = dict(zip(names, map(float, given), strict=True))
+    for name, weight in result.items():
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight of {name} is {weight}", "give a finite number")
+    return result
