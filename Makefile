@@ -59,7 +59,7 @@ clean:
 $(READY): pyproject.toml requirements-dev.txt constraints.txt $(PLUGINS:%=%/pyproject.toml) | $(BIN)/pip
 	@echo 'Installing lorahub, its plugins and the peers of its tests into $(VENV): some minutes, several GB'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
-	    -e '.[torch,gguf]' $(PLUGINS:%=-e ./%)
+	    -e '.[torch,gguf,search]' $(PLUGINS:%=-e ./%)
 	@touch $@
 
 $(BIN)/pip:

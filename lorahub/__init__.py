@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
     from lorahub.attaching import attach as attach
+    from lorahub.checking import check as check
     from lorahub.comparing import diff as diff
+    from lorahub.comparing import interference as interference
+    from lorahub.comparing import similarity as similarity
+    from lorahub.comparing import subspace_overlap as subspace_overlap
+    from lorahub.composing import compose as compose
     from lorahub.converting import convert as convert
     from lorahub.dequantising import dequantise as dequantise
     from lorahub.deriving import extract as extract
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
     from lorahub.findings import Finding as Finding
     from lorahub.findings import Verdict as Verdict
     from lorahub.hookspecs import hookimpl as hookimpl
-    from lorahub.merging import check as check
     from lorahub.merging import merge as merge
     from lorahub.merging import plan as plan
     from lorahub.names import Ref as Ref
@@ -49,13 +53,15 @@ _HOME = {
     "Ref": "names",
     "Verdict": "findings",
     "attach": "attaching",
-    "check": "merging",
+    "check": "checking",
+    "compose": "composing",
     "convert": "converting",
     "dequantise": "dequantising",
     "diff": "comparing",
     "extract": "deriving",
     "hookimpl": "hookspecs",
     "inspect": "sources",
+    "interference": "comparing",
     "load": "sources",
     "merge": "merging",
     "open_base": "sources",
@@ -65,6 +71,8 @@ _HOME = {
     "record": "publishing",
     "resize": "deriving",
     "save": "adapter",
+    "similarity": "comparing",
+    "subspace_overlap": "comparing",
     "tag": "tagging",
     "weigh": "sources",
 }

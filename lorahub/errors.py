@@ -2,7 +2,8 @@
 
     LorahubError                        exit 1   something went wrong while doing what was asked
     ├── UsageError                      exit 2   the request itself is malformed
-    │   └── InvalidRef                           a reference that does not follow the grammar
+    │   ├── InvalidRef                           a reference that does not follow the grammar
+    │   └── RecipeError                          a recipe that does not follow its schema, or fits no target
     ├── Degraded                        exit 3   it would run, but not as its author meant it: refused unless allowed
     ├── Incompatible                    exit 4   it cannot be done with these two things
     │   ├── BaseMismatch                         the adapter does not fit this base
@@ -58,6 +59,7 @@ __all__ = [
     "PluginError",
     "PushRefused",
     "RankFailed",
+    "RecipeError",
     "RecordError",
     "Unavailable",
     "UnsafePath",
@@ -92,6 +94,10 @@ class UsageError(LorahubError):
 
 class InvalidRef(UsageError, ValueError):
     """A reference that does not follow ``[NAME=]ns/name[@SELECTOR][/path][:WEIGHT]``."""
+
+
+class RecipeError(UsageError, ValueError):
+    """A recipe that does not follow its schema, or speaks of what is not there; the message carries the key path."""
 
 
 class Degraded(LorahubError):

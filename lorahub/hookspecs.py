@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import click
 
     from lorahub.bases.framework import Framework
+    from lorahub.composition.method import Method
     from lorahub.deltas.kind import Kind
     from lorahub.formats.format import Format
     from lorahub.runtimes.runtime import Runtime
@@ -27,6 +28,7 @@ __all__ = [
     "lorahub_formats",
     "lorahub_frameworks",
     "lorahub_kinds",
+    "lorahub_methods",
     "lorahub_runtimes",
     "lorahub_storages",
 ]
@@ -65,6 +67,12 @@ def lorahub_runtimes() -> list[Runtime]:
 @hookspec
 def lorahub_storages() -> list[Storage]:
     """Storages: how quantised modules keep their weights, and how other numbers are put there."""
+    return []
+
+
+@hookspec
+def lorahub_methods() -> list[type[Method]]:
+    """Composition methods: several changes to one matrix in, one change out."""
     return []
 
 

@@ -35,7 +35,14 @@ __all__ = ["GROUP", "PluginInfo", "Registry", "load_registry", "name_clash"]
 GROUP = "lorahub"
 """The entry-point group."""
 
-ROOMS = ("lorahub.deltas", "lorahub.formats", "lorahub.bases", "lorahub.runtimes", "lorahub.storages")
+ROOMS = (
+    "lorahub.deltas",
+    "lorahub.formats",
+    "lorahub.bases",
+    "lorahub.runtimes",
+    "lorahub.storages",
+    "lorahub.composition.methods",
+)
 """Packages whose modules may implement hooks."""
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")

@@ -1,4 +1,4 @@
-"""Everything that is registered, as a value: kinds, formats, frameworks, runtimes, storages, commands, plugins.
+"""Everything registered, as a value: kinds, formats, frameworks, runtimes, storages, methods, commands, plugins.
 
 Knows what an object of each sort must have and what to say where a name is unknown.  ``plugins.py`` fills it.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import click
 
     from lorahub.bases.framework import Framework
+    from lorahub.composition.method import Method
     from lorahub.deltas.kind import Kind
     from lorahub.formats.format import Format
     from lorahub.runtimes.runtime import Runtime
@@ -101,6 +102,24 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
             attributes=("name", "library", "holds", "stored"),
             unknown=UsageError,
         ),
+        "methods": Sort(
+            one="method",
+            hook="lorahub_methods",
+            attributes=(
+                "name",
+                "title",
+                "source",
+                "ordered",
+                "draws",
+                "count",
+                "cut",
+                "combine",
+                "made",
+                "defaults",
+                "parameters",
+            ),
+            unknown=UsageError,
+        ),
         "commands": Sort(
             one="command",
             hook="lorahub_commands",
@@ -169,6 +188,7 @@ class Registry:
     frameworks: Mapping[str, Framework] = field(default_factory=lambda: MappingProxyType({}))
     runtimes: Mapping[str, Runtime] = field(default_factory=lambda: MappingProxyType({}))
     storages: Mapping[str, Storage] = field(default_factory=lambda: MappingProxyType({}))
+    methods: Mapping[str, type[Method]] = field(default_factory=lambda: MappingProxyType({}))
     commands: Mapping[str, click.Command] = field(default_factory=lambda: MappingProxyType({}))
     plugins: tuple[PluginInfo, ...] = ()
 
@@ -183,6 +203,10 @@ class Registry:
     def runtime(self, name: str) -> Runtime:
         """The runtime table of that name; raises ``UsageError``."""
         return self.runtimes[name] if name in self.runtimes else self._unknown("runtimes", name)
+
+    def method(self, name: str) -> type[Method]:
+        """The composition method of that name; raises ``UsageError``."""
+        return self.methods[name] if name in self.methods else self._unknown("methods", name)
 
     def framework(self, name: str) -> Framework:
         """The framework of that name, for what it does from files alone; raises ``PluginError``."""

@@ -11,12 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from lorahub.recipe import Recipe
+from lorahub.recipe_lock import RecipeLock
 from lorahub.records import AdapterRecord
 from lorahub.report import CheckReport
 
 FOLDER = Path(__file__).parent
 
-MODELS: dict[str, type[BaseModel]] = {"adapter": AdapterRecord, "report": CheckReport}
+MODELS: dict[str, type[BaseModel]] = {
+    "adapter": AdapterRecord,
+    "recipe": Recipe,
+    "recipe-lock": RecipeLock,
+    "report": CheckReport,
+}
 """File name before ``.schema.json`` -> model."""
 
 

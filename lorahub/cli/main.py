@@ -33,6 +33,7 @@ COMMANDS: dict[str, _Row] = {
     "record": _Row("record", "Write down an adapter's base and arithmetic while they are known."),
     "convert": _Row("convert", "Write an adapter in another layout, with proof that nothing changed."),
     "merge": _Row("merge", "Merge adapters into a base and write a new checkpoint."),
+    "compose": _Row("compose", "Make one adapter of several: exact sums, TIES, DARE, SLERP, ... or a recipe."),
     "dequantise": _Row("dequantise", "Write a quantised base as the numbers it stands for, to merge into."),
     "extract": _Row("extract", "Make an adapter of the difference between a tuned checkpoint and its base."),
     "resize": _Row("resize", "Cut an adapter's factors to another rank, with the error that makes."),

@@ -14,6 +14,7 @@ import pytest
 
 from lorahub import hookspecs
 from lorahub.bases.framework import Framework
+from lorahub.composition.method import Method
 from lorahub.deltas.kind import Kind
 from lorahub.errors import MissingDependency, PluginError, UnsupportedFormat, UnsupportedKind, UsageError
 from lorahub.formats.format import Format
@@ -288,6 +289,7 @@ def test_what_is_asked_of_objects_is_what_their_types_declare() -> None:
     assert set(SORTS["frameworks"].attributes) == public_members(Framework)
     assert set(SORTS["kinds"].attributes) == {field.name for field in fields(Kind)}
     assert set(SORTS["runtimes"].attributes) == {field.name for field in fields(Runtime)}
+    assert set(SORTS["methods"].attributes) == public_members(Method) | {"name", "title", "source"}
     assert set(SORTS["storages"].attributes) == public_members(Storage)
 
 

@@ -1,0 +1,1 @@
+"""Composition methods, one file each: several changes to one matrix in, one change out."""

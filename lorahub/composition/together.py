@@ -1,0 +1,118 @@
+"""Do these adapters go together: one base, names in common, nothing that has no sum?  From headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from lorahub.adapter import AdapterHeader
+from lorahub.findings import Finding, Verdict
+from lorahub.records import BaseRecord
+
+__all__ = ["together"]
+
+
+def together(headers: Sequence[AdapterHeader]) -> tuple[Finding, ...]:
+    """What there is to say of several adapters as one; ``bases-differ`` and ``nothing-shared`` stop until allowed."""
+    return (*_bases(headers), *_names(headers), *_parts(headers))
+
+
+def _base(header: AdapterHeader) -> BaseRecord:
+    """What an adapter says of its base; an empty record where it says nothing."""
+    recorded = header.record.base if header.record else None
+    if recorded and (recorded.repo_id or recorded.weights_digest):
+        return recorded
+    return BaseRecord.model_construct(repo_id=header.reading.base_repo or None)
+
+
+def _bases(headers: Sequence[AdapterHeader]) -> list[Finding]:
+    silent = [header.label for header in headers if not (_base(header).repo_id or _base(header).weights_digest)]
+    found = []
+    if silent and len(headers) > 1:
+        found.append(
+            Finding(
+                code="base-unrecorded",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message="nothing says which base these were made for, so nothing says that it is that of the others",
+                where=tuple(silent),
+                remedy="lorahub record FOLDER --base BASE",
+            )
+        )
+    apart = [(one, other) for one, other in combinations(headers, 2) if _differ(_base(one), _base(other))]
+    if apart:
+        found.append(
+            Finding(
+                code="bases-differ",
+                axis="base",
+                level=Verdict.DEGRADED,
+                message="the adapters were made for different bases: "
+                + "; ".join(
+                    f"{one.label} for {_shown(_base(one))}, {other.label} for {_shown(_base(other))}"
+                    for one, other in apart[:3]
+                ),
+                where=tuple(dict.fromkeys(header.label for pair in apart for header in pair)),
+                remedy="compose adapters of one base, or accept a result that is right for neither: "
+                "--allow bases-differ",
+                allowable=True,
+            )
+        )
+    return found
+
+
+def _differ(one: BaseRecord, other: BaseRecord) -> bool:
+    """Whether both say what their base is, and it is not the same; equal weights are one base under any name."""
+    if one.weights_digest and other.weights_digest:
+        return one.weights_digest != other.weights_digest
+    return bool(one.repo_id and other.repo_id and one.repo_id != other.repo_id)
+
+
+def _shown(base: BaseRecord) -> str:
+    revision = f"@{base.revision[:12]}" if base.revision else ""
+    digest = f" ({base.weights_digest[:19]})" if base.weights_digest else ""
+    return f"{base.repo_id or 'an unnamed base'}{revision}{digest}"
+
+
+def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
+    """Adapters of different formats that change nothing in common most likely name the same modules differently."""
+    apart = [
+        (one, other)
+        for one, other in combinations(headers, 2)
+        if one.format != other.format and not one.touches.keys() & other.touches.keys()
+    ]
+    if not apart:
+        return []
+    return [
+        Finding(
+            code="nothing-shared",
+            axis="placement",
+            level=Verdict.DEGRADED,
+            message="; ".join(
+                f"{one.label} ({one.format}) and {other.label} ({other.format}) change nothing in common, and most "
+                "likely name the same modules differently"
+                for one, other in apart[:3]
+            ),
+            where=tuple(dict.fromkeys(header.label for pair in apart for header in pair)),
+            remedy="name their base, whose names count then: --base BASE; or accept: --allow nothing-shared",
+            allowable=True,
+        )
+    ]
+
+
+def _parts(headers: Sequence[AdapterHeader]) -> list[Finding]:
+    found = [
+        f"{header.label}: {name} ({part.kind})" for header in headers for name, part in header.reading.parts.items()
+    ]
+    if not found:
+        return []
+    return [
+        Finding(
+            code="parts-left-out",
+            axis="format",
+            level=Verdict.DEGRADED,
+            message="what is no weight change has no sum, and is not in the result",
+            where=tuple(found),
+            remedy="leave it out knowingly: --allow parts-left-out",
+            allowable=True,
+        )
+    ]

@@ -1,0 +1,159 @@
+"""What people ask to be composed, in whatever way they say it, as a recipe and the places of its adapters.
+
+A recipe's file, a mapping of names, a list of references, a sum of open adapters: all become one document, so that
+whatever is composed carries the recipe that makes it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lorahub.adapter import Adapter, AdapterHeader
+from lorahub.combination import Combination
+from lorahub.errors import UsageError
+from lorahub.names import Ref
+from lorahub.recipe import Recipe
+from lorahub.sources import Given, as_ref
+
+__all__ = ["Asked", "Request", "requested"]
+
+Asked: TypeAlias = "Mapping[str, Given] | Sequence[Given] | Combination | Recipe | str | os.PathLike[str]"
+"""What can be composed: adapters by name or in a list, a sum of open adapters, a recipe or its file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A recipe, and where its adapters really are.
+
+    Attributes:
+        recipe: the document.
+        sources: of each adapter, in order; what was given open stands for the name that the recipe has for it.
+        file: where the recipe lies, or None.
+        folder: where its relative paths start; None: here.
+    """
+
+    recipe: Recipe
+    sources: tuple[Given, ...]
+    file: Path | None = None
+    folder: Path | None = None
+
+    @property
+    def base(self) -> Ref | None:
+        """The base's reference, or None."""
+        return self.recipe.base_reference(self.folder)
+
+
+def requested(
+    adapters: Asked,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    *,
+    folder: Path | None = None,
+    **fields: Any,
+) -> Request:
+    """What was asked for, as a recipe.
+
+    Args:
+        adapters: see ``Asked``.
+        weights: one for each adapter, in order or by name; they replace those that references carry.
+        folder: where relative paths in a ``Recipe`` start; a file's start at its own folder.
+        fields: a recipe's fields but the adapters; None leaves one out.  A recipe has its own.
+
+    Raises:
+        RecipeError: a file is no recipe, or a field makes no sense.
+        UsageError: there is no adapter, the weights are not theirs, or a recipe was given with fields beside it.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(adapters, str | os.PathLike | Recipe):
+        if given or weights is not None:
+            raise UsageError(
+                f"a recipe says all of it, and {', '.join([*given, *(['weights'] if weights is not None else [])])} "
+                "was given beside it",
+                "write it into the recipe",
+            )
+        if isinstance(adapters, Recipe):
+            sources = tuple(each.reference(folder) for each in adapters.adapters)
+            return Request(recipe=adapters, sources=sources, folder=folder)
+        file, recipe = Path(adapters), Recipe.load(adapters)
+        sources = tuple(each.reference(file.parent) for each in recipe.adapters)
+        return Request(recipe=recipe, sources=sources, file=file, folder=file.parent)
+    names, sources_given, own = _named(adapters)
+    if not names:
+        raise UsageError("no adapter was given", "lorahub compose A:0.7 B:0.3 -o FOLDER")
+    chosen = _chosen(names, own, weights)
+    if "base" in given:
+        given["base"] = str(replace(as_ref(given["base"], bare=True), name=None, weight=None))
+    document = {
+        **given,
+        "adapters": [
+            {"ref": _said(source, name), "name": name, "weight": weight}
+            for name, source, weight in zip(names, sources_given, chosen, strict=True)
+        ],
+    }
+    recipe = Recipe.from_document(document, where="this composition")
+    return Request(recipe=recipe, sources=tuple(sources_given))
+
+
+def _named(
+    adapters: Mapping[str, Given] | Sequence[Given] | Combination,
+) -> tuple[list[str], list[Given], list[float]]:
+    """Names, sources and the weights that these carry themselves; every name once."""
+    pairs: list[tuple[str, Given, float]]
+    if isinstance(adapters, Combination):
+        pairs = [("", each, weight) for each, weight in adapters.terms if isinstance(each, Adapter)]
+    elif isinstance(adapters, Mapping):
+        pairs = [(name, source, 1.0) for name, source in adapters.items()]
+    else:
+        pairs = [("", source, 1.0) for source in adapters]
+    names: list[str] = []
+    weights = []
+    for name, source, weight in pairs:
+        stem, own = name, weight
+        if isinstance(source, Adapter | AdapterHeader):
+            header = source.header if isinstance(source, Adapter) else source
+            stem = name or (Path(header.label).name if header else "adapter")
+        else:
+            ref = as_ref(source)
+            stem = name or ref.name or Path(ref.subpath or ref.repo or ref.path or "").name
+            own = weight if ref.weight is None else weight * ref.weight
+        names.append(_free(_word(stem), names))
+        weights.append(own)
+    return names, [source for _, source, _ in pairs], weights
+
+
+def _word(text: str) -> str:
+    """A name as recipes have them: letters, digits, '_', '-' and '.', beginning with a letter."""
+    plain = "".join(each if each.isascii() and (each.isalnum() or each in "_-.") else "-" for each in text)[:60]
+    return plain if plain[:1].isalpha() or plain[:1] == "_" else f"a{plain}" if plain else "adapter"
+
+
+def _free(stem: str, taken: Collection[str]) -> str:
+    tries = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
+    return next(each for each in tries if each not in taken)
+
+
+def _chosen(
+    names: Sequence[str], own: Sequence[float], given: Sequence[float] | Mapping[str, float] | None
+) -> list[float]:
+    if given is None:
+        return list(own)
+    if isinstance(given, Mapping):
+        if unknown := sorted(set(given) - set(names)):
+            raise UsageError(
+                f"weights name adapters that were not given: {', '.join(unknown)}",
+                f"the adapters are {', '.join(names)}",
+            )
+        return [float(given.get(name, weight)) for name, weight in zip(names, own, strict=True)]
+    if len(given) != len(names):
+        raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
+    return [float(weight) for weight in given]
+
+
+def _said(source: Given, name: str) -> str:
+    """A source as a recipe names it; what was given open has no name but its own."""
+    if isinstance(source, Adapter | AdapterHeader):
+        return f"./{name}"
+    return str(replace(as_ref(source), name=None, weight=None))
