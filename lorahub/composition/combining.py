@@ -22,10 +22,11 @@ from lorahub.composition.multiplicative import combined as multiplied
 from lorahub.composition.multiplicative import multiplies
 from lorahub.composition.stacked import combined, combined_error
 from lorahub.composition.truncate import Budget, norm, truncate
+from lorahub.composition.values import settled
 from lorahub.deltas.delta import Delta, LowRank
 from lorahub.deltas.kind import JSON
 from lorahub.engine.crew import Job, Workspace, run_jobs
-from lorahub.errors import LorahubError, NotFinite, UnsupportedKind, UsageError
+from lorahub.errors import BaseNeeded, LorahubError, NotFinite, UnsupportedKind, UsageError
 from lorahub.lazy import torch
 
 __all__ = ["Combined", "Part", "Row", "combine", "whole_gram"]
@@ -56,8 +57,8 @@ class Row:
 
     Attributes:
         target: its name.
-        way: "factors"; "whole" for a vector, a full difference or a new value; "kept" for a new value that all
-            adapters share; "multiplied" where changes rescale or turn the weight.
+        way: "factors"; "whole" for a vector, a full difference or a new value; "value" for a new value that
+            does not depend on the one before; "multiplied" where changes rescale or turn the weight.
         ranks: of each adapter's change; None where it has none, 0 where it leaves the target alone.
         rank: of the result, or None.
         norm: the Frobenius norm of what the method made; None where nothing is cut off or measured.
@@ -214,8 +215,10 @@ def _target(
 ) -> _Made:
     deltas = [part.deltas.get(target) for part in parts]
     weights = [part.weights.get(target, part.elsewhere) for part in parts]
-    if base is None and (kept := _same_value(deltas)) is not None:
-        return _Made(row=Row(target=target.name, way="kept", ranks=(None,) * len(parts)), delta=kept)
+    if any(delta is not None and delta.replacement() is not None for delta in deltas):
+        deltas = [delta if weight else None for delta, weight in zip(deltas, weights, strict=True)]
+        if base is None or base(target) is None or not any(deltas):
+            return _value(target, deltas, weights)
     try:
         if mode != "dense" and any(multiplies(delta) for delta in deltas if delta is not None):
             return _multiplied(target, deltas, weights, method, dtype)
@@ -359,10 +362,21 @@ def _narrow(factors: _Factors, rank: int) -> _Factors:
     )
 
 
-def _same_value(deltas: Sequence[Delta | None]) -> Delta | None:
-    """The new value that all adapters bring for a parameter, where they bring the same one bit for bit."""
-    values = [delta.replacement() if delta is not None else None for delta in deltas]
-    first = values[0]
-    if first is None or any(value is None or not torch.equal(value, first) for value in values):
-        return None
-    return deltas[0]
+def _value(target: Target, deltas: Sequence[Delta | None], weights: Sequence[float]) -> _Made:
+    """A whole new value, without one before.
+
+    Raises:
+        BaseNeeded: it depends on the value before.
+    """
+    ranks: tuple[None, ...] = (None,) * len(deltas)
+    if not any(delta is not None for delta in deltas):
+        return _Made(row=Row(target=target.name, way="dropped", ranks=ranks, notes=("every weight is 0",)))
+    found = settled(deltas, weights)
+    if found is None:
+        raise BaseNeeded(
+            f"{target.name}: adapters bring new values for the whole of it, and what they come to depends on the "
+            "value before",
+            "name a base that has it (--base FOLDER), or give weights that sum to 1 over adapters that all bring one",
+        )
+    notes = (found.note,) if found.note else ()
+    return _Made(row=Row(target=target.name, way="value", ranks=ranks, notes=notes), delta=found.delta)

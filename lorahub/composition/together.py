@@ -74,11 +74,11 @@ def _shown(base: BaseRecord) -> str:
 
 
 def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
-    """Adapters of different formats that change nothing in common most likely name the same modules differently."""
+    """Adapters that change nothing in common and most likely name the same modules differently."""
     apart = [
-        (one, other)
+        (one, other, why)
         for one, other in combinations(headers, 2)
-        if one.format != other.format and not one.touches.keys() & other.touches.keys()
+        if not one.touches.keys() & other.touches.keys() and (why := _otherwise(one, other))
     ]
     if not apart:
         return []
@@ -88,15 +88,26 @@ def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
             axis="placement",
             level=Verdict.DEGRADED,
             message="; ".join(
-                f"{one.label} ({one.format}) and {other.label} ({other.format}) change nothing in common, and most "
-                "likely name the same modules differently"
-                for one, other in apart[:3]
+                f"{one.label} and {other.label} change nothing in common, and most likely name the same modules "
+                f"differently: {why}"
+                for one, other, why in apart[:3]
             ),
-            where=tuple(dict.fromkeys(header.label for pair in apart for header in pair)),
-            remedy="name their base, whose names count then: --base BASE; or accept: --allow nothing-shared",
+            where=tuple(dict.fromkeys(header.label for one, other, _ in apart for header in (one, other))),
+            remedy="name their base, whose names count then (--base BASE), or write one like the other: "
+            "lorahub convert SOURCE --to FORMAT --component NAME; or accept: --allow nothing-shared",
             allowable=True,
         )
     ]
+
+
+def _otherwise(one: AdapterHeader, other: AdapterHeader) -> str:
+    """Why two adapters without a common target may well be for the same modules, or ""."""
+    modules = [{(target.module, target.parameter) for target in header.touches} for header in (one, other)]
+    if modules[0] & modules[1]:
+        parts = [sorted({target.component for target in header.touches}) for header in (one, other)]
+        said = [", ".join(each or "none" for each in found) for found in parts]
+        return f"the components are {said[0]} and {said[1]}"
+    return f"one is in {one.format} files and one in {other.format} files" if one.format != other.format else ""
 
 
 def _parts(headers: Sequence[AdapterHeader]) -> list[Finding]:

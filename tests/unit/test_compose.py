@@ -271,24 +271,32 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def test_new_heads_are_kept_where_they_are_the_same_and_interpolated_at_a_base(tmp_path: Path) -> None:
+def test_new_heads_are_shared_averaged_or_taken_as_differences_from_a_base(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(9)
     one, other = (torch.randn(3, OUT, generator=generator) for _ in range(2))
-    a, b = write(tmp_path / "a", 1, head=one), write(tmp_path / "b", 2, head=one)
-    head = Target("", "head", "weight")
-    kept = lorahub.compose([a, b])
-    value = kept.deltas[head].replacement()
-    assert value is not None
-    assert torch.equal(value, one)
-    c = write(tmp_path / "c", 3, head=other)
+    a, b, c = (write(tmp_path / name, 1, head=value) for name, value in (("a", one), ("b", one), ("c", other)))
+
+    def head(*given: Path, **fields: Any) -> torch.Tensor:
+        value = lorahub.compose(given, **fields).deltas[Target("", "head", "weight")].replacement()
+        assert value is not None
+        return value
+
+    assert torch.equal(head(a, b, weights=[0.7, 0.6]), one)
+    assert torch.equal(head(a, c, weights=[1, 0], method="ties"), one)
+    assert same(head(a, c, weights=[0.8, 0.2]).double(), 0.8 * one.double() + 0.2 * other.double())
     with pytest.raises(BaseNeeded, match=r"head\.weight"):
-        lorahub.compose([a, c])
+        head(a, c)
     base = str(save_base(tmp_path / "base"))
-    between = lorahub.compose([a, c], weights=[0.7, 0.2], base=base).deltas[head].replacement()
     before = Model().head.weight.detach().double()
     wanted = before + 0.7 * (one.double() - before) + 0.2 * (other.double() - before)
-    assert between is not None
-    assert same(between.double(), wanted)
+    assert same(head(a, c, weights=[0.7, 0.2], base=base).double(), wanted)
+
+
+def test_adapters_that_name_the_same_modules_in_other_parts_are_told_apart(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", 1)
+    lorahub.convert(plain, "diffusers", tmp_path / "unet", component="unet")
+    with pytest.raises(Degraded, match="the components are none and unet"):
+        lorahub.compose([plain, tmp_path / "unet"])
 
 
 def test_adapters_of_different_bases_and_shapes_are_refused(pair: Mapping[str, Path], tmp_path: Path) -> None:
