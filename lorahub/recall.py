@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar, final
+from typing import Generic, TypeAlias, TypeVar, final, overload
 
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError
@@ -51,10 +51,22 @@ class _Watched(Mapping[str, V], Generic[V]):
         self.every = False
 
     def __getitem__(self, key: str) -> V:
-        found = self.asked[key] = self.of.get(key)
+        found = self.get(key)
         if found is None:
             raise KeyError(key)
         return found
+
+    @overload
+    def get(self, key: str, /) -> V | None: ...
+    @overload
+    def get(self, key: str, /, default: V | T) -> V | T: ...
+    def get(self, key: str, /, default: V | T | None = None) -> V | T | None:
+        """As of any mapping; most keys that formats ask for are not there, and an error for each takes long."""
+        found = self.asked[key] = self.of.get(key)
+        return default if found is None else found
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
 
     def __iter__(self) -> Iterator[str]:
         self.every = True

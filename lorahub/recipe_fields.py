@@ -180,7 +180,8 @@ _Side: TypeAlias = Annotated[
 class UNet(RecipePart):
     """Numbers for a UNet's attention blocks, in the dictionary that diffusers' ``set_adapters`` takes.
 
-    What is left out counts 1, as it does there, unless ``default`` says otherwise.
+    A block's other modules go with the attention of their number, and what is left out counts 1, as there, unless
+    ``default`` says otherwise.
     """
 
     model_config = ConfigDict(
@@ -329,6 +330,9 @@ Setting: TypeAlias = Annotated[
 Filter.model_rebuild()
 Components.model_rebuild()
 
+_MOST = 100
+"""Problems that are listed; whoever has more has another sort of file."""
+
 _SHORTER: Mapping[str, str] = MappingProxyType({"missing": "is missing", "too_short": "is empty"})
 
 
@@ -342,7 +346,7 @@ def explain(where: str, what: str, error: ValidationError, models: Mapping[str, 
         models: the last word of a key path, "" for the whole -> the model there, for the nearest key to a wrong one.
     """
     problems = []
-    found = error.errors(include_url=False)
+    found = error.errors(include_url=False)[:_MOST]
     for one in found:
         loc = one["loc"]
         if one["type"] == "too_short" and any(other["loc"][: len(loc)] == loc for other in found if other is not one):
@@ -352,8 +356,10 @@ def explain(where: str, what: str, error: ValidationError, models: Mapping[str, 
             text = f"'{printable(str(one['input'])[:80])}' is not {_MEANINGS[one['ctx']['pattern']]}"
         elif one["type"] == "extra_forbidden":
             known = _model_at(loc[:-1], models).model_fields
-            text = f"there is no such key here.{did_you_mean(str(loc[-1]), known)} Known: {', '.join(known)}"
+            text = f"there is no such key here.{did_you_mean(str(loc[-1])[:80], known)} Known: {', '.join(known)}"
         problems.append(f"{_key_path(loc)}: {text}")
+    if error.error_count() > _MOST:
+        problems.append(f"and {error.error_count() - _MOST} more")
     return enumerate_problems(f"{where} does not follow the schema of {what}", list(dict.fromkeys(problems)))
 
 
@@ -361,14 +367,15 @@ def _model_at(loc: tuple[int | str, ...], models: Mapping[str, type[BaseModel]])
     """The model whose key is at fault, by the last telling word of the path to it."""
     words = [part for part in loc if isinstance(part, str)]
     last = words[-1] if words else ""
-    return Filter if last == "<filters>" else _TABLES.get(last) or models[last]
+    return Filter if last == "<filters>" else _TABLES.get(last) or models.get(last, models[""])
 
 
 def _key_path(loc: tuple[int | str, ...]) -> str:
     """A path as people write it, without pydantic's words for the branches that were tried."""
     parts = [part for part in loc if not (isinstance(part, str) and (part == "[key]" or part in _UNSAID))]
     path = "".join(
-        f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{printable(repr(part))}]" for part in parts
+        f".{part[:80]}" if isinstance(part, str) and part.isidentifier() else f"[{printable(repr(part)[:80])}]"
+        for part in parts
     )
     return path.removeprefix(".") or "the whole"
 

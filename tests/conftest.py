@@ -1,14 +1,22 @@
-"""Small real models, built from a configuration."""
+"""Small real models, built from a configuration, and scripts that run in processes of their own."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+sys.path.append(str(Path(__file__).parent))  # for what several test files share: they lie in no package
+pytest.register_assert_rewrite("conversion.making")
 
 
 @pytest.fixture
@@ -24,6 +32,28 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return model_class(model_class.config_class(**fields | config)).eval()
 
     return build
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., Any]:
+    """``run_script(TEXT, *arguments)``: what a script of Python prints, read as JSON; it can import what lies here."""
+
+    def run(text: str, *arguments: str | Path) -> Any:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 _ENCODER = {

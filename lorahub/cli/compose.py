@@ -13,16 +13,16 @@ from lorahub.cli.compose_text import show_made, show_merged, show_methods, show_
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output
 from lorahub.cli.reducing import budget_options
-from lorahub.composing import prepare_composition
+from lorahub.composing.asked import Request, requested
+from lorahub.composing.job import prepare_composition
+from lorahub.composing.locking import demand_same, lock_of, pinned, read_lock
 from lorahub.composition.gathering import MODES
 from lorahub.composition.mergekit import load_mergekit
 from lorahub.deriving import DTYPES
 from lorahub.engine.crew import crew_size
 from lorahub.errors import UsageError
-from lorahub.pinning import demand_same, lock_of, pinned, read_lock
 from lorahub.plugins import load_registry
 from lorahub.recipe_lock import RecipeLock
-from lorahub.requesting import Request, requested
 
 __all__ = ["compose"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorahub.cli.output import Output, aligned, size
-from lorahub.composed import ComposeReport
+from lorahub.composing.result import ComposeReport
 from lorahub.composition.explaining import Line, Outline
 from lorahub.composition.method import (
     ElementMethod,

@@ -37,7 +37,7 @@ COMMANDS: dict[str, _Row] = {
     "dequantise": _Row("dequantise", "Write a quantised base as the numbers it stands for, to merge into."),
     "extract": _Row("extract", "Make an adapter of the difference between a tuned checkpoint and its base."),
     "resize": _Row("resize", "Cut an adapter's factors to another rank, with the error that makes."),
-    "diff": _Row("diff", "Compare two adapters: norms, differences, angles, targets."),
+    "diff": _Row("diff", "Compare adapters: norms, differences, angles; and what gets in the way of composing them."),
     "tag": _Row("tag", "Write metadata into a safetensors file: trigger words, base, title; tensors stay as they are."),
     "pull": _Row("pull", "Fetch an adapter by version, verify every file, print its folder."),
     "push": _Row("push", "Publish an adapter folder as an immutable version."),

@@ -20,15 +20,22 @@ class Ask:
         targets: for which targets, in natural order.
         depths: where they stand.
         where: the rule's key path.
+        strict: whether a rule that speaks of nothing, or leaves a target out, is an error; else it gives 0.
     """
 
     targets: Sequence[Target]
     depths: Depths
     where: str
+    strict: bool = True
 
     def of(self, targets: Sequence[Target], where: str) -> Ask:
         """The same for some of the targets and a part of the rule."""
         return replace(self, targets=targets, where=where)
+
+    def complain(self, error: RecipeError) -> None:
+        """Raise an error, where the rule is held to what it says."""
+        if self.strict:
+            raise error
 
 
 def by_default(value: float | None, rest: Sequence[Target], ask: Ask) -> dict[Target, float]:
@@ -38,9 +45,11 @@ def by_default(value: float | None, rest: Sequence[Target], ask: Ask) -> dict[Ta
         RecipeError: there are some, and it has none for them.
     """
     if rest and value is None:
-        raise RecipeError(
-            f"{ask.where} says nothing of {named(rest)}",
-            "say what they get: default = 0 in a table, { value = 0 } as the last of a list of filters",
+        ask.complain(
+            RecipeError(
+                f"{ask.where} says nothing of {named(rest)}",
+                "say what they get: default = 0 in a table, { value = 0 } as the last of a list of filters",
+            )
         )
     return dict.fromkeys(rest, value or 0.0)
 

@@ -8,7 +8,8 @@ spelled as diffusers does or as the model's makers do, with dots or, where no ba
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorahub.bases.index import natural
@@ -19,7 +20,10 @@ from lorahub.recipe_fields import PRESETS, Blocks, Preset, UNet
 
 __all__ = ["block_names", "by_block", "by_preset", "by_unet_block"]
 
-_ATTENTION = re.compile(r"(?:^|[._])(?:(down|up)_blocks[._](\d{1,2})|(mid)_block)[._]attentions[._](\d{1,2})(?=[._]|$)")
+_PART = re.compile(
+    r"(?:^|[._])(?:(down|up)_blocks[._](\d{1,2})[._]([a-z]+)|(mid)_block()[._](attentions))[._](\d{1,2})(?=[._]|$)"
+)
+"""A part of a UNet's block: side, block, what it is, and its number."""
 
 _PRESETS = {
     "b-lora-content": re.compile(r"(?:^|[._])(?:up_blocks[._]0[._]attentions[._]0|output_blocks[._]0[._]1)(?=[._]|$)"),
@@ -53,12 +57,28 @@ _ENCODERS = {"text_encoder": ("BASE", "CLIP"), "text_encoder_2": ("BASE", "T5"),
 """Component -> its block in UNet pipelines, and in Flux's."""
 
 
-def _attention(target: Target) -> tuple[str, int, int] | None:
-    """(side, block, attention) of a UNet's attention block, as ("down", 1, 0); None elsewhere."""
-    match = _ATTENTION.search(target.module)
-    if match is None:
-        return None
-    return (match[3], 0, int(match[4])) if match[3] else (match[1], int(match[2]), int(match[4]))
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where in a UNet a target is: side, block, and the number of the attention, or of what goes with it."""
+
+    side: str
+    block: int
+    number: int
+
+
+def _parts(targets: Sequence[Target]) -> dict[Target, _Part]:
+    """Where each target is; none for those in no block with attentions.
+
+    What else is in such a block goes with the attention of its number, as diffusers has it.
+    """
+    found, attentive = {}, set()
+    for target in targets:
+        if match := _PART.search(target.module):
+            part = _Part(match[1] or match[4], int(match[2] or 0), int(match[7]))
+            found[target] = part
+            if "attentions" in (match[3], match[6]):
+                attentive.add((part.side, part.block))
+    return {target: part for target, part in found.items() if (part.side, part.block) in attentive}
 
 
 def block_names(target: Target) -> tuple[str, ...]:
@@ -87,8 +107,10 @@ def by_block(rule: Blocks, ask: Ask) -> dict[Target, float]:
     unused = [name for name in rule.named if name not in used]
     if unused and not (used and isinstance(rule.blocks, tuple)):  # a list has a place also for blocks without change
         there = sorted({name for target in ask.targets for name in block_names(target)}, key=natural)
-        raise RecipeError(
-            f"{ask.where}.blocks: no target is in block {unused[0]}", f"there are: {', '.join(there) or 'none'}"
+        ask.complain(
+            RecipeError(
+                f"{ask.where}.blocks: no target is in block {unused[0]}", f"there are: {', '.join(there) or 'none'}"
+            )
         )
     return found | by_default(rule.default, [target for target in ask.targets if target not in found], ask)
 
@@ -100,29 +122,32 @@ def by_unet_block(rule: UNet, ask: Ask) -> dict[Target, float]:
         RecipeError: blocks are named in which nothing changes, or numbers are missing.
     """
     said = {side: _side(value) for side in _SIDES if (value := getattr(rule, side)) is not None}
-    found, used = {}, set()
-    for target in ask.targets:
-        side, block, attention = _attention(target) or ("", 0, 0)
-        key = next((key for key in (f"block_{block}", "") if key in said.get(side, {})), None)
+    parts = _parts(ask.targets)
+    found, used = dict.fromkeys(ask.targets, rule.default), set()
+    for target, part in parts.items():
+        key = next((key for key in (f"block_{part.block}", "") if key in said.get(part.side, {})), None)
         if key is None:
-            found[target] = rule.default
             continue
-        used.add((side, key))
-        values = said[side][key]
-        if len(values) > 1 and attention >= len(values):
-            raise RecipeError(
-                f"{_path(ask, side, key)}: {len(values)} numbers, and {target.name} is in attention {attention}, "
-                "counted from 0",
-                "give one number for all, or one for each",
+        used.add((part.side, key))
+        values = said[part.side][key]
+        if len(values) > 1 and part.number >= len(values):
+            ask.complain(
+                RecipeError(
+                    f"{_path(ask, part.side, key)}: {len(values)} numbers, and {target.name} is in attention "
+                    f"{part.number}, counted from 0",
+                    "give one number for all, or one for each",
+                )
             )
-        found[target] = values[attention] if len(values) > 1 else values[0]
+            continue
+        found[target] = values[part.number] if len(values) > 1 else values[0]
     for side, key in ((side, key) for side, blocks in said.items() for key in blocks):
         if (side, key) not in used:
-            places = [place for target in ask.targets if (place := _attention(target))]
-            there = sorted({f"{one} block_{block}" for one, block, _ in places}, key=natural)
-            raise RecipeError(
-                f"{_path(ask, side, key)}: no target is in attentions there",
-                f"there are: {', '.join(there) or 'none, as only UNets have them'}",
+            there = sorted({f"{part.side} block_{part.block}" for part in parts.values()}, key=natural)
+            ask.complain(
+                RecipeError(
+                    f"{_path(ask, side, key)}: no target is in attentions there",
+                    f"there are: {', '.join(there) or 'none, as only UNets have them'}",
+                )
             )
     return found
 
@@ -153,8 +178,10 @@ def by_preset(rule: Preset, ask: Ask) -> dict[Target, float]:
         if target.component in ("", "unet") and _PRESETS[rule.preset].search(target.module)
     }
     if not kept:
-        raise RecipeError(
-            f"{ask.where}: {rule.preset} keeps {PRESETS[rule.preset]} of a UNet, and nothing changes there",
-            "B-LoRA's presets are for adapters of SDXL's UNet",
+        ask.complain(
+            RecipeError(
+                f"{ask.where}: {rule.preset} keeps {PRESETS[rule.preset]} of a UNet, and nothing changes there",
+                "B-LoRA's presets are for adapters of SDXL's UNet",
+            )
         )
     return {target: rule.value if target in kept else 0.0 for target in ask.targets}

@@ -89,7 +89,8 @@ class Depths:
         Raises:
             RecipeError: it is in a list that follows others of which nothing is known.
         """
-        return self._counters[target.component].depth(_spots(target.module))
+        counter = self._counters.get(target.component)
+        return None if counter is None else counter.depth(_spots(target.module))
 
     @cached_property
     def _counters(self) -> dict[str, _Counter]:
@@ -139,7 +140,7 @@ class _Counter:
         at = _PLACE[word][1]
         if unknown := [each for each in lists[:at] if not self._lengths.get(each)]:
             raise RecipeError(
-                f"how deep {spot.list}.{spot.number} is depends on how long {' and '.join(unknown)} "
+                f"how deep {spot.list} is depends on how long {' and '.join(unknown)} "
                 f"{'are' if len(unknown) > 1 else 'is'}, and no adapter changes anything there",
                 "name the base, which tells: base = 'ns/name' in the recipe, or --base",
             )
@@ -163,7 +164,8 @@ def _spots(module: str) -> list[_Spot]:
 
 def _ends(path: str) -> tuple[str, str]:
     """A list's path as (what comes before its word, the word), where the word is one of a sequence's."""
-    found = next((word for word in _LONGEST if path == word or path.endswith((f".{word}", f"_{word}"))), "")
+    marks = "." if "." in path else "_"
+    found = next((word for word in _LONGEST if path == word or path.endswith(f"{marks}{word}")), "")
     return (path.removesuffix(found), found) if found else (path, "")
 
 

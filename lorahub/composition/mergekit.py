@@ -97,11 +97,9 @@ class _Reader:
             document["dtype"] = dtype
         inputs, scopes, layers = self._inputs()
         base, models = self._models(name, method, inputs)
-        if base.model is not None:
-            document["base"] = base.model.base_ref(self._folder)
         if method.note:
             self._notes.append(f"{name}: {method.note}")
-        if method.inputs == "changes" and name not in OPTIONAL_BASE and not base.named:
+        if method.inputs == "changes" and name not in OPTIONAL_BASE and not base.named and base.model is not None:
             self._notes.append(f"base_model is missing, which mergekit's {name} demands: taken from the models")
         if name in OPTIONAL_BASE and not base.named:
             self._notes.append(f"{name}: {WHOLE}; with base_model, mergekit does the same")
@@ -116,7 +114,16 @@ class _Reader:
         document["adapters"] = [self._adapter(each, method, scopes, settings) for each in models]
         if name == "linear":
             self._as_adapters(document, base, scopes, settings)
+        if base.model is not None:
+            self._say_base(document, base.model.base_ref(self._folder))
         return Imported(recipe=Recipe.from_document(document, where=self._where), notes=tuple(self._notes))
+
+    def _say_base(self, document: dict[str, Any], base: str) -> None:
+        """The base, where numbers over depth need to know how many layers it has; adapters are combined without it."""
+        if _over_depth(document):
+            document["base"] = base
+            return
+        self._notes.append(f"{base} is not read, since adapters are combined without it; to hold them to it: --base")
 
     def _refuse(self, message: str, hint: str = "") -> RecipeError:
         return RecipeError(f"{self._where}: {message}", hint)
@@ -290,8 +297,8 @@ class _Reader:
                 raise self._refuse("parameters is no mapping")
         known = {*method.each, *method.common}
         for key in sorted({key for scope in (*scopes, *owns) for key in scope or {}} - known):
-            why = WITHOUT_EFFECT.get(key, f"mergekit's {name} does not read it{did_you_mean(key, known)}")
-            self._notes.append(f"parameter '{printable(key)}' is left out: {why}")
+            why = WITHOUT_EFFECT.get(key, f"mergekit's {name} does not read it")
+            self._notes.append(f"parameter '{printable(key)}' is left out: {why}.{did_you_mean(key, known)}")
         for key in sorted({key for own in owns for key in own or {}} & {*method.common}):
             self._notes.append(
                 f"parameter '{key}' of a single model is left out: mergekit's {name} reads it for all alone"
@@ -355,3 +362,10 @@ class _Base:
     model: Model | None
     named: bool
     own: _Input | None
+
+
+def _over_depth(value: Any) -> bool:
+    """Whether numbers over depth are anywhere in a document."""
+    if isinstance(value, Mapping):
+        return "gradient" in value or any(map(_over_depth, value.values()))
+    return isinstance(value, list | tuple) and any(map(_over_depth, value))

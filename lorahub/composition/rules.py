@@ -27,7 +27,12 @@ __all__ = ["is_filters", "resolve"]
 
 
 def resolve(
-    rule: Rule, targets: Collection[Target], depths: Depths | None = None, *, where: str = "weight"
+    rule: Rule,
+    targets: Collection[Target],
+    depths: Depths | None = None,
+    *,
+    where: str = "weight",
+    strict: bool = True,
 ) -> dict[Target, float]:
     """The number that a rule gives each target, in natural order.
 
@@ -36,12 +41,13 @@ def resolve(
         targets: what it is said for.
         depths: where they stand; by default as these targets alone tell.
         where: key path, for messages.
+        strict: whether a rule that speaks of nothing, or leaves a target out, is an error; else it gives 0.
 
     Raises:
         RecipeError: it speaks of what is not there, or leaves a target out.
     """
     order = sorted(targets, key=lambda target: natural(target.name))
-    found = _resolved(rule, Ask(targets=order, depths=depths or Depths(targets), where=where))
+    found = _resolved(rule, Ask(targets=order, depths=depths or Depths(targets), where=where, strict=strict))
     odd = next((value for value in found.values() if not isfinite(value)), None)
     if odd is not None:
         raise RecipeError(f"{where}: {odd} is no finite number")
@@ -73,15 +79,20 @@ def _by_depth(rule: Gradient, ask: Ask) -> dict[Target, float]:
             continue
         if rule.layers is not None:
             if depth.layer >= rule.layers:
-                raise RecipeError(
-                    f"{ask.where}: {target.name} is in layer {depth.layer}, counted from 0, and layers = {rule.layers}"
+                ask.complain(
+                    RecipeError(
+                        f"{ask.where}: {target.name} is in layer {depth.layer}, counted from 0, and layers = "
+                        f"{rule.layers}"
+                    )
                 )
-            depth = Depth(depth.layer, rule.layers)
+            depth = Depth(min(depth.layer, rule.layers - 1), rule.layers)
         found[target] = _between(rule.gradient, depth.t)
     if outside and rule.elsewhere is None:
-        raise RecipeError(
-            f"{ask.where}: numbers over depth are for layers, and in none: {named(outside)}",
-            "say what these get: { gradient = [...], elsewhere = 0 }",
+        ask.complain(
+            RecipeError(
+                f"{ask.where}: numbers over depth are for layers, and in none: {named(outside)}",
+                "say what these get: { gradient = [...], elsewhere = 0 }",
+            )
         )
     return found | dict.fromkeys(outside, rule.elsewhere or 0.0)
 
@@ -106,7 +117,7 @@ def _by_layer(rule: Layers, ask: Ask) -> dict[Target, float]:
     for key, (start, stop) in spans.items():
         if not any(start <= layer < stop for layer in layers.values()):
             there = f"they are in {min(layers.values())} to {max(layers.values())}" if layers else "they are in none"
-            raise RecipeError(f"{ask.where}.layers[{key!r}]: no target is in these layers; {there}")
+            ask.complain(RecipeError(f"{ask.where}.layers[{key!r}]: no target is in these layers; {there}"))
     return found | by_default(rule.default, [target for target in ask.targets if target not in found], ask)
 
 
@@ -118,9 +129,12 @@ def _by_component(rule: Components, ask: Ask) -> dict[Target, float]:
     found: dict[Target, float] = {}
     for name, part in rule.named.items():
         if name not in there:
-            raise RecipeError(
-                f"{ask.where}.{name}: no target is in a component '{name}'.{did_you_mean(name, [*known, *RULE_KEYS])}",
-                f"components: {', '.join(known)}" if known else "the model is one, without components",
+            near = did_you_mean(name, [*known, *RULE_KEYS])
+            ask.complain(
+                RecipeError(
+                    f"{ask.where}.{name}: no target is in a component '{name}'.{near}",
+                    f"components: {', '.join(known)}" if known else "the model is one, without components",
+                )
             )
         found |= _resolved(part, ask.of(there[name], f"{ask.where}.{name}"))
     rest = [target for target in ask.targets if target not in found]
@@ -136,12 +150,14 @@ def _by_filter(rule: tuple[Filter, ...], ask: Ask) -> dict[Target, float]:
         fitting = [target for target in ask.targets if each.filter is None or fits(each.filter, target)]
         taken = [target for target in fitting if target not in found]
         if not taken and each.filter is not None and not each.optional and each.count != 0:
-            raise no_fit(each.filter, ask.targets, fitting, place)
+            ask.complain(no_fit(each.filter, ask.targets, fitting, place))
         if each.count is not None and len(taken) != each.count:
-            raise RecipeError(
-                f"{place}: '{printable(each.filter or '*')}' gives {len(taken)} targets their number, and count says "
-                f"{each.count}",
-                f"they are: {named(taken)}" if taken else "",
+            ask.complain(
+                RecipeError(
+                    f"{place}: '{printable(each.filter or '*')}' gives {len(taken)} targets their number, and count "
+                    f"says {each.count}",
+                    f"they are: {named(taken)}" if taken else "",
+                )
             )
         if taken:
             found |= _resolved(each.value, ask.of(taken, f"{place}.value"))

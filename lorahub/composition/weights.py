@@ -22,7 +22,10 @@ __all__ = ["parameters_of", "resolve", "weights_of"]
 def weights_of(
     recipe: Recipe, targets: Sequence[Collection[Target]], base: BaseIndex | None = None
 ) -> list[dict[Target, float]]:
-    """The weight of every target of every adapter.
+    """The weight of every adapter for every target of any of them.
+
+    What an adapter does not change has a weight as well, as the rule gives it or 0: it counts where weights are held
+    against each other.  Only for what it does change is its rule held to what it says.
 
     Args:
         recipe: whose adapters they are.
@@ -32,11 +35,17 @@ def weights_of(
     Raises:
         RecipeError: a rule speaks of nothing, or leaves a target out; the message carries the key path.
     """
-    depths = Depths({target for own in targets for target in own}, base)
-    return [
-        resolve(each.weight, own, depths, where=f"adapters[{number}].weight")
-        for number, (each, own) in enumerate(zip(recipe.adapters, targets, strict=True))
-    ]
+    every = dict.fromkeys(target for own in targets for target in own)
+    depths = Depths(every, base)
+    found = []
+    for number, (each, own) in enumerate(zip(recipe.adapters, targets, strict=True)):
+        where = f"adapters[{number}].weight"
+        rest = every.keys() - set(own)
+        found.append(
+            resolve(each.weight, own, depths, where=where)
+            | resolve(each.weight, rest, depths, where=where, strict=False)
+        )
+    return found
 
 
 def parameters_of(

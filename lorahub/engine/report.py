@@ -32,7 +32,7 @@ class MergeReport:
         undo: way back -> bytes that it holds; nothing where there is none.
         retained: parameter -> how much of its change is left as stored, where that was measured.
         retention: the same of all changes together.
-        findings: what there is to say about that.
+        findings: what there is to say about that, and about how it was done.
     """
 
     changes: Mapping[str, float | None]

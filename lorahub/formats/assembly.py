@@ -41,7 +41,7 @@ def account(reading: Reading, header: Header) -> None:
     """Hold a format to its promise: each key in one group, shared slot or part, or else in a finding."""
     if isinstance(reading.groups, Groups) and not reading.shared and not reading.parts:
         keys = reading.groups.keys()
-        if len(keys) == len(header.tensors) and header.tensors.keys() == set(keys):
+        if keys == [*header.tensors] or (len(keys) == len(header.tensors) and header.tensors.keys() == set(keys)):
             return  # each once, in a group
     refs = [ref for group in reading.groups for ref in group.slots.values()]
     refs += reading.shared.values()

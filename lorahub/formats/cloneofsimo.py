@@ -128,7 +128,7 @@ def _parsed(key: str) -> tuple[str, int, str] | None:
     return (part, int(position), direction) if fits else None
 
 
-_OWN = Mark(lambda key: _parsed(key) is not None)
+_OWN = Mark(lambda key: _parsed(key) is not None, ends=(":up", ":down"))
 
 
 def _is_list(header: Header) -> bool:

@@ -94,7 +94,7 @@ class ComfyFormat:
 
 _ENDS = (*(f".{leaf.suffix}" for spelling in EVERY.values() for leaf in spelling.leaves), *(f".{x}" for x in REFUSED))
 
-_OWN = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_ENDS))
+_OWN = Mark(begins=(PREFIX,), ends=_ENDS)
 
 
 def _apart(key: str) -> tuple[str, str]:

@@ -190,9 +190,9 @@ _BY_COMPONENT = 0.8
 """How sure a component in front of a name makes it, also beside somebody else's config."""
 
 
-_IN_COMPONENT = Mark(lambda key: key.partition(".")[0] in COMPONENTS and key.endswith((*_ENDS, *_WHOLE)))
-_BARE = Mark(lambda key: key.endswith(_ENDS) and not key.startswith(_FOREIGN) and not take_apart(key)[0])
-_OF_CONTROL = Mark(lambda key: key.endswith(_CONTROL))
+_IN_COMPONENT = Mark(lambda key: key.partition(".")[0] in COMPONENTS, ends=(*_ENDS, *_WHOLE))
+_BARE = Mark(lambda key: not key.startswith(_FOREIGN) and not take_apart(key)[0], ends=_ENDS)
+_OF_CONTROL = Mark(ends=_CONTROL)
 
 
 def _claim(header: Header) -> float:

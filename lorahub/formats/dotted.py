@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import compress
 from types import MappingProxyType
 
 from lorahub.bases.index import BaseIndex
@@ -24,7 +23,7 @@ from lorahub.formats.flat_spellings import NUMBERS, REFUSED, UNSCALED
 from lorahub.formats.format import AdapterFiles, Part
 from lorahub.formats.gather import Trouble, Ways
 from lorahub.formats.modules import Modules
-from lorahub.formats.runs import Splits, Stem, bring_together
+from lorahub.formats.runs import Splits, Stem
 from lorahub.formats.sorts import read_modules
 from lorahub.formats.stems import Stems, note_unused, suffixes_of
 from lorahub.formats.token_vectors import bundled, left_out
@@ -141,22 +140,10 @@ def read_dotted(
     parts = bundled(header)
     endings, stems = Endings(ways, header), Stems(files, file, ways, trouble)
     splits = endings.splits(apart)
-    keys, (split, suffixes) = [*header.tensors], splits.of(header.tensors)
-    if parts or "" in suffixes:
-        taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
-        split, suffixes = _grown(keys, split, suffixes, endings)
-        stems.unknown += [key for key, suffix in zip(keys, suffixes, strict=True) if not suffix and key not in taken]
-        used = [bool(suffix) and key not in taken for key, suffix in zip(keys, suffixes, strict=True)]
-        keys, split = list(compress(keys, used)), list(compress(split, used))
-        suffixes = list(compress(suffixes, used))
-    runs = bring_together(
-        keys,
-        split,
-        suffixes,
-        lambda key, other: trouble.add("key-twice", [key], f"{key} and {other}"),
-        clash=splits.clash,
-    )
-    stems.read(runs.keys, runs.suffixes)
+    split, suffixes = splits.of(header.tensors)
+    if "" in suffixes:
+        split, suffixes = _grown([*header.tensors], split, suffixes, endings)
+    runs = stems.bring_together(split, suffixes, parts, clash=splits.clash)
     placed = _placed(runs.stems, index)
     groups: Sequence[Group] = read_modules(runs, placed, runs.stems, stems, statements, ways, header, trouble)
     if index is not None:

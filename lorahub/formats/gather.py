@@ -18,10 +18,13 @@ from lorahub.findings import Axis, Finding, Verdict
 from lorahub.formats.families import by_module
 from lorahub.shapes import ShapeMisfit, bind
 
-__all__ = ["Stem", "Trouble", "Ways", "gather", "gather_placed", "make_factors", "ways_of"]
+__all__ = ["Choices", "Stem", "Trouble", "Ways", "gather", "gather_placed", "make_factors", "ways_of"]
 
 Ways: TypeAlias = "Sequence[tuple[Kind, Spelling]]"
 """Kinds, each with a way it is spelled."""
+
+Choices: TypeAlias = "dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[Kind, Spelling, Mapping[str, Leaf]] | str]"
+"""Places of the ways that can be meant, and suffixes -> the one that is, or what is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +148,9 @@ def gather_placed(stems: Mapping[int, Stem], ways: Ways, header: Header, trouble
     A module's name and keys are for messages: what a kind's options and touches are follows from slots and numbers.
     """
     groups: list[tuple[int, Group]] = []
-    choices: _Choices = {}  # the modules of a file have the same few sets of suffixes
+    choices: Choices = {}  # the modules of a file have the same few sets of suffixes
     for at, stem in sorted(stems.items(), key=lambda each: by_module(each[1].component, each[1].module)):
-        made = _factors(stem, ways, header, trouble, choices) if stem.keys else None
+        made = make_factors(stem, ways, header, trouble, choices) if stem.keys else None
         if made:
             groups.append((at, made[0]))
         elif not stem.keys and stem.number_keys:
@@ -165,23 +168,19 @@ def gather_placed(stems: Mapping[int, Stem], ways: Ways, header: Header, trouble
     return groups
 
 
-def make_factors(stem: Stem, ways: Ways, header: Header, trouble: Trouble) -> tuple[Group, tuple[Touch, ...]] | None:
-    """The group of one module's factors and what it changes, or None where they make none and became ``trouble``."""
-    return _factors(stem, ways, header, trouble, {})
-
-
-_Choices: TypeAlias = "dict[tuple[tuple[int, ...], frozenset[str]], tuple[Kind, Spelling, Mapping[str, Leaf]] | str]"
-
-
-def _factors(
-    stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: _Choices
+def make_factors(
+    stem: Stem, ways: Ways, header: Header, trouble: Trouble, choices: Choices
 ) -> tuple[Group, tuple[Touch, ...]] | None:
+    """The group of one module's factors and what it changes, or None where they make none and became ``trouble``.
+
+    ``choices``: one for many modules under the same ways, empty at first.
+    """
     keys = [*stem.keys.values(), *stem.number_keys.values()]
     usable = tuple(at for at, (_, spelling) in enumerate(ways) if spelling.when(stem.numbers))
-    which = (usable, frozenset(stem.keys))
-    if which not in choices:
-        choices[which] = _choose([ways[at] for at in usable], stem.keys)
-    chosen = choices[which]
+    which = (usable, tuple(stem.keys))
+    chosen = choices.get(which)
+    if chosen is None:
+        chosen = choices[which] = _choose([ways[at] for at in usable], stem.keys)
     if isinstance(chosen, str):
         trouble.add("slot-missing", keys, f"{stem.module} {chosen}")
         return None

@@ -31,7 +31,7 @@ _OUT, _IN = "multi_lora_b", "multi_lora_a"
 _SPELLED = (_OUT, _IN, "ia3_l", "ia3_l.default")
 
 
-_GAINS = Mark(lambda key: key.endswith(tuple(f".{suffix}" for suffix in _SPELLED)))
+_GAINS = Mark(ends=tuple(f".{suffix}" for suffix in _SPELLED))
 
 
 @final

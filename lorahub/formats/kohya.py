@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import compress
 from operator import itemgetter
 from types import MappingProxyType
 from typing import final
@@ -33,7 +32,7 @@ from lorahub.formats.format import AdapterFiles, Format, Reading, Written, one_o
 from lorahub.formats.gather import Trouble, ways_of
 from lorahub.formats.marks import Mark
 from lorahub.formats.modules import Modules, flat
-from lorahub.formats.runs import Splits, bring_together
+from lorahub.formats.runs import Splits
 from lorahub.formats.sorts import read_modules
 from lorahub.formats.stems import TOLERANCE, Stems, note_unused
 from lorahub.formats.suffixes import Row
@@ -97,23 +96,9 @@ class KohyaFormat:
         trouble = Trouble()
         parts = bundled(header)
         stems = Stems(files, file, ways, trouble)
-        keys, (split, suffixes) = [*header.tensors], _SPLITS.of(header.tensors)
-        if "" in suffixes:
-            taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
-            stems.unknown += [
-                key for key, suffix in zip(keys, suffixes, strict=True) if not suffix and key not in taken
-            ]
-            keys, split = list(compress(keys, suffixes)), list(compress(split, suffixes))
-            suffixes = tuple(filter(None, suffixes))
-        runs = bring_together(
-            keys,
-            split,
-            suffixes,
-            lambda key, other: trouble.add("key-twice", [key], f"{key} and {other}"),
-            clash=_SPLITS.clash,
-        )
+        split, suffixes = _SPLITS.of(header.tensors)
+        runs = stems.bring_together(split, suffixes, parts, clash=_SPLITS.clash)
         placed = _place(runs.stems, header, index, trouble)
-        stems.read(runs.keys, runs.suffixes)
         statements = Statements(header, _ALIASES)
         spelled = (
             [(PREFIXES[prefix], module) for (prefix, _), (_, module) in zip(runs.stems, placed, strict=True)]

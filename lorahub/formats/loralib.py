@@ -59,7 +59,7 @@ _FORMS: Mapping[str, Row] = {
 _STATED = ("base_model_name_or_path", "enable_lora", "lora_alpha", "r", "revision")
 
 
-_OWN = Mark(lambda key: key.endswith(f".{_A}") and not key.startswith(MODEL))
+_OWN = Mark(lambda key: not key.startswith(MODEL), ends=(f".{_A}",))
 
 
 @final

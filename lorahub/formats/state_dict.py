@@ -132,9 +132,9 @@ def _draws(path: str) -> bool:
     return any(".".join(parts[:length]) in _DIFFUSION for length in (1, 3, 4))
 
 
-_IS_DUMPED = Mark(lambda key: key.endswith(_DUMPED))
-_IS_PREFIXED = Mark(lambda key: key.endswith(_DUMPED) and key.startswith((MODEL, COMFY)))
-_DRAWS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_FACTORS) and _draws(key.removeprefix(PREFIX)))
+_IS_DUMPED = Mark(ends=_DUMPED)
+_IS_PREFIXED = Mark(begins=(MODEL, COMFY), ends=_DUMPED)
+_DRAWS = Mark(lambda key: _draws(key.removeprefix(PREFIX)), begins=(PREFIX,), ends=_FACTORS)
 
 
 def _unscaled(file: str, groups: Sequence[Group]) -> list[Finding]:

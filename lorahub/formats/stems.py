@@ -17,9 +17,10 @@ from typing import Self
 from lorahub.deltas.kind import JSON, Group
 from lorahub.formats.families import representatives
 from lorahub.formats.flat_spellings import AXES, NUMBERS, REFUSED, ROOT, STAGED, UNSCALED, WHOLE
-from lorahub.formats.format import AdapterFiles
+from lorahub.formats.format import AdapterFiles, Part
 from lorahub.formats.gather import Stem, Trouble, Ways
 from lorahub.formats.numbers import read_numbers
+from lorahub.formats.runs import Runs, bring_together
 
 __all__ = ["NOTHING", "TOLERANCE", "Stated", "Stems", "note_unused", "suffixes_of"]
 
@@ -84,7 +85,40 @@ class Stems:
         other.trouble, other.unknown = trouble, []
         return other
 
-    def read(self, keys: Sequence[str], suffixes: Sequence[str]) -> None:
+    def bring_together(
+        self,
+        stems: Sequence[tuple[str, str]],
+        suffixes: Sequence[str],
+        parts: Mapping[str, Part],
+        *,
+        clash: bool,
+    ) -> Runs:
+        """The modules of the file's keys, with their numbers read; keys of no module and no part are ``unknown``.
+
+        Args:
+            stems: of each key of the file, in its order.
+            suffixes: of each; "" for a key that is of no module.
+            parts: what is no change of a module, and has its keys for itself.
+            clash: whether two keys may say the same.
+
+        Raises:
+            IntegrityError: a number is no single number.
+        """
+        keys = [*self._files.headers[self._file].tensors]
+        if parts or "" in suffixes:
+            taken = {ref.key for part in parts.values() for ref in part.tensors.values()}
+            self.unknown += [key for key, suffix in zip(keys, suffixes, strict=True) if not suffix and key not in taken]
+            used = [bool(suffix) and key not in taken for key, suffix in zip(keys, suffixes, strict=True)]
+            keys, stems = list(compress(keys, used)), list(compress(stems, used))
+            suffixes = list(compress(suffixes, used))
+        runs = bring_together(keys, stems, suffixes, self._twice, clash=clash)
+        self._read(runs.keys, runs.suffixes)
+        return runs
+
+    def _twice(self, key: str, other: str) -> None:
+        self.trouble.add("key-twice", [key], f"{key} and {other}")
+
+    def _read(self, keys: Sequence[str], suffixes: Sequence[str]) -> None:
         """Read all numbers among these keys, each with its suffix.
 
         Raises:

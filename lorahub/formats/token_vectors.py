@@ -25,7 +25,7 @@ _OLD = ".string_to_param.*"
 """How a bundle ends that was made for a model with one text encoder."""
 
 
-_BUNDLED = Mark(lambda key: key.startswith(_BUNDLE))
+_BUNDLED = Mark(begins=(_BUNDLE,))
 
 
 def bundled(header: Header) -> dict[str, Part]:

@@ -38,7 +38,7 @@ LANDS: Mapping[str, str] = {
 """Processor -> what it changes in the original model's block."""
 
 
-_OWN = Mark(lambda key: key.startswith(_BLOCKS) and key.endswith(tuple(f".{name}.down.weight" for name in LANDS)))
+_OWN = Mark(begins=_BLOCKS, ends=tuple(f".{name}.down.weight" for name in LANDS))
 
 
 @final

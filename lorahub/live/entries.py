@@ -33,7 +33,7 @@ class Stack:
         ranks: how many columns of ``up`` each of these takes.
         which: their positions among the names.
         spare: columns of zeros behind them.
-        anew: made of tensors that are being trained, and no view of them.
+        anew: made of tensors that are being trained, and not those themselves.
     """
 
     up: torch.Tensor
@@ -75,6 +75,8 @@ def stack_of(
         ups.append(torch.zeros(out, spare, dtype=dtype, device=device))
         downs.append(torch.zeros(spare, width, dtype=dtype, device=device))
     alone = len(ups) == 1
+    own = [each for adapter in adapters for part in adapter.takes(spot.key, Way.LOW_RANK) for each in _tensors(part)]
+    kept = alone and all(any(side is each for each in own) for side in (ups[0], downs[0]))
     return Stack(
         up=ups[0] if alone else torch.cat(ups, 1),
         down=downs[0] if alone else torch.cat(downs),
@@ -82,8 +84,12 @@ def stack_of(
         ranks=tuple(low.down.shape[0] for _, low in found),
         which=tuple(which for which, _ in found),
         spare=spare,
-        anew=trains and not (alone and ups[0] is found[0][1].up and downs[0] is found[0][1].down),
+        anew=trains and not kept,
     )
+
+
+def _tensors(part: Part) -> tuple[torch.Tensor, ...]:
+    return tuple(part.delta.tensors().values())
 
 
 def _low(spot: Spot, adapter: Loaded, trains: bool) -> LowRank | None:

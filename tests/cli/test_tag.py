@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,58 +218,28 @@ def test_a_full_disk_leaves_the_file(lorahub: Cli, file: Path, monkeypatch: pyte
 
 
 KILLER = """
-import json, os, shutil, signal, sys
+import json, shutil, sys
 from pathlib import Path
 
+from killing import run
 from lorahub.plugins import load_registry
 from lorahub.tagging import tag
 
 load_registry()
-folder, work = Path(sys.argv[1]), Path(sys.argv[2])
-calls = {name: getattr(os, name) for name in sys.argv[3:]}
+folder, work, calls = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 
 
-def run(place, kill_at):
-    # In a process of its own; gives the number of calls made, or minus the signal.
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        made = [0]
-
-        def deadly(real):
-            def call(*args, **kwargs):
-                made[0] += 1
-                if made[0] == kill_at and kill_at % 2 == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                try:
-                    return real(*args, **kwargs)
-                finally:
-                    if made[0] == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            return call
-
-        for name, real in calls.items():
-            setattr(os, name, deadly(real))
-        tag(place, {"title": "Ink", "note": "x" * 3000})
-        for name, real in calls.items():
-            setattr(os, name, real)
-        os.write(writer, str(made[0]).encode())
-        os._exit(0)
-    os.close(writer)
-    status = os.waitpid(child, 0)[1]
-    text = os.read(reader, 100)
-    os.close(reader)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(text or -1)
+def tagged(place, kill_at=0):
+    return run(lambda: tag(place, {"title": "Ink", "note": "x" * 3000}), calls, kill_at)
 
 
 shutil.copytree(folder, work / "expected")
-count = run(work / "expected", 0)
+count = tagged(work / "expected")
 results = []
 for number in range(1, count + 1):
     place = work / f"killed-{number}"
     shutil.copytree(folder, place)
-    results.append([number, run(place, number)])
+    results.append([number, tagged(place, number)])
 print(json.dumps(results))
 """
 """Tags copies of a folder in child processes that kill themselves at their n-th call of the system: before it where n
@@ -280,23 +248,13 @@ is even, after it where it is odd."""
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_at_any_call_leaves_the_old_file_or_the_new_one(
-    lorahub: Cli, adapter: Path, base: Path, tmp_path: Path
+    lorahub: Cli, adapter: Path, base: Path, run_script: Callable[..., Any], tmp_path: Path
 ) -> None:
     assert lorahub("record", adapter, "--base", base, "--base-repo", "acme/base", "--license", "mit").code == 0
-    script = tmp_path / "killer.py"
-    script.write_text(KILLER)
     work = tmp_path / "work"
     work.mkdir()
     calls = ("fsync", "replace", "rename", "unlink", "pwrite", "copy_file_range", "fchmod", "open", "close")
-    done = subprocess.run(
-        [sys.executable, str(script), str(adapter), str(work), *calls],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = run_script(KILLER, adapter, work, *calls)
     assert len(results) >= 10
     weights, record = "adapter_model.safetensors", "lorahub.json"
     old, new = (

@@ -9,12 +9,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -108,18 +109,49 @@ def refused(adapter: str, world: int) -> dict[str, Any]:
     return {"said": said, "changed": sorted(name for name in before if not torch.equal(before[name], after[name]))}
 
 
+def broken(rank: int) -> dict[str, Any]:
+    """The last rank fails; the others wait for it in vain."""
+    if rank:
+        raise RuntimeError(f"rank {rank} breaks down as it was asked to")
+    return {}
+
+
 WAYS = {"fsdp": fsdp, "tensor-parallel": tensor_parallel, "both": both}
 
 
 def main(folder: Path, rank: int, world: int, jobs: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
-    init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    patience = timedelta(minutes=2)
+    meeting = f"file://{folder / 'meeting'}"
+    init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
     found: dict[str, Any] = {}
     for name, job in jobs.items():
-        way, adapter, options = job["way"], job["adapter"], job.get("options", {})
-        found[name] = refused(adapter, world) if way == "refused" else compare(WAYS[way], world, adapter, options)
+        way, adapter, options = job["way"], job.get("adapter", ""), job.get("options", {})
+        if way == "broken":
+            found[name] = broken(rank)
+        elif way == "refused":
+            found[name] = refused(adapter, world)
+        else:
+            found[name] = compare(WAYS[way], world, adapter, options)
+    draft = folder / f"rank-{rank}.json.draft"
+    draft.write_text(json.dumps(found))
+    draft.rename(folder / f"rank-{rank}.json")
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process with success once every rank has come here, without taking the interpreter down.
+
+    Gloo's threads outlive ``destroy_process_group`` while a device mesh refers to the group.  A thread that lets go of
+    the tensors of its last collective while the interpreter is being finalised asks for the interpreter's lock, is
+    ended by that in the middle of a destructor, and takes the process with it: "terminate called without an active
+    exception".
+    """
+    barrier()
     destroy_process_group()
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

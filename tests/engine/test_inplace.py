@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -287,18 +285,15 @@ def test_a_disk_that_refuses_leaves_old_bytes_or_is_gone_on_from(
 
 
 KILLER = """
-import importlib.util, json, os, shutil, signal, sys
+import json, shutil, sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("doubles", sys.argv[1])
-doubles = importlib.util.module_from_spec(spec)
-sys.modules["doubles"] = doubles
-spec.loader.exec_module(doubles)
+from engine import conftest as doubles
+from killing import run
 from lorahub.engine.writing.inplace import merge_in_place
 from lorahub.files.journal import revert, settle
 
-folder, undo = Path(sys.argv[2]), sys.argv[3] == "undo"
-calls = {name: getattr(os, name) for name in sys.argv[4:]}
+folder, undo, calls = Path(sys.argv[1]), sys.argv[2] == "undo", sys.argv[3:]
 world = doubles.World({f"m.{n}.weight": doubles.weights(8 + n, 8, seed=n) for n in range(4)})
 adapter = {f"m.{n}.weight": doubles.lora(8 + n, 8, seed=n) for n in range(3)}
 world.save(folder / "base", shards=2)
@@ -311,54 +306,20 @@ def merge(place):
     merge_in_place(doubles.survey(place), world.plan(adapter), doubles.bring(adapter), **options)
 
 
-def run(work, kill_at):
-    # In a process of its own; gives the number of calls made, or minus the signal.
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        made = [0]
-
-        def deadly(real):
-            def call(*args, **kwargs):
-                made[0] += 1
-                if made[0] == kill_at and kill_at % 2 == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                try:
-                    return real(*args, **kwargs)
-                finally:
-                    if made[0] == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            return call
-
-        for name, real in calls.items():
-            setattr(os, name, deadly(real))
-        work()
-        for name, real in calls.items():
-            setattr(os, name, real)
-        os.write(writer, str(made[0]).encode())
-        os._exit(0)
-    os.close(writer)
-    status = os.waitpid(child, 0)[1]
-    text = os.read(reader, 100)
-    os.close(reader)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(text or -1)
-
-
 shutil.copytree(folder / "base", folder / "merged")
 if undo:
     merge(folder / "merged")
     shutil.copytree(folder / "merged", folder / "back")
     work = lambda place: revert(place)
-    count = run(lambda: work(folder / "back"), 0)
+    count = run(lambda: work(folder / "back"), calls)
 else:
     work = merge
-    count = run(lambda: work(folder / "merged"), 0)
+    count = run(lambda: work(folder / "merged"), calls)
 results = []
 for number in range(1, count + 1):
     place = folder / f"killed-{number}"
     shutil.copytree(folder / ("merged" if undo else "base"), place)
-    killed = run(lambda: work(place), number)
+    killed = run(lambda: work(place), calls, number)
     settled = settle(place)
     results.append([number, killed, settled is not None])
 print(json.dumps(results))
@@ -368,16 +329,12 @@ print(json.dumps(results))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.parametrize("what", ["merge", "undo"])
-def test_a_run_that_is_killed_at_any_call_is_completed_by_the_next_or_has_changed_nothing(tools, tmp_path, what):
-    script = tmp_path / "killer.py"
-    script.write_text(KILLER)
+def test_a_run_that_is_killed_at_any_call_is_completed_by_the_next_or_has_changed_nothing(
+    tools, run_script, tmp_path, what
+):
     (tmp_path / "work").mkdir()
-    doubles = str(Path(__file__).with_name("conftest.py"))
     calls = ("fsync", "replace", "rename", "unlink", "rmdir", "pwrite", "mkdir")
-    command = [sys.executable, str(script), doubles, str(tmp_path / "work"), what, *calls]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = run_script(KILLER, tmp_path / "work", what, *calls)
     assert len(results) > 15
 
     def state(name: str) -> dict[str, bytes]:

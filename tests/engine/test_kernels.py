@@ -15,11 +15,14 @@ import sys
 import pytest
 import torch
 
+from lorahub.deltas.full import Full
 from lorahub.deltas.lora import LoRA
+from lorahub.engine.changing import passage
 from lorahub.engine.kernels import choice, merge_torch
 from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.rounding import fast
 from lorahub.engine.rounding.nearest import nearest
+from lorahub.findings import Verdict
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -195,6 +198,58 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced_and_the_reason_kept(monkey
     chosen = choice.merger.__wrapped__(torch.device("cuda", 0))
     assert chosen.merge is merge_torch.merge_patches
     assert "merge_triton" in chosen.reason
+
+
+def on_cuda(monkeypatch):
+    """Merges on the CPU whose reports are made as if the parameters lay on a CUDA device without a compiled kernel."""
+    monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", None)
+    monkeypatch.setattr(fast, "merger", choice.merger.__wrapped__)
+
+    def elsewhere(steps, forms):
+        cuda = torch.device("cuda", 0)
+        return fast.told_of_kernels(steps, {name: (cuda, dtype) for name, (_, dtype) in forms.items()})
+
+    monkeypatch.setattr(passage, "told_of_kernels", elsewhere)
+
+
+def test_a_merge_without_the_compiled_kernel_says_so_and_why_and_goes_on(tools, monkeypatch):
+    on_cuda(monkeypatch)
+    dtypes = {"half.weight": torch.float16, "brain.weight": torch.bfloat16, "wide.weight": torch.float32}
+    world = tools.World({name: tools.weights(24, 16, dtype=dtype) for name, dtype in dtypes.items()})
+    live = world.live()
+    merged = world.merge(live, {name: tools.lora(24, 16) for name in dtypes})
+    (finding,) = merged.report.findings
+    assert (finding.code, finding.axis, finding.level) == (fast.KERNEL_PLAIN, "libraries", Verdict.EXACT)
+    assert finding.where == ("brain.weight", "half.weight")  # none is compiled for float32
+    assert "cuda:0" in finding.message
+    assert "merge_triton" in finding.message
+    assert finding.document() in merged.report.document()["findings"]
+    assert not any(torch.equal(live[name], weight) for name, weight in world.tensors.items())
+
+
+def test_nothing_is_said_of_a_kernel_where_none_would_have_run(tools, monkeypatch):
+    weight = tools.weights(24, 16)
+    world, low = tools.World({"m.weight": weight}), {"m.weight": tools.lora(24, 16)}
+    assert world.merge(world.live(), low).report.findings == ()  # on the CPU
+    on_cuda(monkeypatch)
+    assert world.merge(world.live(), low, mode="exact").report.findings == ()
+    assert world.merge(world.live(), low, mode="stochastic(3)").report.findings == ()
+    assert world.merge(world.live(), {"m.weight": Full(weight.float() * 0.1)}).report.findings == ()
+    monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge_torch.merge_patches))
+    assert world.merge(world.live(), low).report.findings == ()
+
+
+def test_what_is_rounded_at_random_is_not_left_to_a_kernel_that_rounds_to_the_nearest(tools, monkeypatch):
+    world = tools.World({"m.weight": tools.weights(48, 40)})
+    results = []
+    for name in ("torch", "triton"):
+        monkeypatch.setattr(fast, "merger", lambda _, name=name: choice.Choice(name, merge_torch.merge_patches))
+        live = world.live()
+        world.merge(live, {"m.weight": tools.lora(48, 40)}, mode="stochastic(3)")
+        results.append(live["m.weight"])
+    exact = world.tensors["m.weight"].double() + tools.lora(48, 40).delta(world.tensors["m.weight"].double())
+    assert torch.equal(*results)
+    assert (results[0] != nearest(exact, torch.bfloat16)).double().mean() > 0.1
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,19 +75,16 @@ def test_a_rank_that_gives_no_sign_of_life_is_given_up(tmp_path):
 
 
 RANKS = """
-import importlib.util, json, os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("doubles", sys.argv[1])
-doubles = importlib.util.module_from_spec(spec)
-sys.modules["doubles"] = doubles
-spec.loader.exec_module(doubles)
+from engine import conftest as doubles
 import torch
 from lorahub.engine.writing.ranks import Ranks
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import LorahubError
 
-folder, world, what = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder, world, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 base = doubles.World({f"m.{n}.weight": doubles.weights(8 + n, 8, seed=n) for n in range(8)})
 adapter = {f"m.{n}.weight": doubles.lora(8 + n, 8, seed=n) for n in range(6)}
 files = base.save(folder / "base", shards=6)
@@ -155,15 +149,11 @@ print(json.dumps(results))
 """Ranks as processes of their own, forked from one that has imported everything."""
 
 
-def _run(tmp_path: Path, world: int, what: str) -> list[dict]:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
+@pytest.fixture
+def start(run_script, tmp_path):
+    """``start(WORLD, WHAT)``: what each start of that many ranks came to."""
     (tmp_path / "work").mkdir()
-    doubles = str(Path(__file__).with_name("conftest.py"))
-    command = [sys.executable, str(script), doubles, str(tmp_path / "work"), str(world), what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return lambda world, what: run_script(RANKS, tmp_path / "work", str(world), what)
 
 
 def _demand_complete(tools, folder: Path) -> None:
@@ -173,16 +163,16 @@ def _demand_complete(tools, folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_several_ranks_write_the_bytes_that_one_process_does(tools, tmp_path, world):
-    (result,) = _run(tmp_path, world, "together")
+def test_several_ranks_write_the_bytes_that_one_process_does(tools, start, tmp_path, world):
+    (result,) = start(world, "together")
     _demand_complete(tools, tmp_path / "work")
     assert result["said"][0]["changed"] == 6  # rank 0 tells of all
     assert sum(each["changed"] for each in result["said"][1:]) <= 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, tmp_path):
-    *killed, last = _run(tmp_path, 3, "killed")
+def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, start, tmp_path):
+    *killed, last = start(3, "killed")
     for rank, result in enumerate(killed):
         assert result["said"][rank] is None  # it died
         others = [said for number, said in enumerate(result["said"]) if number != rank]
@@ -195,8 +185,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, t
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-def test_a_rank_that_fails_tells_the_others_why(tools, tmp_path):
-    failed, again = _run(tmp_path, 2, "spoiled")
+def test_a_rank_that_fails_tells_the_others_why(tools, start, tmp_path):
+    failed, again = start(2, "spoiled")
     errors = sorted(said["error"] for said in failed["said"])
     assert errors == ["NotFinite", "RankFailed"]
     assert any("failed: NotFinite" in said["message"] for said in failed["said"] if said["error"] == "RankFailed")

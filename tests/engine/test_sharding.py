@@ -61,7 +61,11 @@ def run(folder: Path, world: int, jobs: dict[str, Any]) -> list[dict[str, Any]]:
         )
         for rank in range(world)
     ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
@@ -124,6 +128,11 @@ def test_strided_shards_of_two_dimensions_are_those_of_the_whole_merge(tmp_path)
         assert found["both"]["changed"] == WEIGHTS
         assert found["both"]["unlike"] == {}
         assert found["both"]["left"] == []
+
+
+def test_a_rank_that_breaks_down_is_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="rank 1 breaks down as it was asked to"):
+        run(tmp_path / "ranks", 2, {"broken": {"way": "broken"}})
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])

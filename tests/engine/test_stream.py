@@ -7,9 +7,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -427,15 +424,13 @@ def test_a_staging_folder_starts_afresh_where_its_journal_is_not_ours(tmp_path):
 
 
 KILLER = """
-import importlib.util, json, os, signal, sys
+import json, sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("doubles", sys.argv[1])
-doubles = importlib.util.module_from_spec(spec)
-sys.modules["doubles"] = doubles
-spec.loader.exec_module(doubles)
-folder = Path(sys.argv[2])
-calls = {name: getattr(os, name) for name in sys.argv[3:]}
+from engine import conftest as doubles
+from killing import run
+
+folder, calls = Path(sys.argv[1]), sys.argv[2:]
 world = doubles.World({f"m.{n}.weight": doubles.weights(8 + n, 8, seed=n) for n in range(4)})
 world.head = doubles.Edits(config={"x": 1})
 adapter = {f"m.{n}.weight": doubles.lora(8 + n, 8, seed=n) for n in range(3)}
@@ -444,48 +439,18 @@ files = world.save(folder / "base", shards=2)
 companions = {"config.json": b"{}", "sub/tokenizer.json": b"{}"}
 
 
-def merge(out, kill_at):
-    # In a process of its own; gives the number of calls made, or minus the signal.
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        made = [0]
-
-        def deadly(real):
-            def call(*args, **kwargs):
-                made[0] += 1
-                if made[0] == kill_at and kill_at % 2 == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                try:
-                    return real(*args, **kwargs)
-                finally:
-                    if made[0] == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            return call
-
-        for name, real in calls.items():
-            setattr(os, name, deadly(real))
-        world.stream(files, out, adapter, companions=companions)
-        for name, real in calls.items():
-            setattr(os, name, real)
-        os.write(writer, str(made[0]).encode())
-        os._exit(0)
-    os.close(writer)
-    status = os.waitpid(child, 0)[1]
-    text = os.read(reader, 100)
-    os.close(reader)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(text or -1)
+def merge(out, kill_at=0):
+    return run(lambda: world.stream(files, out, adapter, companions=companions), calls, kill_at)
 
 
-count = merge(folder / "expected", 0)
+count = merge(folder / "expected")
 results = []
 for number in range(1, count + 1):
     parent = folder / f"killed-{number}"
     parent.mkdir()
     killed = merge(parent / "out", number)
     complete = (parent / "out").exists()
-    again = 0 if complete else merge(parent / "out", 0)
+    again = 0 if complete else merge(parent / "out")
     results.append([number, killed, again, complete])
 print(json.dumps(results))
 """
@@ -493,16 +458,10 @@ print(json.dumps(results))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next_with_the_same_bytes(tools, tmp_path):
-    script = tmp_path / "killer.py"
-    script.write_text(KILLER)
+def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next_with_the_same_bytes(tools, run_script, tmp_path):
     (tmp_path / "work").mkdir()
-    doubles = str(Path(__file__).with_name("conftest.py"))
     calls = ("fsync", "replace", "rename", "unlink", "pwrite", "posix_fallocate", "copy_file_range", "mkdir")
-    command = [sys.executable, str(script), doubles, str(tmp_path / "work"), *calls]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = run_script(KILLER, tmp_path / "work", *calls)
     assert len(results) > 30
     expected = tools.contents(tmp_path / "work" / "expected")
     for number, killed, again, complete in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ TOML: dict[str, str | bytes] = {
     "large number": "seed = 9223372036854775808\n" + ADAPTER,
     "empty": "",
     "a list": "[1, 2]",
+    "long key": "k" * 900_000 + " = 1\n" + ADAPTER,
+    "many keys": "\n".join(f"k{n} = 1" for n in range(60_000)) + "\n" + ADAPTER,
+    "many wrong adapters": (ADAPTER + "weight = [true]\n") * 4_000,
     "deep rule": ADAPTER + "weight = " + "{unet=" * 40 + "1" + "}" * 40,
     "invisible": 'method = "ties\u202e"\n[[adapters]]\nref = "a/\u200bb"',
 }
@@ -50,7 +54,7 @@ TOML: dict[str, str | bytes] = {
 def test_a_hostile_recipe_is_refused(name: str) -> None:
     with pytest.raises(RecipeError) as refused:
         Recipe.from_text(TOML[name])
-    assert len(str(refused.value)) < 2000
+    assert len(str(refused.value)) < 40_000
     with pytest.raises(RecordError):
         RecipeLock.from_text(TOML[name])
 
@@ -123,10 +127,8 @@ def test_a_target_of_many_numbers_has_one_depth() -> None:
 @settings(max_examples=300)
 def test_any_text_is_read_or_refused(text: str) -> None:
     for read in (strict_toml.read, strict_yaml.read):
-        try:
+        with contextlib.suppress(NotStrict):
             read(text, limit=1 << 10)
-        except NotStrict:
-            pass
     for build in (Recipe.from_text, from_mergekit, RecipeLock.from_text):
         with pytest.raises(LorahubError):
             build(text)

@@ -15,7 +15,8 @@ from torch import nn
 import lorahub
 from lorahub.adapter import Adapter
 from lorahub.bases.layout import Target
-from lorahub.composing import prepare_composition
+from lorahub.composing.asked import requested
+from lorahub.composing.job import prepare_composition
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.lora import LoRA
 from lorahub.errors import (
@@ -30,7 +31,6 @@ from lorahub.errors import (
 from lorahub.files.tensors import FileSource
 from lorahub.files.writer import save_file
 from lorahub.recipe import Recipe
-from lorahub.requesting import requested
 
 OUT, IN = 24, 16
 
@@ -202,6 +202,9 @@ def test_weights_go_by_depth_and_pattern(pair: Mapping[str, Path]) -> None:
         q, k = (Target("", f"layers.{layer}.{name}", "weight") for name in "qk")
         assert same(dense(mix, q), share * dense(ink, q))
         assert same(dense(mix, k), 2.0 * dense(sql, k))
+    rules = {"ink": {"gradient": [0.2, 0.6]}, "sql": ({"filter": "*.k", "value": 2.0}, {"value": 0.0})}
+    named = lorahub.compose(pair, weights=rules)
+    assert all(torch.equal(dense(named, target), dense(mix, target)) for target in mix.deltas)
     document["adapters"][1]["weight"] = [{"filter": "*.nothing", "value": 2.0}, {"value": 0.0}]
     with pytest.raises(RecipeError, match=r"\*\.nothing"):
         lorahub.compose(Recipe.from_document(document))

@@ -68,7 +68,7 @@ def told(files: AdapterFiles) -> object:
 def one_by_one(files: AdapterFiles, patch: pytest.MonkeyPatch) -> object:
     """The same where no module is like another."""
     patch.setattr(sorts, "_like", lambda *_: None)
-    patch.setattr(sorts, "_likes", lambda _: {})
+    patch.setattr(sorts, "_remembered", {})
     for spelling in (each for kind in REGISTRY.kinds.values() for each in kind.spellings):
         object.__setattr__(spelling, "alike", lambda _: False)
     try:
@@ -238,6 +238,16 @@ def test_a_mark_is_on_a_header_where_one_of_its_names_passes_the_test(names: lis
     header = Header(tensors=dict.fromkeys(names), metadata={}, data_start=8, size=8)  # type: ignore[arg-type]
     assert MARK.on([header]) == any(name.startswith("a.") for name in names)
     assert MARK.on([]) is False
+    for mark, passes in MARKS:
+        assert mark.on([header]) == any(map(passes, names))
 
 
 MARK = Mark(lambda name: name.startswith("a."))
+MARKS = (
+    (Mark(begins=("a", "b.")), lambda name: name.startswith(("a", "b."))),
+    (Mark(ends=(".b", "a.")), lambda name: name.endswith((".b", "a."))),
+    (
+        Mark(lambda name: len(name) > 2, begins=("a",), ends=("b",)),
+        lambda name: len(name) > 2 and name[0] == "a" and name[-1] == "b",
+    ),
+)

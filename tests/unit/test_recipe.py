@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -39,6 +40,7 @@ weight = [0.0, 0.5, 1.0]
 """
 
 
+@functools.cache
 def published() -> jsonschema.Draft202012Validator:
     schema = json.loads((SCHEMAS / "recipe.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)

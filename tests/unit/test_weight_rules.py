@@ -98,7 +98,42 @@ def test_the_number_of_layers_can_be_said_or_known_from_the_base() -> None:
 def test_depth_counts_the_layers_of_all_adapters() -> None:
     recipe = Recipe.inline(["a/b", "a/c"]).changed(adapters=[{"ref": "a/b", "weight": [0.0, 1.0]}, {"ref": "a/c"}])
     first, _ = weights_of(recipe, [LLAMA[:6], LLAMA])
-    assert sorted(set(first.values())) == pytest.approx([0, 1 / 3])
+    assert sorted({first[target] for target in LLAMA[:6]}) == pytest.approx([0, 1 / 3])
+
+
+def test_what_an_adapter_does_not_change_has_its_weight_too_and_its_rule_is_not_held_to_it() -> None:
+    rule = [
+        {"filter": "*attn*", "value": [0.0, 3.0], "count": 4},
+        {"filter": "*mlp*", "value": 9.0, "optional": True},
+    ]
+    recipe = Recipe.from_document({"adapters": [{"ref": "a/b", "weight": rule}, {"ref": "a/c", "weight": 0.5}]})
+    own = [target for target in LLAMA[:6] if "attn" in target.module]
+    first, second = weights_of(recipe, [own, [*LLAMA, HEAD]])
+    assert [first[target] for target in LLAMA[::3]] == pytest.approx([0, 1, 2, 3])
+    assert {first[target] for target in LLAMA[2::3]} == {9}
+    assert first[HEAD] == 0
+    assert set(second.values()) == {0.5}
+    assert "says nothing of lm_head.weight" in complaint(
+        '[{ filter = "*attn*", value = 1 }, { filter = "*mlp*", value = 9 }]', [*LLAMA, HEAD]
+    )
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"layers": {"9": 1.0}},
+        {"preset": "b-lora-style"},
+        {"unet": 1.0},
+        {"mid": 1.0},
+        {"blocks": {"MID": 1.0}},
+        [{"filter": "zzz", "value": 1.0}],
+    ],
+)
+def test_a_rule_that_is_not_held_to_what_it_says_gives_zero_where_it_says_nothing(rule: Any) -> None:
+    recipe = Recipe.from_document({"adapters": [{"ref": "a/b", "weight": rule}]})
+    with pytest.raises(RecipeError):
+        resolve(recipe.adapters[0].weight, LLAMA)
+    assert set(resolve(recipe.adapters[0].weight, LLAMA, strict=False).values()) == {1.0 if "mid" in rule else 0.0}
 
 
 def test_a_target_in_no_layer_needs_a_number_of_its_own() -> None:

@@ -19,6 +19,7 @@ from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.retention import judge, measured, overall
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
+from lorahub.engine.rounding.fast import FAST, told_of_kernels
 from lorahub.engine.rounding.table import read_mode
 from lorahub.engine.undoing.keeper import Keeper, Way
 from lorahub.errors import IntegrityError, LorahubError
@@ -205,7 +206,9 @@ class Passage:
         quantised = self._new.quantised  # judged before anything was changed
         plan = self._new.plan
         judged = judge(sums, allowed=plan.allowed, dtypes={step.after.dtype for step in plan.steps})
-        findings = (*judged, *quantised.findings)
+        forms = {name: (tensor.device, tensor.dtype) for name, tensor in self._new.tensors.items()}
+        told = told_of_kernels(self._new.steps, forms) if plan.mode == FAST.spelled else ()
+        findings = (*judged, *quantised.findings, *told)
         sums |= quantised.sums
         changes = {step.out: sums[step.out].relative for step in self._new.plan.steps}
         held = {"copy": quantised.nbytes} if len(quantised) else {}

@@ -8,7 +8,7 @@ All else is summed window by window, in float32 where that is enough and in floa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -19,9 +19,13 @@ from lorahub.engine.kernels.choice import merger
 from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.nearest import round_into
+from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 
-__all__ = ["FAST", "Fast", "Product", "float32_is_float32"]
+__all__ = ["FAST", "KERNEL_PLAIN", "Fast", "Product", "float32_is_float32", "told_of_kernels"]
+
+KERNEL_PLAIN = "kernel-plain"
+"""Code of the finding that a device has a compiled kernel for what was merged there, and it could not run."""
 
 _ENOUGH = {"bfloat16": 0.125, "float16": 0.02}
 """How large a change of low rank may be, over the weights, for float32 sums to keep the promise; any for 8 bits.
@@ -75,6 +79,7 @@ class Product:
         self._factors, self._weight = factors, factors[0].weight
         self._native = _native(factors, sums)
         self._made: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._to_nearest = sums.mode == FAST  # as compiled kernels round; other modes round what is summed here
         storage = sums.storage
         self._short = torch.float32 if storage.itemsize < 4 and float32_is_float32() else torch.float64
         self._enough = _ENOUGH.get(str(storage).removeprefix("torch."), float("inf"))
@@ -95,7 +100,7 @@ class Product:
     def _launched(self, at: Stretch) -> bool:
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
         kernel = merger(at.out.device)
-        if kernel.name == "torch" or str(at.out.dtype).removeprefix("torch.") not in _ENOUGH:
+        if kernel.name == "torch" or not self._to_nearest or not _is_compiled_for(at.out.dtype):
             return False
         if not at.out.is_contiguous() or at.untouched.dtype != at.out.dtype:
             return False
@@ -118,6 +123,42 @@ class Product:
         if found is None:
             found = self._made[dtype] = joined(self._factors, device, dtype)
         return found
+
+
+def _is_compiled_for(storage: torch.dtype) -> bool:
+    """Whether the compiled kernel merges into weights of this dtype."""
+    return str(storage).removeprefix("torch.") in _ENOUGH
+
+
+def told_of_kernels(
+    steps: Iterable[Step], forms: Mapping[str, tuple[torch.device, torch.dtype]]
+) -> tuple[Finding, ...]:
+    """Where the compiled kernel should have merged in this mode and could not, and why: a note for each reason.
+
+    Args:
+        steps: what was merged.
+        forms: parameter -> the device and dtype that it has.
+    """
+    plain: dict[tuple[str, str], list[str]] = {}
+    for step in steps:
+        device, storage = forms[step.out]
+        products = step.terms and all(term.windowed and term.additive and term.rank is not None for term in step.terms)
+        if device.type == "cuda" and products and _is_compiled_for(storage):
+            chosen = merger(device)
+            if chosen.reason:
+                plain.setdefault((str(device), chosen.reason), []).append(step.out)
+    return tuple(
+        Finding(
+            code=KERNEL_PLAIN,
+            axis="libraries",
+            level=Verdict.EXACT,
+            message=f"parameters on {device} were merged without the compiled kernel, more slowly and as near to the "
+            f"float64 result: {reason}",
+            where=tuple(names),
+            remedy="for speed: install the triton that this PyTorch asks for, and see that it runs on the device",
+        )
+        for (device, reason), names in plain.items()
+    )
 
 
 @final

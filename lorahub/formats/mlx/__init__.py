@@ -51,7 +51,7 @@ _INNER_TRAINING = frozenset({"dropout", "keys"})
 _INNER_USED = frozenset({"rank", "scale"})
 
 
-_FACTORS = Mark(lambda key: key.endswith((".lora_a", ".lora_b")))
+_FACTORS = Mark(ends=(".lora_a", ".lora_b"))
 
 
 @final

@@ -41,12 +41,12 @@ def named_by_peft(headers: Mapping[str, Header], config: Mapping[str, JSON], usu
     return bool(about and about.part) and (usual in headers or _IS_PROMPT.on(counted))
 
 
-_IN_MODEL = Mark(lambda key: key.startswith(MODEL))
-_IS_PREFIXED = Mark(lambda key: key.startswith(PREFIX))
-_IS_PROMPT = Mark(lambda key: key.startswith(_PROMPTS))
-_OF_TORCHTUNE = Mark(lambda key: key.endswith(_TORCHTUNE))
-_OF_EXPERTS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_EXPERTS))
-_UNEMBEDS = Mark(lambda key: key.startswith(PREFIX) and key.endswith(_UNEMBED))
+_IN_MODEL = Mark(begins=(MODEL,))
+_IS_PREFIXED = Mark(begins=(PREFIX,))
+_IS_PROMPT = Mark(begins=_PROMPTS)
+_OF_TORCHTUNE = Mark(ends=_TORCHTUNE)
+_OF_EXPERTS = Mark(begins=(PREFIX,), ends=_EXPERTS)
+_UNEMBEDS = Mark(begins=(PREFIX,), ends=(_UNEMBED,))
 
 
 def lookalike(headers: Collection[Header]) -> str:

@@ -7,14 +7,14 @@ from importlib import metadata
 
 from lorahub import __version__, checks
 from lorahub.adapter import AdapterHeader
-from lorahub.composing import Composition
+from lorahub.composing.asked import Request
+from lorahub.composing.ingredients import Opened
+from lorahub.composing.job import Composition
 from lorahub.errors import NotFound, UsageError
 from lorahub.files.digest import file_digest, tensors_digest
 from lorahub.findings import Finding
-from lorahub.ingredients import Opened
 from lorahub.names import Ref
 from lorahub.recipe_lock import LockedAdapter, LockedBase, RecipeLock, compare
-from lorahub.requesting import Request
 
 __all__ = ["demand_same", "lock_of", "pinned", "read_lock"]
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 from lorahub.adapter import Adapter, AdapterHeader
 from lorahub.combination import Combination
@@ -19,7 +19,10 @@ from lorahub.names import Ref
 from lorahub.recipe import Recipe
 from lorahub.sources import Given, as_ref
 
-__all__ = ["Asked", "Request", "requested"]
+__all__ = ["Asked", "Request", "Weighing", "requested"]
+
+Weighing: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
+"""Weights in order or by name, each a number or a rule as a recipe has it; ``Recipe`` checks them."""
 
 Asked: TypeAlias = "Mapping[str, Given] | Sequence[Given] | Combination | Recipe | str | os.PathLike[str]"
 """What can be composed: adapters by name or in a list, a sum of open adapters, a recipe or its file."""
@@ -49,7 +52,7 @@ class Request:
 
 def requested(
     adapters: Asked,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Weighing | None = None,
     *,
     folder: Path | None = None,
     **fields: Any,
@@ -135,9 +138,7 @@ def _free(stem: str, taken: Collection[str]) -> str:
     return next(each for each in tries if each not in taken)
 
 
-def _chosen(
-    names: Sequence[str], own: Sequence[float], given: Sequence[float] | Mapping[str, float] | None
-) -> list[float]:
+def _chosen(names: Sequence[str], own: Sequence[float], given: Weighing | None) -> list[Any]:
     if given is None:
         return list(own)
     if isinstance(given, Mapping):
@@ -146,10 +147,19 @@ def _chosen(
                 f"weights name adapters that were not given: {', '.join(unknown)}",
                 f"the adapters are {', '.join(names)}",
             )
-        return [float(given.get(name, weight)) for name, weight in zip(names, own, strict=True)]
+        return [_rule(given.get(name, weight)) for name, weight in zip(names, own, strict=True)]
     if len(given) != len(names):
         raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
-    return [float(weight) for weight in given]
+    return [_rule(weight) for weight in given]
+
+
+def _rule(weight: Any) -> Any:
+    """A weight as a document has it; numbers of other libraries become plain ones."""
+    if isinstance(weight, Mapping):
+        return {key: _rule(value) for key, value in weight.items()}
+    if isinstance(weight, list | tuple):
+        return [_rule(each) for each in weight]
+    return float(weight) if isinstance(weight, SupportsFloat) and not isinstance(weight, bool | int) else weight
 
 
 def _said(source: Given, name: str) -> str:

@@ -1,22 +1,24 @@
-"""Adapters in, one adapter or checkpoint out: what was asked for opened and judged, then made; and ``lorahub.compose``.
+"""A composition that is opened and judged: what it would take, and the adapter or checkpoint that it makes.
 
-What people ask for becomes a recipe, whether they wrote one or not, and the result carries it.
+The result carries its recipe and its parents, and nobody's folders.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import final
 
 from lorahub.adapter import Adapter, open_header, save
 from lorahub.bases.layout import Target
-from lorahub.composed import Composed, ComposeReport, Home
+from lorahub.composing.asked import Request
+from lorahub.composing.ingredients import Held, Opened, base_weights, holding, judge, open_one
+from lorahub.composing.provenance import begun, hints, portable, recipe_digest, settings
+from lorahub.composing.result import Composed, ComposeReport, Home
 from lorahub.composition.budgeting import Shared, budget_of
 from lorahub.composition.combining import Combined, Part, combine
 from lorahub.composition.explaining import Outline, outline
@@ -30,18 +32,14 @@ from lorahub.engine.crew import crew_size
 from lorahub.engine.report import MergeReport
 from lorahub.errors import UsageError, WriteFailed
 from lorahub.findings import Finding
-from lorahub.ingredients import Held, Opened, base_weights, holding, judge, open_one
 from lorahub.lazy import torch
-from lorahub.names import Ref
 from lorahub.plugins import load_registry
 from lorahub.preparing import prepare
 from lorahub.recipe import Ingredient, Recipe
-from lorahub.records import SCHEMA_VERSION, AdapterRecord
 from lorahub.registry import Registry
-from lorahub.requesting import Asked, Request, requested
 from lorahub.sources import Base, Progress, open_base, quiet
 
-__all__ = ["Composition", "compose", "prepare_composition"]
+__all__ = ["Composition", "prepare_composition"]
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -210,21 +208,21 @@ class Composition:
             raise UsageError("the budget leaves nothing of any target", "give more parameters, or a rank")
         formats = {each.format for each in self.opened if each.format}
         layout = self.recipe.format or (formats.pop() if len(formats) == 1 else "peft")
-        settings = _settings(self.recipe)
-        text = _portable(self.recipe, self.opened)
+        chosen = settings(self.recipe)
+        text = portable(self.recipe, self.opened)
         record = derived(
-            _begun(self.opened),
+            begun(self.opened),
             self.recipe.method,
-            settings,
+            chosen,
             parents,
             seed=self.recipe.seed if self.method.draws else None,
             text=text,
-            digest=_digest(text, parents),
+            digest=recipe_digest(text, parents),
         )
         home = Home() if folder is None else None
         place = folder or (home.path if home else Path()) / self.recipe.method
-        hints = _hints(self.opened)
-        made = Adapter(deltas=found.deltas, record=record, hints=hints)
+        told = hints(self.opened)
+        made = Adapter(deltas=found.deltas, record=record, hints=told)
         save(made, place, registry=self.registry, format=layout)
         report = ComposeReport(
             out=os.fspath(place),
@@ -233,10 +231,10 @@ class Composition:
             findings=self.findings,
             seconds=time.perf_counter() - start,
             bytes_written=written(place),
-            settings=settings,
+            settings=chosen,
         )
         header = open_header(place, self.registry)
-        return Composed(deltas=found.deltas, record=header.record, hints=hints, header=header, report=report, home=home)
+        return Composed(deltas=found.deltas, record=header.record, hints=told, header=header, report=report, home=home)
 
 
 def prepare_composition(
@@ -288,124 +286,6 @@ def prepare_composition(
     )
 
 
-@final
-class Compose:
-    """``lorahub.compose``: call it to make one adapter of several."""
-
-    def __call__(
-        self,
-        adapters: Asked,
-        *,
-        weights: Sequence[float] | Mapping[str, float] | None = None,
-        method: str | None = None,
-        rank: int | None = None,
-        energy: float | None = None,
-        error: float | None = None,
-        adaptive: bool | None = None,
-        max_parameters: int | None = None,
-        dtype: str | None = None,
-        format: str | None = None,  # noqa: A002 - what people call it
-        base: str | None = None,
-        non_additive: str | None = None,
-        seed: int | None = None,
-        compat: str | None = None,
-        out: str | os.PathLike[str] | None = None,
-        allow: Collection[str] = (),
-        hub: str | None = None,
-        threads: int | None = None,
-        progress: Progress = quiet,
-        **parameters: Any,
-    ) -> Composed:
-        """Make one adapter of several: an exact weighted sum, or any registered method.
-
-        Args:
-            adapters: name -> adapter, a list, a sum of open adapters (``0.7 * a - b``), a ``Recipe`` or the path of
-                one; a recipe says all that follows but ``out`` to ``progress``.
-            weights: one for each, in order or by name; 1 by default, or the weight in the reference.  They are never
-                normalised unless a parameter asks for it.
-            method: "linear" by default; see ``lorahub compose --methods``.
-            rank: of every target, at most; without a budget the result keeps every rank that the method gives.
-            energy: keep at least this share of the squared norm of each change.
-            error: lose at most this share of the norm of each change.
-            adaptive: meet energy or error over all targets together.
-            max_parameters: spend so many numbers on all factors together.
-            dtype: of the result, "float32" by default; "bfloat16" or "float16".
-            format: of the written adapter; that of the adapters where they share one, else "peft".
-            base: the base, a folder or ``ns/name[@COMMIT]``: where formats name modules differently, adapters bring new
-                values, or kinds look at the weights.
-            non_additive: "refuse", "linearise" (a DoRA's factors without its lengths) or "dense" (the change that a
-                kind makes to the base's weight).
-            seed: what every random draw follows from, with the adapter and the target; 0 by default.
-            compat: see ``lorahub.load``.
-            out: a new folder; None: a temporary one, which lives as long as the result.
-            allow: finding codes to accept.
-            hub: path of a folder hub.
-            threads: how many; the result does not depend on it.
-            progress: called with (bytes fetched, in all), then with (targets done, in all).
-            parameters: the method's own, as ``density=0.4``; ``lambda_`` for ``lambda``.
-
-        Raises:
-            RecipeError, UsageError: what is asked for makes no sense.
-            Degraded, BaseMismatch, Incompatible: the adapters do not go together; the findings say how.
-            NotFinite: NaN or infinity, or the result does not fit into its dtype.
-            WriteFailed: ``out`` exists, or there is no space.
-        """
-        request = requested(
-            adapters,
-            weights,
-            method=method,
-            rank=rank,
-            energy=energy,
-            error=error,
-            adaptive=adaptive,
-            max_parameters=max_parameters,
-            dtype=dtype,
-            format=format,
-            base=base,
-            non_additive=non_additive,
-            seed=seed,
-            compat=compat,
-            parameters={name.rstrip("_"): value for name, value in parameters.items()} or None,
-        )
-        if request.recipe.output == "checkpoint":
-            raise UsageError(
-                "this recipe makes a checkpoint, and no adapter", "lorahub.compose.checkpoint(recipe, out=FOLDER)"
-            )
-        made = prepare_composition(request, allow=allow, hub=hub, progress=progress)
-        return made.make(out, threads=threads, progress=progress)
-
-    def checkpoint(
-        self,
-        recipe: Recipe | str | os.PathLike[str],
-        out: str | os.PathLike[str],
-        *,
-        allow: Collection[str] = (),
-        hub: str | None = None,
-        threads: int | None = None,
-        progress: Progress = quiet,
-    ) -> MergeReport:
-        """Merge what a recipe makes into its base, shard by shard, in one pass.
-
-        Args:
-            recipe: a ``Recipe`` or its file; it names a base.
-            out: a new folder, or a file that ends in ".safetensors".
-            allow: finding codes to accept.
-            hub: path of a folder hub.
-            threads: how many; the result does not depend on it.
-            progress: called with (bytes done, in all).
-
-        Raises:
-            UsageError: it names no base, or ``out`` exists.
-            RecipeError, Degraded, BaseMismatch, Incompatible, NotFinite: as when called.
-        """
-        made = prepare_composition(requested(recipe), allow=allow, hub=hub, progress=progress)
-        return made.merge(out, threads=threads, progress=progress)
-
-
-compose: Final = Compose()
-"""Adapters in, one adapter out; see ``Compose.__call__``."""
-
-
 def _budget(recipe: Recipe) -> Budget | Shared | None:
     asked = recipe.budget()
     if recipe.adaptive or any(value is not None for name, value in asked.items() if name != "adaptive"):
@@ -424,73 +304,3 @@ def _new(out: str | os.PathLike[str]) -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise WriteFailed(f"{folder} exists", "name a new folder, or remove it yourself")
     return folder
-
-
-def _settings(recipe: Recipe) -> dict[str, JSON]:
-    """Everything of a recipe but its adapters that says what comes of it, without what is at its default."""
-    document = recipe.model_dump(mode="json", exclude_defaults=True)
-    left_out = ("schema_version", "description", "method", "adapters", "seed", "parameters", "base", "allow")
-    return {
-        **{name: value for name, value in document.items() if name not in left_out},
-        **document.get("parameters", {}),
-    }
-
-
-def _portable(recipe: Recipe, opened: Sequence[Opened]) -> str:
-    """The recipe as its result carries it: at the commits that were used, and without anybody's folders."""
-    adapters = []
-    for label, ingredient, one in zip(recipe.labels(), recipe.adapters, opened, strict=True):
-        pin = one.pin
-        ref = str(Ref(repo=pin.repo, selector=pin.commit, subpath=pin.path)) if pin else f"./{label}"
-        adapters.append(ingredient.model_copy(update={"ref": ref, "name": label}))
-    base = recipe.base_reference()
-    local = Path(base.path).name if base and base.path else None
-    changes = {"adapters": adapters, "base": f"./{local}" if local else recipe.base}
-    return recipe.changed(**changes).to_toml()
-
-
-def _digest(text: str, parents: Sequence[Mapping[str, JSON]]) -> str:
-    """``sha256:`` over a recipe and the tensors that went in."""
-    digests = [str(parent.get("digest", "")) for parent in parents]
-    return f"sha256:{hashlib.sha256(chr(10).join([text, *digests]).encode()).hexdigest()}"
-
-
-def _begun(opened: Sequence[Opened]) -> AdapterRecord | None:
-    """What the parents' records say in common: the base, a licence, the words that call them."""
-    records = [each.record for each in opened if each.record is not None]
-    if not records:
-        return None
-    bases = [record.base for record in records if record.base]
-    licences = {record.license for record in records}
-    words = tuple(dict.fromkeys(word for record in records for word in record.trigger_words))
-    common: dict[str, Any] = {
-        "base": bases[0] if bases else None,
-        "license": licences.pop() if len(records) == len(opened) and len(licences) == 1 else None,
-        "trigger_words": words or None,
-        "pipeline_tag": records[0].pipeline_tag or None,
-        "language": records[0].language or None,
-    }
-    return AdapterRecord(schema_version=SCHEMA_VERSION, kinds=("lora",)).changed(
-        **{name: value for name, value in common.items() if value}
-    )
-
-
-_OWN = frozenset({"kohya_metadata", "compat"})
-"""Hints that speak of one adapter's training or result, not of the sum."""
-
-
-def _hints(opened: Sequence[Opened]) -> dict[str, JSON]:
-    """What writing wants back: tables and lists of all adapters together, of single facts the first."""
-    result: dict[str, JSON] = {}
-    for each in opened:
-        for name, value in each.hints.items():
-            before = result.get(name)
-            if name in _OWN:
-                continue
-            if isinstance(before, dict) and isinstance(value, dict):
-                result[name] = {**value, **before}
-            elif isinstance(before, list) and isinstance(value, list):
-                result[name] = [*before, *(one for one in value if one not in before)]
-            elif before is None:
-                result[name] = value
-    return result
