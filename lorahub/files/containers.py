@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Protocol
@@ -20,7 +21,7 @@ from lorahub.files.gguf import parse_gguf
 from lorahub.files.grammar import Malformed
 from lorahub.files.header import Header, Known, Limits, Read, parse_header
 from lorahub.files.npz import parse_npz
-from lorahub.files.raw import open_regular, read_into
+from lorahub.files.raw import open_regular, read_bytes, read_into
 
 __all__ = [
     "CONTAINERS",
@@ -109,13 +110,8 @@ def weights_header_of(file: io.FileIO, limits: Limits | None = None, known: Know
     Raises:
         HeaderError: as ``read_weights_header``.
     """
-
-    def read(offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
-        read_into(file, offset, buffer)
-        return bytes(buffer)
-
-    return parse_weights(read, os.fstat(file.fileno()).st_size, where=str(file.name), limits=limits, known=known)
+    size = os.fstat(file.fileno()).st_size
+    return parse_weights(partial(read_bytes, file), size, where=str(file.name), limits=limits, known=known)
 
 
 def parse_weights(

@@ -11,14 +11,16 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from lorahub.errors import HeaderError
 from lorahub.files.entries import METADATA, Form, Limits, TensorInfo, Tensors, form_of, name_fault, sizes
 from lorahub.files.grammar import INTEGERS_ONLY, Malformed, Scanner, show
-from lorahub.files.raw import open_regular, read_into
+from lorahub.files.raw import open_regular, read_bytes
 from lorahub.files.tiles import Known, tiled
 
 __all__ = [
@@ -41,6 +43,7 @@ _PADDING = 16
 _PREFETCH = 64 << 10  # most headers of adapters fit: one request where ranges are read remotely
 _LEAD = f'{{"{METADATA}":'
 _ENTRY = 4096  # characters; a real entry takes about a hundred
+_AT_ONCE = 1 << 18  # characters of metadata; what is decoded for nothing, because it is more or other, stays small
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FETCH_AGAIN = "the file is damaged or was not written as safetensors: fetch it again, or ask its author"
 _NO_PICKLE = "pickles are never opened: ask for safetensors"
@@ -99,13 +102,8 @@ def header_of(file: io.FileIO, limits: Limits | None = None, known: Known | None
     Raises:
         HeaderError: as ``read_header``.
     """
-
-    def read(offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
-        read_into(file, offset, buffer)
-        return bytes(buffer)
-
-    return parse_header(read, os.fstat(file.fileno()).st_size, where=str(file.name), limits=limits, known=known)
+    size = os.fstat(file.fileno()).st_size
+    return parse_header(partial(read_bytes, file), size, where=str(file.name), limits=limits, known=known)
 
 
 def parse_header(
@@ -236,6 +234,8 @@ def _metadata(scanner: Scanner, limits: Limits) -> dict[str, str]:
     size = 0
     if scanner.null():  # MLX writes it for none
         return result
+    if (found := _at_once(scanner, limits)) is not None:
+        return found
     for key in scanner.members(METADATA):
         value = scanner.plain()
         if value is None:
@@ -248,6 +248,19 @@ def _metadata(scanner: Scanner, limits: Limits) -> dict[str, str]:
             )
         result[key] = value
     return result
+
+
+def _at_once(scanner: Scanner, limits: Limits) -> dict[str, str] | None:
+    """Metadata as nearly all files have them, or None, with nothing read: then one is gone through after another."""
+    start = scanner.at
+    with suppress(Malformed, UnicodeEncodeError):
+        found = scanner.small(METADATA, decoder=INTEGERS_ONLY, limit=_AT_ONCE)
+        if isinstance(found, dict) and {str}.issuperset(map(type, found.values())):
+            size = len("".join([*found, *found.values()]).encode())
+            if size <= limits.metadata:
+                return found
+    scanner.at = start
+    return None
 
 
 def _entry(value: Any, what: str) -> TensorInfo:

@@ -11,12 +11,13 @@ import io
 import os
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
 from lorahub.errors import AccessDenied, IntegrityError, NotFound, Unavailable
 
-__all__ = ["CHUNK", "Bytes", "as_bytes", "copy_range", "open_regular", "read_into", "write_at"]
+__all__ = ["CHUNK", "Bytes", "as_bytes", "copy_range", "open_regular", "read_bytes", "read_into", "write_at"]
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -43,7 +44,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
         AccessDenied: it may not be read.
         Unavailable: the system cannot read it.
     """
-    path = Path(path)
+    path = path if isinstance(path, Path) else Path(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -84,6 +85,22 @@ def read_into(file: io.FileIO, offset: int, buffer: Bytes) -> None:
                 "it was cut off, or changed while it was read: fetch it again",
             )
         done += count
+
+
+def read_bytes(file: io.FileIO, offset: int, length: int) -> bytes:
+    """The bytes from ``offset`` on.
+
+    Raises:
+        IntegrityError, Unavailable: as ``read_into``.
+    """
+    if hasattr(os, "pread") and length <= CHUNK:
+        with suppress(OSError):
+            data = os.pread(file.fileno(), length, offset)
+            if len(data) == length:  # nearly always, and then nothing is copied
+                return data
+    buffer = bytearray(length)
+    read_into(file, offset, buffer)
+    return bytes(buffer)
 
 
 def _read_some(file: io.FileIO, offset: int, view: memoryview) -> int:

@@ -12,6 +12,7 @@ quote, and no attempt begins between the two.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -20,8 +21,13 @@ from lorahub.files.grammar import INTEGERS_ONLY, Malformed, Scanner
 
 __all__ = ["Known", "tiled"]
 
-_ENTRY = re.compile(r',"([^"]*)":\{"(dtype":"[^"]*","shape":\[[0-9,]*)\],"data_offsets":\[([0-9]+),([0-9]+)\]\}')
-_EACH = '],"data_offsets":['
+_ENTRY = re.compile(r'"([^"]*)":\{"(dtype":"[^"]*","shape":\[[^"]*)"data_offsets":\[')
+"""What stands in front of a tensor's offsets; these, to the next quote, are what lies between two matches."""
+
+_NEXT, _LAST = '%d,%d]},"', "%d,%d]}}"
+"""Offsets, to the next quote, and to the header's end."""
+
+_EACH = '"data_offsets":['
 _SHORTEST = 45
 """Characters that an entry takes at least."""
 
@@ -29,6 +35,7 @@ _LONGEST = 256
 """Characters of a form; real ones take thirty, and the scanner takes entries of up to 4,096."""
 
 _DIGITS = 19
+_TOO_FAR = 10**_DIGITS
 _NAMES = 1 << 16
 """Names kept: those of some thirty bases, 200 bytes each."""
 
@@ -83,32 +90,50 @@ def tiled(text: str, limits: Limits, known: Known) -> Tensors | None:
     if len(text) > _SHORTEST * limits.tensors and text.count(_EACH) > limits.tensors:
         return None
     parts = _ENTRY.split(text)  # strings alone, without a tuple for each entry
-    if len(parts) == 1 or parts.pop() != "}" or any(parts[::5]) or len(parts) > 5 * limits.tensors:
+    if len(parts) == 1 or parts[0] != "," or len(parts) > 3 * limits.tensors + 1:
         return None
-    names, forms = _names(parts[1::5], limits, known), _forms(parts[2::5], known)
+    names, forms = _names(parts[1::3], limits, known), _forms(parts[2::3], known)
     if names is None or forms is None:
         return None
-    return _placed(names, *forms, parts[3::5], parts[4::5])
+    return _placed(names, *forms, '"'.join(parts[3::3]))  # of which none has a quote, so that all can be compared
 
 
-def _placed(names: list[str], forms: list[Form], nbytes: list[int], begin: list[str], end: list[str]) -> Tensors | None:
+def _placed(names: list[str], forms: list[Form], nbytes: list[int], offsets: str) -> Tensors | None:
     """The tensors, if offsets are spelled as the forms say, in the order of their bytes."""
-    stops = list(accumulate(nbytes))
-    ends = list(map(str, stops))
-    if ends != end or begin != ["0", *ends[:-1]]:  # another order than that of their bytes, as old writers had it
-        if max(map(len, end)) > _DIGITS or max(map(len, begin)) > _DIGITS:
+    bounds = list(accumulate(nbytes, initial=0))
+    if _spelled(bounds[:-1], bounds[1:]) != offsets:  # another order than that of their bytes, as old writers had it
+        order = _order(offsets)
+        if order is None or len(order) != len(names):
             return None
-        first, last = list(map(int, begin)), list(map(int, end))
-        order = sorted(range(len(first)), key=lambda at: (first[at], last[at]))
-        stops = list(accumulate(nbytes[at] for at in order))
-        ends = list(map(str, stops))
-        if ends != [end[at] for at in order] or ["0", *ends[:-1]] != [begin[at] for at in order]:
+        bounds = list(accumulate(map(nbytes.__getitem__, order), initial=0))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        if _spelled([bounds[at] for at in back], [bounds[at + 1] for at in back]) != offsets:
             return None
         names, forms = [names[at] for at in order], [forms[at] for at in order]
-    if len(ends[-1]) > _DIGITS:
+    if bounds[-1] >= _TOO_FAR:
         return None
     listed = dict(zip(names, forms, strict=True))
-    return Tensors(listed, [0, *stops[:-1]], stops) if len(listed) == len(names) else None
+    return Tensors(listed, bounds[:-1], bounds[1:]) if len(listed) == len(names) else None
+
+
+def _spelled(starts: Sequence[int], stops: Sequence[int]) -> str:
+    """How a header has these offsets, to its end."""
+    both = [0] * (2 * len(starts))
+    both[::2], both[1::2] = starts, stops
+    return (_NEXT * (len(starts) - 1) + _LAST) % tuple(both)
+
+
+def _order(offsets: str) -> list[int] | None:
+    """The tensors by where they begin and end, if that is told by numbers; that they are well spelled is for later."""
+    numbers = offsets.removesuffix("]}}").replace(']},"', ",").split(",")
+    if max(map(len, numbers)) > _DIGITS:
+        return None
+    try:
+        found = list(map(int, numbers))
+    except ValueError:
+        return None
+    places = list(zip(found[::2], found[1::2], strict=False))
+    return sorted(range(len(places)), key=places.__getitem__)
 
 
 def _names(spelled: list[str], limits: Limits, known: Known) -> list[str] | None:
@@ -130,6 +155,8 @@ def _names(spelled: list[str], limits: Limits, known: Known) -> list[str] | None
 
 
 def _name(text: str, limits: Limits) -> str | None:
+    if "\\" not in text and text.isprintable():  # it stands for itself
+        return None if name_fault(text, limits) else text
     scanner = Scanner(f'"{text}"')
     try:
         name = scanner.string("a name")
@@ -154,7 +181,9 @@ def _forms(spelled: list[str], known: Known) -> tuple[list[Form], list[int]] | N
 
 def _form(text: str) -> tuple[Form, int] | None:
     """A form, and how many bytes a tensor of it takes."""
-    scanner = Scanner(f'{{"{text}]}}')
+    if not text.endswith("],"):
+        return None
+    scanner = Scanner(f'{{"{text[:-1]}}}')
     try:
         value = scanner.small("a form", decoder=INTEGERS_ONLY, limit=_LONGEST)
         scanner.end("a form")

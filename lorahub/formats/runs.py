@@ -103,11 +103,17 @@ class Runs:
 
         Args:
             forms: key -> form; equal ones are one object, or else they make sorts of their own.
-            numbers: key -> number, for some; equal ones of one form are one object, and of two forms never.
+            numbers: key -> number, for all keys of some suffixes; equal ones of one form are one object, and of two
+                forms never.
         """
-        told = tuple(map(id, map({**forms, **numbers}.__getitem__, self.keys)))
-        suffixes = tuple(self.suffixes)
-        return [suffixes[begin:end] + told[begin:end] for begin, end in pairwise(self.bounds)]
+        differ = len(set(map(id, numbers.values()))) > 1  # one number for all, of one form, tells nothing apart
+        found = {**forms, **numbers} if differ else forms
+        whole = self.keys == [*found]  # nearly always they are all keys of the file, in its order
+        told = found.values() if whole else map(found.__getitem__, self.keys)
+        both: list[object] = [None] * (2 * len(self.keys))
+        both[::2], both[1::2] = self.suffixes, map(id, told)
+        each = tuple(both)
+        return [each[2 * begin : 2 * end] for begin, end in pairwise(self.bounds)]
 
 
 def bring_together(

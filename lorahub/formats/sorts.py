@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from itertools import chain
+from typing import TypeAlias, final
 
 from lorahub.files.entries import Form, forms_of
 from lorahub.files.header import Header
 from lorahub.formats.dotted_metadata import Statements
 from lorahub.formats.families import Family, Groups, Like
 from lorahub.formats.flat_spellings import NUMBERS
-from lorahub.formats.gather import Stem, Trouble, Ways, gather_placed, make_factors
+from lorahub.formats.gather import Choices, Stem, Trouble, Ways, gather_placed, make_factors
 from lorahub.formats.runs import Runs
 from lorahub.formats.stems import NOTHING, Stated, Stems
 
@@ -31,18 +32,40 @@ _SETS = 16
 _SORTS = 4096
 """Sorts remembered for each, of about 2 KiB: all shapes of a dozen bases under all usual ranks."""
 
-_remembered: dict[tuple[int, ...], tuple[Ways, dict[_Sort, Like]]] = {}
+
+@final
+class _Known:
+    """What is remembered for some spellings; they are kept with it, so that no others take their places."""
+
+    def __init__(self, ways: Ways) -> None:
+        self.ways = ways
+        self.likes: dict[_Sort, Like] = {}
+        self.choices: Choices = {}
+
+    def keep(self, sort: _Sort, like: Like) -> None:
+        """Remember a sort."""
+        if len(self.likes) >= _SORTS:
+            self.likes.clear()
+        self.likes[sort] = like
+
+    def chosen(self) -> Choices:
+        """Where it is remembered which kind is meant."""
+        if len(self.choices) >= _SORTS:
+            self.choices.clear()
+        return self.choices
 
 
-def _likes(ways: Ways) -> dict[_Sort, Like]:
-    """What is remembered for these spellings; they are kept with it, so that no others take their places."""
-    which = tuple(id(each) for way in ways for each in way)
+_remembered: dict[tuple[int, ...], _Known] = {}
+
+
+def _known(ways: Ways) -> _Known:
+    which = tuple(map(id, chain.from_iterable(ways)))
     found = _remembered.get(which)
     if found is None:
         if len(_remembered) >= _SETS:
             _remembered.clear()
-        found = _remembered[which] = ways, {}
-    return found[1]
+        found = _remembered[which] = _Known(ways)
+    return found
 
 
 def read_modules(
@@ -75,7 +98,7 @@ def read_modules(
     every = runs.sorts(forms, values)
     for at, sort in enumerate(zip(every, map(id, about), strict=True) if about else every):
         alike[sort].append(at)
-    likes, families, others = _likes(ways), [], []
+    known, families, others = _known(ways), [], []
     for members in alike.values():
         first = members[0]
         keys, stated = runs.keys_of(first), about[first] if about else NOTHING
@@ -84,13 +107,11 @@ def read_modules(
             continue
         numbers = tuple([values[key] for suffix, key in keys.items() if suffix in NUMBERS])
         which = (tuple(keys), tuple([forms[key] for key in keys.values()]), numbers)
-        like = likes.get(which) if stated is NOTHING else None
+        like = known.likes.get(which) if stated is NOTHING else None
         if like is None and 0.0 not in numbers:  # 0 and -0 are one key of what is remembered, and two numbers
-            like = _like(*placed[first], keys, stated, stems, ways, header)
+            like = _like(*placed[first], keys, stated, stems, known, header)
             if like is not None and stated is NOTHING:
-                if len(likes) >= _SORTS:
-                    likes.clear()
-                likes[which] = like
+                known.keep(which, like)
         if like is None:
             others += members
         else:
@@ -104,7 +125,7 @@ def read_modules(
 
 
 def _like(
-    component: str, module: str, keys: Mapping[str, str], stated: Stated, stems: Stems, ways: Ways, header: Header
+    component: str, module: str, keys: Mapping[str, str], stated: Stated, stems: Stems, known: _Known, header: Header
 ) -> Like | None:
     """What modules of a sort are like, or None where there is anything to say of one, or it is more than one group."""
     probe = Trouble()
@@ -112,7 +133,7 @@ def _like(
     stem = apart.make(component, module, keys, stated)
     if stem is None or stem.whole or not stem.keys:
         return None
-    made = make_factors(stem, ways, header, probe)
+    made = make_factors(stem, known.ways, header, probe, known.chosen())
     if made is None or probe or apart.unknown:
         return None
     group, touches = made
