@@ -18,7 +18,7 @@ from lorahub.deltas.delta import Delta, LowRank
 from lorahub.deltas.kind import JSON
 from lorahub.lazy import torch
 
-__all__ = ["Comparison", "Row", "State", "Weights", "compare", "compare_parts"]
+__all__ = ["Comparison", "Row", "State", "Weights", "compare", "compare_parts", "identical"]
 
 State: TypeAlias = Literal["equal", "close", "different", "only in A", "only in B", "not compared"]
 
@@ -153,7 +153,7 @@ def compare_parts(
 
 def _row(target: Target, one: Delta | None, other: Delta | None, tolerance: float, weights: Weights | None) -> Row:
     kinds = (one.kind if one else "", other.kind if other else "")
-    if one and other and _identical(one, other):
+    if one and other and identical(one, other):
         relation = _relation(target, one, other, weights)
         return Row(
             target=target.name,
@@ -220,7 +220,7 @@ def _misfit(given: list[Delta]) -> str:
     return f"A changes a weight {list(given[0].shape() or ())}, B one {list(given[-1].shape() or ())}"
 
 
-def _identical(one: Delta, other: Delta) -> bool:
+def identical(one: Delta, other: Delta) -> bool:
     """Whether two deltas hold the same numbers in the same places."""
     if type(one) is not type(other):
         return False

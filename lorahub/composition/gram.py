@@ -14,7 +14,7 @@ from lorahub.composition.truncate import one_thread, singular_values
 from lorahub.deltas.delta import LowRank
 from lorahub.lazy import torch
 
-__all__ = ["Relation", "gram_matrix", "principal_angles", "relate", "relate_dense"]
+__all__ = ["Relation", "directions", "gram_matrix", "principal_angles", "relate", "relate_dense"]
 
 _COUNTS = 1e-12
 """Singular values below this share of the largest are the rounding of float64, and no direction of the change."""
@@ -75,7 +75,7 @@ def relate(one: LowRank, other: LowRank) -> Relation:
         grams = gram_matrix([one, other])
         up = torch.cat([one.up.double() * one.scale, other.up.double() * -other.scale], dim=1)
         down = torch.cat([one.down.double(), other.down.double()])
-        bases = [_bases(each) for each in (one, other)]
+        bases = [directions(each) for each in (one, other)]
         (out_one, in_one), (out_other, in_other) = bases
         return Relation(
             norms=(math.sqrt(max(float(grams[0, 0]), 0.0)), math.sqrt(max(float(grams[1, 1]), 0.0))),
@@ -119,8 +119,8 @@ def principal_angles(one: torch.Tensor, other: torch.Tensor) -> tuple[float, ...
         return tuple(float(angle) for angle in angles)
 
 
-def _bases(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal columns: of the space a change writes to, and of the one it reads from."""
+def directions(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal columns: of the space a change writes to, and of the one it reads from, by descending energy."""
     left, r_up = torch.linalg.qr(change.up.double())
     right, r_down = torch.linalg.qr(change.down.double().mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)

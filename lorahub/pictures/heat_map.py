@@ -28,6 +28,7 @@ class HeatMap:
         values: (row, column) -> number; absent ones are drawn as empty cells.
         measure: what the numbers are, beside the scale.
         row_title, column_title: what rows and columns are.
+        dotted: columns are dotted names, whose last part tells them where room is short.
         low, high: the ends of the scale, where they are known; see ``Scale.of``.
     """
 
@@ -39,6 +40,7 @@ class HeatMap:
     measure: str
     row_title: str = "layer"
     column_title: str = "target"
+    dotted: bool = True
     low: float | None = None
     high: float | None = None
 

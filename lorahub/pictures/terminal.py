@@ -14,7 +14,7 @@ from lorahub.pictures.colours import STEPS_256, at_256, from_256, ink_on
 from lorahub.pictures.heat_map import HeatMap
 from lorahub.pictures.scale import Scale, label, number, shortened
 
-__all__ = ["lines"]
+__all__ = ["keys", "lines"]
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _PLAIN = ".:-=+*#@"
@@ -38,12 +38,13 @@ def lines(picture: HeatMap, *, width: int, colour: bool, unicode: bool = True) -
     rows = [shortened(_ascii(label(row), unicode), max(width // 2 - 4, 8)) for row in picture.rows]
     margin = max(map(len, rows), default=0) + 2
     names = [_ascii(label(column), unicode) for column in picture.columns]
-    short = [name.rpartition(".")[2] for name in names]
+    short = [name.rpartition(".")[2] if picture.dotted else name for name in names]
     heads = names if len(set(short)) < len(short) or any(name.isdecimal() for name in short) else short
     longest, room = max(map(len, heads), default=1), width - margin
-    cell = min(max(longest + 1, 6), _WIDE + 1, max(room // max(len(names), 1), _NARROW + 1))
+    least = 6 if picture.scale.low >= 0 else 9
+    cell = min(max(longest + 1, least), _WIDE + 1, max(room // max(len(names), 1), _NARROW + 1))
     keyed = longest > cell - 1
-    heads = _keys(len(names)) if keyed else heads
+    heads = keys(len(names)) if keyed else heads
     scale = picture.scale
     result = [_fit(picture.title, width, unicode)]
     if picture.subtitle:
@@ -108,7 +109,7 @@ def _explained(heads: Sequence[str], names: Sequence[str], width: int) -> list[s
     return found
 
 
-def _keys(count: int) -> list[str]:
+def keys(count: int) -> list[str]:
     """a, b, ..., z, aa, ab, ..."""
     letters = string.ascii_lowercase
     return [letters[each] if each < 26 else letters[each // 26 - 1] + letters[each % 26] for each in range(count)]
