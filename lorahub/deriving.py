@@ -15,11 +15,11 @@ from lorahub.adapter import Adapter, save
 from lorahub.adapter import load as load_tensors
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
-from lorahub.composition import extract as extraction
-from lorahub.composition import resize as resizing
-from lorahub.composition.budgeting import budget_of
-from lorahub.composition.pairing import Pair, Way, pair
-from lorahub.composition.report import ReduceReport, Row, unmet
+from lorahub.composition.algebra.budgeting import budget_of
+from lorahub.composition.reducing import extract as extraction
+from lorahub.composition.reducing import resize as resizing
+from lorahub.composition.reducing.pairing import Pair, Way, pair
+from lorahub.composition.reducing.report import ReduceReport, Row, unmet
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
 from lorahub.descent import derived, parent, written

@@ -1,7 +1,7 @@
 """A recipe: which adapters, combined by which method, into what; ``recipe.toml`` and its command-line form.
 
 A document and nothing else: it opens no adapter, resolves no reference and knows no method.  What a weight comes to for
-a target is worked out in ``composition/weights.py``; the fields of weights are in ``recipe_fields.py``.
+a target is worked out in ``composition/weights/resolve.py``; the fields of weights are in ``recipe_fields.py``.
 
     schema_version = "1.0"
     method = "ties"

@@ -1,6 +1,6 @@
 """The language of a recipe: how a weight, or any other number, is said for many targets at once.
 
-Data only; ``composition/weights.py`` says what it comes to.  A rule is one of
+Data only; ``composition/weights/resolve.py`` says what it comes to.  A rule is one of
 
     0.7                                                       for every target
     [0.0, 0.5, 1.0]                                           over depth: the first layer to the last, linear between

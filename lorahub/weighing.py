@@ -18,7 +18,7 @@ from statistics import median
 from lorahub.adapter import Adapter
 from lorahub.bases.index import natural
 from lorahub.bases.layout import Target
-from lorahub.composition.truncate import norm, one_thread, singular_values
+from lorahub.composition.algebra.truncate import norm, one_thread, singular_values
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.errors import Incompatible

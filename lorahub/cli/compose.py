@@ -17,7 +17,7 @@ from lorahub.composing.asked import Request, requested
 from lorahub.composing.job import prepare_composition
 from lorahub.composing.locking import demand_same, lock_of, pinned, read_lock
 from lorahub.composition.gathering import MODES
-from lorahub.composition.mergekit import load_mergekit
+from lorahub.composition.mergekit.reading import load_mergekit
 from lorahub.deriving import DTYPES
 from lorahub.engine.crew import crew_size
 from lorahub.errors import UsageError

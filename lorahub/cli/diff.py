@@ -18,7 +18,7 @@ from lorahub.cli.diff_text import (
 from lorahub.cli.options import allow_option, base_option, hub_option, output_options
 from lorahub.cli.output import Output, Progress
 from lorahub.comparing import Beside, Comparison, InterferenceReport, Similarity, Subspaces, beside
-from lorahub.composition.picturing import PAIRS, SHOWS, Show, conflict_map, pair_map, subspace_map, target_map
+from lorahub.composition.analysis.picturing import PAIRS, SHOWS, Show, conflict_map, pair_map, subspace_map, target_map
 from lorahub.errors import UsageError
 from lorahub.files.atomic import atomic_write
 from lorahub.pictures import heat_map

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from lorahub.cli.output import aligned
 from lorahub.comparing import Beside
-from lorahub.composition.advice import Pair, advise
-from lorahub.composition.comparing import Comparison, Row
-from lorahub.composition.interference_report import InterferenceReport, balanced_weights, even_weights
-from lorahub.composition.measuring import LeftOut
-from lorahub.composition.similarity import Similarity
-from lorahub.composition.subspaces import Subspaces
+from lorahub.composition.analysis.advice import Pair, advise
+from lorahub.composition.analysis.comparing import Comparison, Row
+from lorahub.composition.analysis.interference_report import InterferenceReport, balanced_weights, even_weights
+from lorahub.composition.analysis.measuring import LeftOut
+from lorahub.composition.analysis.similarity import Similarity
+from lorahub.composition.analysis.subspaces import Subspaces
 from lorahub.deltas.kind import JSON
 from lorahub.pictures.scale import number, shortened
 from lorahub.pictures.terminal import keys

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from lorahub.cli.output import Output, aligned, size
-from lorahub.composition.report import ReduceReport, Row
+from lorahub.composition.reducing.report import ReduceReport, Row
 
 __all__ = ["budget_options", "show"]
 

@@ -25,10 +25,10 @@ from lorahub.comparing.opened import (
     expect_tolerance,
     parts_of,
 )
-from lorahub.composition.comparing import Comparison, compare, compare_parts
-from lorahub.composition.interference_report import InterferenceReport
-from lorahub.composition.similarity import Similarity
-from lorahub.composition.subspaces import Subspaces
+from lorahub.composition.analysis.comparing import Comparison, compare, compare_parts
+from lorahub.composition.analysis.interference_report import InterferenceReport
+from lorahub.composition.analysis.similarity import Similarity
+from lorahub.composition.analysis.subspaces import Subspaces
 from lorahub.deltas.delta import Delta
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry

@@ -13,13 +13,13 @@ from lorahub import checks
 from lorahub.adapter import Adapter, AdapterHeader, open_deltas
 from lorahub.bases.layout import Target
 from lorahub.comparing.naming import label_of, names_of
-from lorahub.composition import interference as signs
-from lorahub.composition import similarity as alike
-from lorahub.composition import subspaces
-from lorahub.composition.comparing import Weights, compare_parts
-from lorahub.composition.interference_report import InterferenceReport
-from lorahub.composition.similarity import Similarity
-from lorahub.composition.subspaces import Subspaces
+from lorahub.composition.analysis import interference as signs
+from lorahub.composition.analysis import similarity as alike
+from lorahub.composition.analysis import subspaces
+from lorahub.composition.analysis.comparing import Weights, compare_parts
+from lorahub.composition.analysis.interference_report import InterferenceReport
+from lorahub.composition.analysis.similarity import Similarity
+from lorahub.composition.analysis.subspaces import Subspaces
 from lorahub.composition.together import together
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta

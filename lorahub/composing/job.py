@@ -19,13 +19,13 @@ from lorahub.composing.asked import Request
 from lorahub.composing.ingredients import Held, Opened, base_weights, holding, judge, open_one
 from lorahub.composing.provenance import begun, hints, portable, recipe_digest, settings
 from lorahub.composing.result import Composed, ComposeReport, Home
-from lorahub.composition.budgeting import Shared, budget_of
+from lorahub.composition.algebra.budgeting import Shared, budget_of
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.composition.combining import Combined, Part, combine
 from lorahub.composition.explaining import Outline, outline
 from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
-from lorahub.composition.truncate import Budget
-from lorahub.composition.weights import parameters_of, weights_of
+from lorahub.composition.weights.resolve import parameters_of, weights_of
 from lorahub.deltas.kind import JSON
 from lorahub.descent import derived, written
 from lorahub.engine.crew import crew_size

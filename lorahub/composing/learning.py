@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lorahub import __version__
 from lorahub.composing.trying import Dials, Loss, Stage
-from lorahub.composition.controls import Control, Controls, Role
-from lorahub.composition.outcomes import Learned, Searched
-from lorahub.composition.searching import Space
-from lorahub.composition.searching import search as find
-from lorahub.composition.trial_log import Journal, as_loss
-from lorahub.composition.weighed import GRANULARITIES, Granularity
+from lorahub.composition.searching.controls import Control, Controls, Role
+from lorahub.composition.searching.optimisers import Space
+from lorahub.composition.searching.optimisers import search as find
+from lorahub.composition.searching.outcomes import Learned, Searched
+from lorahub.composition.searching.trial_log import Journal, as_loss
+from lorahub.composition.searching.weighed import GRANULARITIES, Granularity
 from lorahub.deltas.kind import JSON
 from lorahub.errors import Incompatible, NotFinite, UsageError
 from lorahub.lazy import torch

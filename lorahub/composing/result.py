@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import final
 
 from lorahub.adapter import Adapter
+from lorahub.composition.algebra.stacked import combined_error
 from lorahub.composition.combining import Row
-from lorahub.composition.stacked import combined_error
 from lorahub.deltas.kind import JSON
 from lorahub.findings import Finding
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Self, cast, final
 from lorahub.attaching import Policy, plan_one
 from lorahub.bases.layout import Target
 from lorahub.bases.torch_module import held_parameters
-from lorahub.composition.descending import descend
-from lorahub.composition.places import narrowed, standing_in, terms_of, weighable, whole
-from lorahub.composition.stand_ins import RANK, fresh_like, is_stack, norm_of, random_like, shuffled
-from lorahub.composition.trial_log import as_loss
-from lorahub.composition.weighed import Granularity, Group, groups_of, on_device, weighed
+from lorahub.composition.searching.descending import descend
+from lorahub.composition.searching.places import narrowed, standing_in, terms_of, weighable, whole
+from lorahub.composition.searching.stand_ins import RANK, fresh_like, is_stack, norm_of, random_like, shuffled
+from lorahub.composition.searching.trial_log import as_loss
+from lorahub.composition.searching.weighed import Granularity, Group, groups_of, on_device, weighed
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.engine.folding.bind import Bound

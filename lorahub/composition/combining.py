@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 from lorahub.bases.index import natural
 from lorahub.bases.layout import Target
-from lorahub.composition.budgeting import Shared, Spectrum
-from lorahub.composition.factorise import factorise
+from lorahub.composition.algebra.budgeting import Shared, Spectrum
+from lorahub.composition.algebra.factorise import factorise
+from lorahub.composition.algebra.stacked import combined, combined_error
+from lorahub.composition.algebra.truncate import Budget, norm, truncate
 from lorahub.composition.gathering import Gathered, Mode, Weights, gather
 from lorahub.composition.method import Change, Method, ProductMethod, SumMethod
 from lorahub.composition.multiplicative import combined as multiplied
 from lorahub.composition.multiplicative import multiplies
-from lorahub.composition.stacked import combined, combined_error
-from lorahub.composition.truncate import Budget, norm, truncate
 from lorahub.composition.values import settled
 from lorahub.deltas.delta import Delta, LowRank
 from lorahub.deltas.kind import JSON

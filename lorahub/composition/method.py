@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from lorahub.composition.coordinates import enter
-from lorahub.composition.gram import gram_matrix
-from lorahub.composition.truncate import one_thread
+from lorahub.composition.algebra.coordinates import enter
+from lorahub.composition.algebra.gram import gram_matrix
+from lorahub.composition.algebra.truncate import one_thread
 from lorahub.deltas.delta import LowRank
 from lorahub.errors import UnsupportedKind, UsageError
 from lorahub.lazy import torch

@@ -19,7 +19,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
 
-from lorahub.composition.truncate import one_thread
+from lorahub.composition.algebra.truncate import one_thread
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.diag_oft import OutputTurn
 from lorahub.deltas.hra import Mirrors

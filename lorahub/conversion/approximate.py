@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorahub.composition.factorise import factorise
-from lorahub.composition.truncate import Budget
+from lorahub.composition.algebra.factorise import factorise
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.conversion.carry import Approximate
 from lorahub.conversion.change import Change, Weight
 from lorahub.conversion.folding import narrowed

@@ -15,7 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from lorahub.composition.truncate import Budget, truncate
+from lorahub.composition.algebra.truncate import Budget, truncate
 from lorahub.conversion.change import Change, Weight
 from lorahub.conversion.folding import fold, narrowed
 from lorahub.deltas.adalora import AdaLoRA

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from lorahub.composition.truncate import Budget
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.errors import UsageError
 
 __all__ = ["DTYPES", "Request", "budget_of", "dtype_of", "plain_of"]

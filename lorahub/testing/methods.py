@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from lorahub.bases.layout import Target
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.composition.combining import Combined, Part, combine
 from lorahub.composition.method import Method
-from lorahub.composition.truncate import Budget
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.full import Full

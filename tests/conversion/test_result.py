@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorahub
 from lorahub.adapter import open_header, save
 from lorahub.bases.layout import Target
-from lorahub.composition.truncate import Budget
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.conversion.losses import told
 from lorahub.conversion.verify import difference
 from lorahub.deltas.dora import DoRA

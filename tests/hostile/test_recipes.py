@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lorahub import strict_toml, strict_yaml
 from lorahub.bases.layout import Target
-from lorahub.composition.mergekit import from_mergekit, load_mergekit
-from lorahub.composition.weights import weights_of
+from lorahub.composition.mergekit.reading import from_mergekit, load_mergekit
+from lorahub.composition.weights.resolve import weights_of
 from lorahub.errors import LorahubError, RecipeError, RecordError
 from lorahub.recipe import Recipe
 from lorahub.recipe_lock import RecipeLock

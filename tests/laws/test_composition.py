@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lorahub.bases.layout import Target
+from lorahub.composition.algebra.truncate import Budget
 from lorahub.composition.combining import Combined, Part, combine
 from lorahub.composition.method import Method, ProductMethod, SumMethod
-from lorahub.composition.truncate import Budget
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import Kind

@@ -24,8 +24,8 @@ from lorahub.adapter import Adapter
 from lorahub.bases.layout import Target
 from lorahub.composing import compose, learning
 from lorahub.composing.trying import Stage
-from lorahub.composition.controls import Control, Controls
-from lorahub.composition.weighed import GRANULARITIES, groups_of, weighed
+from lorahub.composition.searching.controls import Control, Controls
+from lorahub.composition.searching.weighed import GRANULARITIES, groups_of, weighed
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.expert_lora import ExpertLoRA

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from lorahub.bases.layout import Target
-from lorahub.composition.weights import weights_of
+from lorahub.composition.weights.resolve import weights_of
 from lorahub.recipe import Recipe
 
 

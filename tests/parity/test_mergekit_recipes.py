@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from lorahub.bases.layout import Target
-from lorahub.composition.mergekit import from_mergekit
+from lorahub.composition.mergekit.reading import from_mergekit
 from lorahub.composition.method import Terms
-from lorahub.composition.weights import parameters_of, weights_of
+from lorahub.composition.weights.resolve import parameters_of, weights_of
 from lorahub.deltas.delta import LowRank
 from lorahub.plugins import load_registry
 from lorahub.recipe import Ingredient

@@ -17,7 +17,7 @@ from mergekit.merge_methods import registry as mergekit
 from mergekit.merge_methods.base import TensorGroup
 from peft.utils import merge_utils as peft
 
-from lorahub.composition.coordinates import enter
+from lorahub.composition.algebra.coordinates import enter
 from lorahub.composition.method import Change, Method, Terms
 from lorahub.composition.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from lorahub.composition.methods.dare import DareLinear, DareTies

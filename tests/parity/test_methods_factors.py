@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lorahub.adapter import load, open_header
+from lorahub.composition.algebra.truncate import Budget, truncate
 from lorahub.composition.method import Method, Terms
 from lorahub.composition.methods.core import Core
 from lorahub.composition.methods.iso_c import IsoC
@@ -29,7 +30,6 @@ from lorahub.composition.methods.svd import Svd
 from lorahub.composition.methods.ties import Ties
 from lorahub.composition.methods.tsv import Tsv
 from lorahub.composition.multiplicative import combined as combined_product
-from lorahub.composition.truncate import Budget, truncate
 from lorahub.deltas.delta import LowRank
 from lorahub.errors import UnsupportedKind
 from lorahub.plugins import Registry

@@ -16,9 +16,9 @@ from torch import nn
 
 import lorahub
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
-from lorahub.composition import extract as extraction
-from lorahub.composition.pairing import Way, pair
-from lorahub.composition.truncate import Budget
+from lorahub.composition.algebra.truncate import Budget
+from lorahub.composition.reducing import extract as extraction
+from lorahub.composition.reducing.pairing import Way, pair
 from lorahub.errors import BaseMismatch, CannotCarry, Degraded, NotFinite, UsageError, WriteFailed
 from lorahub.files.dtypes import from_torch
 from lorahub.files.shards import encode_index

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.elements import keep_between
+from lorahub.composition.algebra.elements import keep_between
 from lorahub.composition.method import Method, PerAdapter, Terms, each_of
-from lorahub.composition.thinning import Elected, Summed, expect_number, listed
+from lorahub.composition.methods.thinning import Elected, Summed, expect_number, listed
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from lorahub.composition.method import Basis, Method
-from lorahub.composition.preset import Preset
+from lorahub.composition.methods.preset import Preset
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["Core"]

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from lorahub.composition.elements import drop
+from lorahub.composition.algebra.elements import drop
 from lorahub.composition.method import Method, PerAdapter, Terms
-from lorahub.composition.thinning import Elected, Summed
+from lorahub.composition.methods.thinning import Elected, Summed
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from lorahub.composition.elements import drop_by_rank
+from lorahub.composition.algebra.elements import drop_by_rank
 from lorahub.composition.method import Method, PerAdapter, Terms, each_of
-from lorahub.composition.thinning import Elected, Summed, expect_number, listed
+from lorahub.composition.methods.thinning import Elected, Summed, expect_number, listed
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lorahub.composition.algebra.spectral import singular
+from lorahub.composition.algebra.truncate import one_thread
 from lorahub.composition.method import Change, FactorMethod, Method, Terms
-from lorahub.composition.spectral import singular
-from lorahub.composition.thinning import expect_number
-from lorahub.composition.truncate import one_thread
+from lorahub.composition.methods.thinning import expect_number
 from lorahub.deltas.delta import LowRank
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

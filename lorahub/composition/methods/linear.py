@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.elements import normalised
+from lorahub.composition.algebra.elements import normalised
 from lorahub.composition.method import Method, SumMethod
 from lorahub.hookspecs import hookimpl
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.elements import trim
+from lorahub.composition.algebra.elements import trim
 from lorahub.composition.method import Method, PerAdapter, Terms
-from lorahub.composition.thinning import Summed
+from lorahub.composition.methods.thinning import Summed
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 

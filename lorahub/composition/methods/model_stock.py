@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.angles import Scope, cosines, known_scope, weighted
+from lorahub.composition.algebra.angles import Scope, cosines, known_scope, weighted
+from lorahub.composition.algebra.rows import line_grams, line_sum
 from lorahub.composition.method import Change, GramMethod, Method, Terms
-from lorahub.composition.rows import line_grams, line_sum
-from lorahub.composition.thinning import expect_choice
+from lorahub.composition.methods.thinning import expect_choice
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.angles import Scope, cosines, known_scope, shares
+from lorahub.composition.algebra.angles import Scope, cosines, known_scope, shares
 from lorahub.composition.method import GramMethod, Method
-from lorahub.composition.thinning import expect_choice
+from lorahub.composition.methods.thinning import expect_choice
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final, get_args
 
-from lorahub.composition.elements import expect_finite
+from lorahub.composition.algebra.elements import expect_finite
+from lorahub.composition.algebra.truncate import one_thread
 from lorahub.composition.method import Basis, ElementMethod, Method, Terms
-from lorahub.composition.thinning import expect_choice, expect_number
-from lorahub.composition.truncate import one_thread
+from lorahub.composition.methods.thinning import expect_choice, expect_number
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

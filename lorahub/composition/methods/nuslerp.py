@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.angles import PARALLEL, Scope, between, cosines, known_scope, shares
+from lorahub.composition.algebra.angles import PARALLEL, Scope, between, cosines, known_scope, shares
+from lorahub.composition.algebra.rows import Along, line_grams, line_sum
 from lorahub.composition.method import Change, Method, Terms
-from lorahub.composition.rows import Along, line_grams, line_sum
-from lorahub.composition.thinning import expect_choice
+from lorahub.composition.methods.thinning import expect_choice
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lorahub.composition.algebra.truncate import one_thread
 from lorahub.composition.method import FactorMethod, Method, Terms
-from lorahub.composition.truncate import one_thread
 from lorahub.deltas.delta import LowRank
 from lorahub.errors import UnsupportedKind
 from lorahub.hookspecs import hookimpl

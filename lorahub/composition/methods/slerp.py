@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.angles import Scope, between, cosines, known_scope, weighted
+from lorahub.composition.algebra.angles import Scope, between, cosines, known_scope, weighted
 from lorahub.composition.method import GramMethod, Method
-from lorahub.composition.thinning import expect_number
+from lorahub.composition.methods.thinning import expect_number
 from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch

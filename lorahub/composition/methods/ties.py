@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorahub.composition.elements import trim
+from lorahub.composition.algebra.elements import trim
 from lorahub.composition.method import Method, PerAdapter, Terms
-from lorahub.composition.thinning import Elected
+from lorahub.composition.methods.thinning import Elected
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 

@@ -1,0 +1,1 @@
+"""mergekit's configurations of adapters as recipes."""

@@ -1,0 +1,1 @@
+"""Adapters out of checkpoints and of smaller rank: extract and resize."""

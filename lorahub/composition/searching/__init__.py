@@ -1,0 +1,1 @@
+"""Weights found with a few examples: optimisers, trials, and the controls that say what a result is worth."""
