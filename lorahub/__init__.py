@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
     from lorahub.attaching import attach as attach
-    from lorahub.checking import check as check
     from lorahub.comparing import diff as diff
     from lorahub.comparing import interference as interference
     from lorahub.comparing import similarity as similarity
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from lorahub.hookspecs import hookimpl as hookimpl
     from lorahub.merging import merge as merge
     from lorahub.merging import plan as plan
+    from lorahub.merging.checking import check as check
     from lorahub.names import Ref as Ref
     from lorahub.publishing import push as push
     from lorahub.publishing import record as record
@@ -53,7 +53,7 @@ _HOME = {
     "Ref": "names",
     "Verdict": "findings",
     "attach": "attaching",
-    "check": "checking",
+    "check": "merging.checking",
     "compose": "composing",
     "convert": "converting",
     "dequantise": "dequantising",

@@ -11,8 +11,8 @@ from lorahub.deltas.delta import Delta
 from lorahub.errors import BaseMismatch, UsageError
 from lorahub.live.alike import Alike
 from lorahub.live.attached import Live, Planned
+from lorahub.merging.preparing import Several, named_weights, prepare
 from lorahub.plugins import load_registry
-from lorahub.preparing import Several, named_weights, prepare
 from lorahub.sources import Base, Given, open_base
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from lorahub.files.atomic import atomic_write
 from lorahub.formats.peft.configless import CONFIG_MISSING
 from lorahub.hub import open_hub
 from lorahub.hub.contents import survey
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import load_registry
-from lorahub.preparing import prepare
 from lorahub.records import FILENAME, AdapterRecord
 from lorahub.sources import Base, Progress, Source, as_ref, quiet
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from lorahub import checking
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
 from lorahub.findings import Verdict
+from lorahub.merging import checking
 
 __all__ = ["check"]
 

@@ -24,8 +24,8 @@ from lorahub.descent import parent, tensors_of
 from lorahub.files.tensors import DictSource
 from lorahub.findings import Finding
 from lorahub.hub.hub import Pin
+from lorahub.merging.preparing import prepare
 from lorahub.names import Ref
-from lorahub.preparing import prepare
 from lorahub.records import AdapterRecord
 from lorahub.registry import Registry
 from lorahub.sources import Base, Given, Progress, as_ref, header_of, pull

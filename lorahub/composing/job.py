@@ -33,8 +33,8 @@ from lorahub.engine.report import MergeReport
 from lorahub.errors import UsageError, WriteFailed
 from lorahub.findings import Finding
 from lorahub.lazy import torch
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import load_registry
-from lorahub.preparing import prepare
 from lorahub.recipe import Ingredient, Recipe
 from lorahub.registry import Registry
 from lorahub.sources import Base, Progress, open_base, quiet

@@ -29,7 +29,7 @@ from lorahub.engine.planning.steps import Step, Term
 from lorahub.errors import UnsupportedKind, UsageError
 from lorahub.lazy import torch
 from lorahub.live.attached import Live, Planned
-from lorahub.preparing import named_weights, prepare
+from lorahub.merging.preparing import named_weights, prepare
 from lorahub.sources import Given, Source, open_base
 
 if TYPE_CHECKING:

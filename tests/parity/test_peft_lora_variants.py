@@ -21,13 +21,13 @@ from torch import nn
 
 from lorahub.adapter import load, open_header, save
 from lorahub.bases.layout import Target
-from lorahub.checking import check
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.errors import Incompatible, IntegrityError
 from lorahub.findings import Verdict
 from lorahub.merging import merge
+from lorahub.merging.checking import check
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import Registry
-from lorahub.preparing import prepare
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what PEFT's imports say of other packages is not ours

@@ -119,8 +119,8 @@ def test_eight_bits_keep_a_large_change_and_lose_a_small_one(quantised, kind, lo
 def test_the_retained_share_is_the_projection_on_what_was_wanted(quantised, lora):
     from lorahub.bases.torch_module import held_parameters
     from lorahub.engine.folding.bind import Bound
+    from lorahub.merging.preparing import prepare
     from lorahub.plugins import load_registry
-    from lorahub.preparing import prepare
 
     model, folder = quantised("ao-int8"), lora(size=0.003)
     job = prepare(model, [folder])
@@ -205,8 +205,8 @@ def test_a_weight_dependent_kind_sees_the_weight_and_not_the_codes(quantised, lo
 
 def test_a_plan_for_another_shape_is_refused(quantised, lora, net):
     from lorahub.engine.changing.merge import merge_into
+    from lorahub.merging.preparing import prepare
     from lorahub.plugins import load_registry
-    from lorahub.preparing import prepare
 
     job = prepare(net, [lora()])
     held = {"q.weight": held_in(quantised("int8"))["v.weight"]}

@@ -19,7 +19,6 @@ import lorahub
 from lorahub.adapter import load, open_header
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo
 from lorahub.bases.layout import Target
-from lorahub.checking import check
 from lorahub.cli.main import main
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
@@ -33,10 +32,11 @@ from lorahub.formats.assembly import touches
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.peft import PeftFormat
 from lorahub.formats.peft.types import TYPES
-from lorahub.job import PROVENANCE
 from lorahub.merging import merge, plan
+from lorahub.merging.checking import check
+from lorahub.merging.job import PROVENANCE
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import Registry, load_registry
-from lorahub.preparing import prepare
 from lorahub.publishing import record
 
 PREFIX = "base_model.model."

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lorahub
-from lorahub import preparing
 from lorahub.errors import Offline, UsageError
 from lorahub.files.writer import save_file
+from lorahub.merging import preparing
 from lorahub.names import Ref
 
 

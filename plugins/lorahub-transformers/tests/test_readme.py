@@ -54,8 +54,9 @@ def demo_out(tmp_path: Path, tiny: Callable[..., Any], monkeypatch: pytest.Monke
     }
     for name, model in bases.items():
         model.save_pretrained(root / "bases" / name)
-    for name, more in (("topics-1.0.0", {}), ("parts", {"use_dora": True})):
-        torch.manual_seed(0)
+    versions = (("topics-1.0.0", 0, {}), ("topics-1.1.0", 1, {}), ("parts", 0, {"use_dora": True}))
+    for name, seed, more in versions:
+        torch.manual_seed(seed)
         model = BertForSequenceClassification.from_pretrained(root / "bases" / "minilm", num_labels=5)
         config = peft.LoraConfig(
             task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False, **more
@@ -64,7 +65,8 @@ def demo_out(tmp_path: Path, tiny: Callable[..., Any], monkeypatch: pytest.Monke
         peft.get_peft_model(model, config).save_pretrained(folder)
         (folder / "README.md").unlink()
         lorahub.record(folder, root / "bases" / "minilm", license="apache-2.0", name=name.partition("-")[0])
-        lorahub.push(folder, f"demo/{name.partition('-')[0]}", version="1.0.0", hub=str(root / "hub"))
+        title, _, version = name.partition("-")
+        lorahub.push(folder, f"demo/{title}", version=version or "1.0.0", hub=str(root / "hub"))
     return root
 
 

@@ -12,7 +12,7 @@ import transformers
 from peft import PeftModel
 
 import lorahub
-from lorahub.preparing import prepare
+from lorahub.merging.preparing import prepare
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for an attribute that it deprecates

@@ -27,9 +27,9 @@ from lorahub.cli.main import main
 from lorahub.engine.writing.staging import staging_of
 from lorahub.errors import BaseMismatch, Incompatible, IntegrityError, UnsupportedKind
 from lorahub.files.writer import StreamWriter
-from lorahub.job import PROVENANCE
+from lorahub.merging.job import PROVENANCE
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import load_registry
-from lorahub.preparing import prepare
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for an attribute that it deprecates

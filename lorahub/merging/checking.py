@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from lorahub.bases.layers import shown
 from lorahub.findings import Finding
-from lorahub.job import Job
+from lorahub.merging.job import Job
+from lorahub.merging.preparing import prepare
 from lorahub.plugins import load_registry
-from lorahub.preparing import prepare
 from lorahub.report import CheckReport
 from lorahub.sources import Base, Given, Progress, Source, header_of, quiet
 

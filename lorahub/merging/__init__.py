@@ -17,10 +17,10 @@ from lorahub.engine.undoing.keeper import Policy
 from lorahub.engine.undoing.reload import BaseRows
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.errors import UsageError
-from lorahub.job import Job, demand_own_layers
+from lorahub.merging.job import Job, demand_own_layers
+from lorahub.merging.preparing import Several, open_recorded, prepare
 from lorahub.names import Ref
 from lorahub.plugins import load_registry
-from lorahub.preparing import Several, open_recorded, prepare
 from lorahub.sources import Base, Progress, Source, open_base, quiet
 
 if TYPE_CHECKING:

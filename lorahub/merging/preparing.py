@@ -17,7 +17,7 @@ from lorahub.deltas.disputes import as_compat
 from lorahub.engine.planning.casting import cast as cast_plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import Unavailable, UsageError
-from lorahub.job import Job
+from lorahub.merging.job import Job
 from lorahub.names import Ref
 from lorahub.plugins import load_registry
 from lorahub.sources import Base, Given, Progress, Source, as_ref, header_of, open_base, quiet, recorded_base
