@@ -231,7 +231,7 @@ def _start(target: Target, there: Sequence[Delta], base: Weights | None) -> torc
 
 def _shape(target: Target, there: Sequence[Delta], base: Weights | None) -> tuple[int, ...]:
     shapes = [shape for each in there if (shape := each.shape()) is not None]
-    if not shapes and base is not None and (weight := base(target)) is not None:
+    if len(shapes) < len(there) and base is not None and (weight := base(target)) is not None:
         return tuple(weight.shape)
     if not shapes:
         low = next((low for each in there if (low := each.low_rank())), None)

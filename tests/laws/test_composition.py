@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lorahub.bases.layout import Target
-from lorahub.composition.algebra.truncate import Budget
 from lorahub.composition.combining import Combined, Part, combine
 from lorahub.composition.method import Method, ProductMethod, SumMethod
 from lorahub.deltas.delta import Delta
@@ -27,6 +26,11 @@ ADDITIVE = [
     for kind in REGISTRY.kinds.values()
     if any(cls.additive for cls in kind.deltas) and kind.name != "expert-lora"
 ]
+EXAMPLES = {
+    name: [case for case in cases(kind) if case.delta.additive]
+    for name, kind in REGISTRY.kinds.items()
+    if any(cls.additive for cls in kind.deltas) and name != "expert-lora"
+}
 METHODS = [
     pytest.param(method, id=name) for name, method in REGISTRY.methods.items() if not issubclass(method, ProductMethod)
 ]
@@ -40,8 +44,9 @@ def parts(deltas: Sequence[dict[Target, Delta]], weights: Sequence[float]) -> li
     ]
 
 
-def composed(given: Sequence[Part], method: Method, budget: Budget | None = None, threads: int = 1) -> Combined:
-    return combine(given, lambda _: method, budget, dtype=torch.float32, threads=threads)
+def composed(given: Sequence[Part], method: Method, base: torch.Tensor | None = None) -> Combined:
+    weights = None if base is None else lambda _: base
+    return combine(given, lambda _: method, None, dtype=torch.float32, threads=1, base=weights)
 
 
 def dense(delta: Delta, shape: tuple[int, ...]) -> torch.Tensor:
@@ -67,6 +72,28 @@ def test_the_exact_sum_is_the_sum_of_the_changes(name: str, kind: Kind) -> None:
         assert float((found - wanted).norm()) <= 1e-6 * size, case.name
         assert float(each[0].norm()) > 1e-2 * size, case.name
         assert float((found - (wanted - each[0])).norm()) > 1e-3 * size, case.name
+        tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_every_two_additive_kinds_add_exactly(kind: Kind) -> None:
+    """Law 12 for each pair of kinds, on the first shape that both take; the base tells shapes that tensors do not."""
+    target = Target("", "layer", "weight")
+    tried = 0
+    for other in REGISTRY.kinds.values():
+        firsts = {tuple(case.weight.shape): case.delta for case in EXAMPLES[kind.name]}
+        seconds = {tuple(case.weight.shape): case.other for case in EXAMPLES.get(other.name, ())}
+        shape = next((shape for shape in firsts if shape in seconds), None)
+        if shape is None:
+            continue
+        given: list[dict[Target, Delta]] = [{target: firsts[shape]}, {target: seconds[shape]}]
+        base = torch.zeros(shape, dtype=torch.float64)
+        result = composed(parts(given, (0.7, -0.4)), REGISTRY.method("linear").made({}), base=base)
+        each = [weight * dense(one[target], shape) for weight, one in zip((0.7, -0.4), given, strict=True)]
+        size = max(float(one.norm()) for one in each)
+        assert float((dense(result.deltas[target], shape) - sum(each)).norm()) <= 1e-6 * size, other.name
+        assert min(float(one.norm()) for one in each) > 1e-2 * size, other.name
         tried += 1
     assert tried
 
