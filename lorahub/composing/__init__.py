@@ -13,8 +13,9 @@ from typing import Any, Final, final
 
 from lorahub.composing.asked import Asked, Weighing, requested
 from lorahub.composing.job import prepare_composition
-from lorahub.composing.learning import learn, search
+from lorahub.composing.learning import learn
 from lorahub.composing.result import Composed, ComposeReport
+from lorahub.composing.searching import search
 from lorahub.engine.report import MergeReport
 from lorahub.errors import UsageError
 from lorahub.recipe import Recipe

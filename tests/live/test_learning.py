@@ -22,7 +22,9 @@ from torch import nn
 import lorahub
 from lorahub.adapter import Adapter
 from lorahub.bases.layout import Target
-from lorahub.composing import compose, learning
+from lorahub.composing import compose, learning, searching
+from lorahub.composing.learning import Learned
+from lorahub.composing.searching import Searched
 from lorahub.composing.trying import Stage
 from lorahub.composition.searching.controls import Control, Controls
 from lorahub.composition.searching.weighed import GRANULARITIES, groups_of, weighed
@@ -130,11 +132,11 @@ def hooked(model: nn.Module) -> bool:
     return any(isinstance(hook, Output) for each in model.modules() for hook in each._forward_hooks.values())
 
 
-def search(model: nn.Module, adapters: Any, value: Any, **options: Any) -> learning.Searched:
-    return learning.search(model, adapters, value, **{"fresh": None, "budget": 12, "draws": 0} | options)
+def search(model: nn.Module, adapters: Any, value: Any, **options: Any) -> Searched:
+    return searching.search(model, adapters, value, **{"fresh": None, "budget": 12, "draws": 0} | options)
 
 
-def learn(model: nn.Module, adapters: Any, loss: Any, **options: Any) -> learning.Learned:
+def learn(model: nn.Module, adapters: Any, loss: Any, **options: Any) -> Learned:
     return learning.learn(model, adapters, loss, **{"steps": 5, "draws": 0, "batches": 1} | options)
 
 
