@@ -35,7 +35,7 @@ def _api(base: Path, adapter: Path, out: Path) -> None:
 def _copy(base: Path, adapter: Path, out: Path) -> None:
     """The stream with nothing to fold: the same plan without its steps."""
     from lorahub.engine.writing import stream
-    from lorahub.preparing import prepare
+    from lorahub.merging.preparing import prepare
 
     _import_torch()
     with _work():

@@ -1,4 +1,4 @@
-"""What the benchmarks merge: random bases of real shape, and LoRA adapters for them, saved by PEFT.
+"""What the benchmarks merge and compose: random bases of real shape, and LoRA adapters for them, saved by PEFT.
 
 Everything is seeded; nothing is downloaded.  The factors are scaled so that a merge changes each weight by about a
 per cent: large enough to survive rounding to bfloat16, as that of a real adapter.
@@ -16,7 +16,21 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-__all__ = ["LLAMA", "Stack", "llama_on_disk", "lora_on", "meta_llama", "randomise", "small"]
+__all__ = [
+    "LLAMA",
+    "RANK",
+    "TARGETS",
+    "TINYLLAMA",
+    "Stack",
+    "adapters_on_disk",
+    "base_on_disk",
+    "layers_of",
+    "llama_on_disk",
+    "lora_on",
+    "meta_llama",
+    "randomise",
+    "small",
+]
 
 LLAMA = LlamaConfig(
     vocab_size=32_000,
@@ -30,7 +44,22 @@ LLAMA = LlamaConfig(
 )
 """1.1 billion parameters, 2.2 GB in bfloat16."""
 
+TINYLLAMA = LlamaConfig(
+    vocab_size=32_000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+"""TinyLlama's shape: 1.1 billion parameters, 154 linear layers in 22 blocks."""
+
 RANK = 16
+DECAY = 0.85
+"""Of adapters to be composed: what each further direction has of the one before, as trained ones fall off."""
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,6 +69,11 @@ def small(config: LlamaConfig) -> LlamaConfig:
         **(config.to_dict() | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2})
         | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8000, "head_dim": 64}
     )
+
+
+def layers_of(config: LlamaConfig, count: int) -> LlamaConfig:
+    """The same shape with fewer blocks."""
+    return LlamaConfig(**(config.to_dict() | {"num_hidden_layers": count}))
 
 
 class Stack(nn.Module):
@@ -86,11 +120,40 @@ def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype) -> Peft
 
 def llama_on_disk(folder: Path, config: LlamaConfig) -> tuple[Path, Path]:
     """A base folder (one safetensors file) and a folder with an fp32 adapter for all its linear layers."""
-    disable_progress_bar()
     base, adapter = folder / "base", folder / "adapter"
+    lora_on(base_on_disk(base, config), TARGETS, dtype=torch.float32).save_pretrained(adapter)
+    return base, adapter
+
+
+def base_on_disk(base: Path, config: LlamaConfig) -> LlamaForCausalLM:
+    """A base in one safetensors file, in a folder of its own; and the model."""
+    disable_progress_bar()
     shutil.rmtree(base, ignore_errors=True)
     model = meta_llama(config)
     model.load_state_dict(randomise(model.state_dict(), seed=1), assign=True)
     model.save_pretrained(base, max_shard_size="100GB")
-    lora_on(model, TARGETS, dtype=torch.float32).save_pretrained(adapter)
-    return base, adapter
+    return model
+
+
+def adapters_on_disk(folder: Path, config: LlamaConfig, count: int, base: Path | None = None) -> list[Path]:
+    """Adapters for all linear layers with factors in bfloat16, in folders of their own.
+
+    A change is about a tenth of a weight of ``randomise``, and its directions fall off by ``DECAY``.
+    """
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
+    with torch.device("meta"):
+        wrapped = get_peft_model(meta_llama(config), lora, autocast_adapter_dtype=False)
+    wrapped.to_empty(device="cpu")  # of the base nothing is touched, so that it takes no memory
+    if base is not None:
+        wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    falling = DECAY ** torch.arange(RANK, dtype=torch.float32)
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                first = "lora_A" in name
+                size = parameter.shape[1] ** -0.5 if first else 0.04
+                values = torch.empty(parameter.shape).normal_(0, size, generator=generator)
+                parameter.data = (values * (falling[:, None] if first else falling)).to(torch.bfloat16)
+        wrapped.save_pretrained(folder / f"a{number}")
+    return [folder / f"a{number}" for number in range(count)]

@@ -38,6 +38,11 @@ CASES = {
     "live-load": ("live", "load"),
     "listing": ("listing", "listing"),
     "listing-different": ("listing", "different"),
+    "compose-factors": ("compose", "factors"),
+    "compose-elements": ("compose", "elementwise"),
+    "compose-mergekit": ("compose", "mergekit"),
+    "compose-memory": ("compose", "memory"),
+    "compose-tasks": ("tasks", "tasks"),
 }
 """Name -> the module here, and its function; each takes ``quick`` and returns JSON-ready results."""
 
@@ -57,7 +62,7 @@ def _run(name: str, quick: bool) -> dict[str, Any]:
         "command": f"python benchmarks/run.py --only {name}{' --quick' if quick else ''}",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": before | {"load_after": describe_machine()["load"]},
-        "versions": versions(),
+        "versions": versions() | result.pop("peers", {}),
     }
 
 
@@ -73,9 +78,14 @@ def main() -> int:
     for name in options.only or CASES:
         print(f"{name} ...", file=sys.stderr, flush=True)
         results[name] = _run(name, options.quick)
-        shown = {key: results[name].get(key) for key in ("skipped", "ratios", "agreement") if key in results[name]}
+        shown = {
+            key: results[name].get(key)
+            for key in ("skipped", "ratios", "work_ratios", "agreement", "says", "memory")
+            if key in results[name]
+        }
         print(json.dumps(shown, indent=1) if options.quick else "  done", file=sys.stderr, flush=True)
-        for pair, spread in results[name].get("ratios", {}).items():
+        of = results[name].get("ratios") or results[name].get("work_ratios", {})
+        for pair, spread in of.items():
             least, most = spread["min"], spread["max"]
             print(f"  {spread['median']:8.2f}  ({least:.2f} to {most:.2f})  {pair}", file=sys.stderr, flush=True)
         if out:

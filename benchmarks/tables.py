@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEGIN", "END", "rewrite"]
+__all__ = ["BEGIN", "END", "accuracy_table", "rewrite"]
 
 RATIOS = {"ratios": "wall time", "work_ratios": "time after imports"}
 """Key in a result -> what the ratios are of."""
@@ -31,7 +32,11 @@ def _case(result: dict[str, Any]) -> str:
     lines = [f"### {result['title']}", ""]
     if "skipped" in result:
         return "\n".join([*lines, f"Skipped: {result['skipped']}."])
+    if "accuracy" in result:
+        return "\n".join([*lines, *accuracy_table(result), "", _conditions(result)])
     lines += _sides(result["sides"])
+    if "memory" in result:
+        lines += ["", *_memory(result["memory"], result["threads"])]
     for key, what in RATIOS.items():
         if key in result:
             lines += ["", f"| {what} | ratio | least to greatest |", "| --- | ---: | ---: |"]
@@ -46,8 +51,9 @@ def _conditions(result: dict[str, Any]) -> str:
     machine, agreement = result["machine"], result.get("agreement")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     sentences = [
-        f"{result['repeats']} repeats, interleaved.",
+        *([] if "accuracy" in result else [f"{result['repeats']} repeats, interleaved."]),
         *_agreement(agreement),
+        *result.get("says", []),
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB,",
         f"load {machine['load']} before and {machine['load_after']} after;",
         f"{versions}; {result['when'][:10]}; `{result['command']}`",
@@ -62,6 +68,31 @@ def _agreement(agreement: dict[str, float] | None) -> list[str]:
     return [
         f"The merge changed {agreement['changed']:.1%} of the weights in question;",
         f"lorahub's result differs from PEFT's (both with fp32 factors) in a share of {agreement['different']:.2g}.",
+    ]
+
+
+def accuracy_table(result: dict[str, Any]) -> list[str]:
+    """A row for each model: the mean over the seeds on each task and on all, and what a cut to a rank kept."""
+    columns = result["columns"]
+    head = ["", *columns, "mean of both", "least to greatest", "energy kept"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, row in result["accuracy"].items():
+        means = [statistics.mean(values) for values in zip(*(row[column] for column in columns), strict=True)]
+        cells = [f"{statistics.mean(row[column]):.1%}" for column in columns]
+        cells += [f"**{statistics.mean(means):.1%}**", f"{min(means):.1%} to {max(means):.1%}"]
+        cells.append(f"{statistics.mean(row['energy']):.1%}" if "energy" in row else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _memory(found: dict[str, Any], threads: int) -> list[str]:
+    """Measured against estimated; bytes as megabytes."""
+    head = ["composed", "peak above nothing composed", f"--explain, {threads} threads", "of it the result"]
+    head += ["the largest target, float32"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    keys = ("peak_bytes", "estimate_bytes", "result_bytes", "largest_bytes")
+    return lines + [
+        f"| {name} | " + " | ".join(f"{row[key] / 1e6:.0f} MB" for key in keys) + " |" for name, row in found.items()
     ]
 
 

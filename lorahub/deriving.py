@@ -22,9 +22,9 @@ from lorahub.composition.reducing.pairing import Pair, Way, pair
 from lorahub.composition.reducing.report import ReduceReport, Row, unmet
 from lorahub.deltas.expert_lora import ExpertLoRA
 from lorahub.deltas.kind import JSON
-from lorahub.descent import derived, parent, written
+from lorahub.descent import derived, new_folder, parent, written
 from lorahub.engine.crew import crew_size
-from lorahub.errors import CannotCarry, UsageError, WriteFailed
+from lorahub.errors import CannotCarry, UsageError
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
 from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
@@ -92,7 +92,7 @@ def extract(
         WriteFailed: ``out`` is there already.
     """
     start = time.perf_counter()
-    folder = _new(out)
+    folder = new_folder(out)
     if dtype not in DTYPES:
         raise UsageError(f"factors cannot be stored as {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     budget = budget_of(rank, energy, error, adaptive=adaptive, parameters=parameters)
@@ -197,7 +197,7 @@ def resize(
         WriteFailed: ``out`` is there already.
     """
     start = time.perf_counter()
-    folder = _new(out)
+    folder = new_folder(out)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"factors cannot be stored as {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     if sv_fro is not None:
@@ -241,14 +241,6 @@ def _reader(base: Base, name_of: Callable[[Pair], str]) -> Iterator[extraction.R
     """Reads a pair's parameter from files or a live model; what it gives may be written to."""
     with base.tensors() as read:
         yield (lambda each: read(name_of(each))) if base.files else (lambda each: read(name_of(each)).clone())
-
-
-def _new(out: str | os.PathLike[str]) -> Path:
-    """The folder for a result, which must not hold anything yet."""
-    folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise WriteFailed(f"{folder} exists", "name a new folder, or remove it yourself")
-    return folder
 
 
 def _settings(**given: JSON) -> dict[str, JSON]:

@@ -1,17 +1,19 @@
-"""What a made adapter says of where it comes from: its parents as a record names them, and how it was made of them."""
+"""What adapters that are made have in common: a new folder, parents as a record names them, how they were made."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lorahub import __version__
 from lorahub.adapter import AdapterHeader
 from lorahub.deltas.kind import JSON
+from lorahub.errors import WriteFailed
 from lorahub.files.digest import tensors_digest
 from lorahub.records import SCHEMA_VERSION, AdapterRecord
 
-__all__ = ["derived", "parent", "tensors_of", "written"]
+__all__ = ["derived", "new_folder", "parent", "tensors_of", "written"]
 
 
 def parent(header: AdapterHeader, role: str = "", **further: JSON) -> dict[str, JSON]:
@@ -65,6 +67,18 @@ def derived(
         parents=list(parents),
         recipe={"method": method, "params": dict(settings), "tool": "lorahub", "tool_version": __version__, **said},
     )
+
+
+def new_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder for a result, which must not hold anything yet.
+
+    Raises:
+        WriteFailed: it is there, and not empty.
+    """
+    folder = Path(out)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise WriteFailed(f"{folder} exists", "name a new folder, or remove it yourself")
+    return folder
 
 
 def written(folder: Path) -> int:

@@ -27,10 +27,10 @@ from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
 from lorahub.composition.weights.resolve import parameters_of, weights_of
 from lorahub.deltas.kind import JSON
-from lorahub.descent import derived, written
+from lorahub.descent import derived, new_folder, written
 from lorahub.engine.crew import crew_size
 from lorahub.engine.report import MergeReport
-from lorahub.errors import UsageError, WriteFailed
+from lorahub.errors import UsageError
 from lorahub.findings import Finding
 from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
@@ -111,7 +111,7 @@ class Composition:
             WriteFailed: ``out`` exists, or there is no space.
         """
         start = time.perf_counter()
-        folder = _new(out) if out is not None else None
+        folder = new_folder(out) if out is not None else None
         with holding(self.opened, self.registry) as held, base_weights(self.base, held) as weight:
             targets = [tuple(each.deltas) for each in held]
             found = combine(
@@ -296,11 +296,3 @@ def _budget(recipe: Recipe) -> Budget | Shared | None:
 def _single(ingredient: Ingredient) -> float | None:
     """An adapter's weight where it is one number."""
     return float(ingredient.weight) if isinstance(ingredient.weight, int | float) else None
-
-
-def _new(out: str | os.PathLike[str]) -> Path:
-    """The folder for a result, which must not hold anything yet."""
-    folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise WriteFailed(f"{folder} exists", "name a new folder, or remove it yourself")
-    return folder
