@@ -332,20 +332,23 @@ class OpenAdapter:
 
 
 @contextmanager
-def open_deltas(header: AdapterHeader, registry: Registry, *, index: BaseIndex | None = None) -> Iterator[OpenAdapter]:
+def open_deltas(
+    header: AdapterHeader, registry: Registry, *, index: BaseIndex | None = None, kept: int | None = None
+) -> Iterator[OpenAdapter]:
     """The deltas of an adapter without holding them all; the file is gone through once, and nothing is built yet.
 
     Args:
         header: what to read.
         registry: kinds and formats.
         index: the base, to use its names and storage; the header's own by default.
+        kept: bytes of deltas to remember for the next time; 0 where each is asked for once.
 
     Raises:
         IntegrityError, UnsupportedKind, BaseNeeded, Incompatible, NotFinite, MissingDependency: as ``load``.
     """
     reading, index = _readable(header, registry, index)
     with FileSource(header.folder / reading.file) as source:
-        deltas = OnDemand(reading, source, registry.kinds, index, header.label)
+        deltas = OnDemand(reading, source, registry.kinds, index, header.label, kept=kept)
         yield OpenAdapter(deltas=deltas, content=deltas.content)
 
 

@@ -163,7 +163,7 @@ def holding(opened: Sequence[Opened], registry: Registry) -> Iterator[list[Held]
                 held.append(Held(deltas=each.adapter.deltas, content=content or _content(each.adapter)))
                 continue
             assert each.header is not None  # one of the two is there
-            reader = stack.enter_context(open_deltas(each.header, registry))
+            reader = stack.enter_context(open_deltas(each.header, registry, kept=0))
             held.append(Held(deltas=reader.deltas, content=content or reader.content))
         yield held
 

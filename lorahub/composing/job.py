@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -31,7 +31,7 @@ from lorahub.descent import derived, new_folder, written
 from lorahub.engine.crew import crew_size
 from lorahub.engine.report import MergeReport
 from lorahub.errors import UsageError
-from lorahub.findings import Finding
+from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
 from lorahub.plugins import load_registry
@@ -160,7 +160,8 @@ class Composition:
         with tempfile.TemporaryDirectory(prefix="lorahub-") as place:
             made = self.make(Path(place) / self.recipe.method, threads=threads)
             job = prepare(self.base, {self.recipe.method: made}, allow=self.allowed)
-            return job.write(out, threads=threads, progress=progress)
+            report = job.write(out, threads=threads, progress=progress)
+            return replace(report, findings=(*report.findings, *_cut(made.report)))
 
     def _plain_sum(self) -> list[float] | None:
         """The adapters' weights where all of it is their weighted sum, uncut; else None."""
@@ -291,6 +292,26 @@ def _budget(recipe: Recipe) -> Budget | Shared | None:
     if recipe.adaptive or any(value is not None for name, value in asked.items() if name != "adaptive"):
         return budget_of(**asked)
     return None
+
+
+def _cut(report: ComposeReport) -> tuple[Finding, ...]:
+    """What was left out on the way to a checkpoint, since it had to be an adapter first."""
+    if report.error < NOTABLE:
+        return ()
+    return (
+        Finding(
+            code="change-cut",
+            axis="format",
+            level=Verdict.UNVERIFIED,
+            message=f"what {report.method} makes was cut to factors before it was merged: {report.error:.1%} of the norm "
+            f"is left out, {report.energy:.1%} of its energy is in",
+            remedy="give more: --rank R, or --energy 0.999",
+        ),
+    )
+
+
+NOTABLE = 1e-3
+"""Relative error from which a cut is told; what float32 rounds off is not."""
 
 
 def _single(ingredient: Ingredient) -> float | None:

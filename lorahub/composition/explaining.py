@@ -117,10 +117,11 @@ def outline(
     lines = []
     for target in targets:
         here = [each.get(target) for each in found]
-        shape = next((each[0] for each in here if each and each[0] is not None), None)
-        ranks = tuple(0 if each is None else each[1] for each in here)
+        shape = next((each.shape for each in here if each and each.shape is not None), None)
+        ranks = tuple(0 if each is None else each.rank for each in here)
+        whole = any(each.whole for each in here if each)
         weighed = tuple(each.get(target, 0.0) for each in weights)
-        lines.append(_line(target, shape, ranks, weighed, method_of(target), rank, undecided, item))
+        lines.append(_line(target, shape, whole, ranks, weighed, method_of(target), rank, undecided, item))
     return Outline(
         method=(lines and method_of(targets[0]).name) or "",
         adapters=tuple(header.label for header in headers),
@@ -128,11 +129,18 @@ def outline(
     )
 
 
-def _touched(
-    header: AdapterHeader, kinds: Mapping[str, Kind]
-) -> dict[Target, tuple[tuple[int, ...] | None, int | None]]:
-    """Target -> (the parameter's shape, the rank of its change), as far as headers tell."""
-    result: dict[Target, tuple[tuple[int, ...] | None, int | None]] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """One target of one adapter: the parameter's shape, the change's rank, and whether it is a whole new value."""
+
+    shape: tuple[int, ...] | None
+    rank: int | None
+    whole: bool
+
+
+def _touched(header: AdapterHeader, kinds: Mapping[str, Kind]) -> dict[Target, _Seen]:
+    """What an adapter does to each target, as far as headers tell."""
+    result: dict[Target, _Seen] = {}
     for group in header.reading.groups:
         kind = kinds[group.kind]
         for touch in kind.touches(group):
@@ -141,13 +149,15 @@ def _touched(
                 shape = instantiate(touch.dims, bind(slots))
             except (ShapeMisfit, KeyError):  # a shape that only the base tells
                 shape = None
-            result[Target(group.component, group.module, touch.parameter)] = shape, touch.rank
+            target = Target(group.component, group.module, touch.parameter)
+            result[target] = _Seen(shape=shape, rank=touch.rank, whole=touch.replaces)
     return result
 
 
 def _line(
     target: Target,
     shape: tuple[int, ...] | None,
+    whole: bool,
     ranks: tuple[int | None, ...],
     weights: tuple[float, ...],
     method: Method,
@@ -155,7 +165,7 @@ def _line(
     undecided: bool,
     item: int,
 ) -> Line:
-    if shape is None or len(shape) < 2:
+    if shape is None or len(shape) < 2 or whole:
         size = prod(shape or (0,))
         return Line(
             target=target.name, shape=shape, ranks=ranks, weights=weights, rank=None,
@@ -183,9 +193,9 @@ def _line(
 
 
 def _factored(out: int, inner: int, _count: int, every: int, kept: int) -> tuple[float, int]:
-    """(operations, bytes) on factors: QR of both sides, the SVD of a core, and back; float64."""
+    """(operations, bytes) on factors: QR of both sides, the SVD of a core, and back; float64, with LAPACK's copies."""
     both = out + inner
-    return 4.0 * both * every**2 + 20.0 * every**3 + 2.0 * both * every * kept, 8 * 4 * both * every
+    return 4.0 * both * every**2 + 20.0 * every**3 + 2.0 * both * every * kept, 8 * 6 * both * every
 
 
 def _dense(out: int, inner: int, count: int, every: int, kept: int) -> tuple[float, int]:

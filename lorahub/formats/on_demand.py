@@ -40,7 +40,14 @@ class OnDemand(Mapping[Target, Delta]):
     """
 
     def __init__(
-        self, reading: Reading, source: FileSource, kinds: Mapping[str, Kind], index: BaseIndex | None, label: str
+        self,
+        reading: Reading,
+        source: FileSource,
+        kinds: Mapping[str, Kind],
+        index: BaseIndex | None,
+        label: str,
+        *,
+        kept: int | None = None,
     ) -> None:
         """Go through the tensors once.
 
@@ -50,12 +57,14 @@ class OnDemand(Mapping[Target, Delta]):
             kinds: by name.
             index: the base, for its storage.
             label: what people call the adapter.
+            kept: bytes of deltas to remember; ``KEPT`` by default.
 
         Raises:
             NotFinite: naming the tensors with NaN or infinity.
             IntegrityError: the file ends too early.
         """
         self._reading, self._source, self._kinds, self._index = reading, source, kinds, index
+        self._most = KEPT if kept is None else kept
         self._groups = {
             Target(group.component, group.module, touch.parameter): group
             for group in reading.groups
@@ -126,13 +135,13 @@ class OnDemand(Mapping[Target, Delta]):
     def _keep(self, deltas: Mapping[Target, Delta]) -> None:
         """Remember deltas of one group, at the cost of those that were asked for the longest ago."""
         nbytes = sum(tensor.nbytes for delta in deltas.values() for tensor in delta.tensors().values())
-        if nbytes > KEPT:
+        if nbytes > self._most:
             return
         with self._lock:
             for target in deltas:
                 self._kept[target] = deltas
             self._sizes.append((tuple(deltas), nbytes))
-            while sum(size for _, size in self._sizes) > KEPT:
+            while sum(size for _, size in self._sizes) > self._most:
                 for target in self._sizes.popleft()[0]:
                     self._kept.pop(target, None)
 

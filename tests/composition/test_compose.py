@@ -370,7 +370,8 @@ def test_a_checkpoint_holds_what_the_adapters_come_to(
         "adapters": [{"ref": str(folder), "weight": 0.6} for folder in pair.values()],
     }
     recipe = Recipe.from_document(document)
-    lorahub.compose.checkpoint(recipe, tmp_path / "merged")
+    report = lorahub.compose.checkpoint(recipe, tmp_path / "merged")
+    assert ("change-cut" in {finding.code for finding in report.findings}) == bool(fields)
     mix = lorahub.compose(recipe.changed(output="adapter"))
     before = dict(Model().named_parameters())
     with FileSource(tmp_path / "merged" / "model.safetensors") as merged:
