@@ -303,8 +303,8 @@ def _cut(report: ComposeReport) -> tuple[Finding, ...]:
             code="change-cut",
             axis="format",
             level=Verdict.UNVERIFIED,
-            message=f"what {report.method} makes was cut to factors before it was merged: {report.error:.1%} of the norm "
-            f"is left out, {report.energy:.1%} of its energy is in",
+            message=f"what {report.method} makes was cut to factors before it was merged: {report.error:.1%} of its "
+            f"norm is left out, {report.energy:.1%} of its energy is in",
             remedy="give more: --rank R, or --energy 0.999",
         ),
     )

@@ -20,6 +20,10 @@ from lorahub.shapes import ShapeMisfit, bind, instantiate
 __all__ = ["Line", "Outline", "outline"]
 
 
+WRITING = 1.05
+"""Bytes held while a result is written and read back, over its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One target.
@@ -78,7 +82,7 @@ class Outline:
     def peak_bytes(self, threads: int) -> int:
         """Bytes held at the most: the result, and what each thread works on."""
         largest = sorted((line.working for line in self.lines), reverse=True)[:threads]
-        return sum(line.result for line in self.lines) + sum(largest)
+        return round(WRITING * sum(line.result for line in self.lines)) + sum(largest)
 
     def document(self, threads: int) -> dict[str, JSON]:
         """The outline as JSON-ready values."""
@@ -195,7 +199,7 @@ def _line(
 def _factored(out: int, inner: int, _count: int, every: int, kept: int) -> tuple[float, int]:
     """(operations, bytes) on factors: QR of both sides, the SVD of a core, and back; float64, with LAPACK's copies."""
     both = out + inner
-    return 4.0 * both * every**2 + 20.0 * every**3 + 2.0 * both * every * kept, 8 * 6 * both * every
+    return 4.0 * both * every**2 + 20.0 * every**3 + 2.0 * both * every * kept, 8 * 10 * both * every
 
 
 def _dense(out: int, inner: int, count: int, every: int, kept: int) -> tuple[float, int]:
