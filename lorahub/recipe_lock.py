@@ -187,7 +187,8 @@ def _of_adapter(where: str, lock: LockedAdapter, found: LockedAdapter) -> Iterat
     for name in names:
         if lock.files.get(name) != found.files.get(name):
             state = "is new" if name not in lock.files else "is gone" if name not in found.files else "has other bytes"
-            yield _moves("lock-file-differs", f"{where}: {name} of {lock.ref} {state}", where)
+            told = _moves if name.endswith((".safetensors", ".gguf", ".npz")) else _changed  # a config decides scales
+            yield told("lock-file-differs", f"{where}: {name} of {lock.ref} {state}", where)
 
 
 def _of_base(lock: LockedBase, found: LockedBase) -> Iterator[Finding]:

@@ -47,12 +47,14 @@ class Sort:
         hook: the hook that brings them.
         attributes: what an object must have.
         unknown: the error for a name that nobody registered.
+        listed: the command that lists what there is.
     """
 
     one: str
     hook: str
     attributes: tuple[str, ...]
     unknown: type[LorahubError]
+    listed: str = "lorahub plugins"
 
 
 SORTS: Mapping[str, Sort] = MappingProxyType(
@@ -115,10 +117,12 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
                 "cut",
                 "combine",
                 "made",
+                "demand_known",
                 "defaults",
                 "parameters",
             ),
             unknown=UsageError,
+            listed="lorahub compose --methods",
         ),
         "commands": Sort(
             one="command",
@@ -232,7 +236,7 @@ class Registry:
         for plugin in self.plugins:
             if plugin.state != "loaded":
                 message += f"\n  Not loaded: {plugin}: {plugin.error}"
-        raise SORTS[sort].unknown(message, "lorahub plugins")
+        raise SORTS[sort].unknown(message, SORTS[sort].listed)
 
 
 def unmet(requirement: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorahub.composition.gathering import MODES
 from lorahub.composition.mergekit.reading import load_mergekit
 from lorahub.deriving import DTYPES
 from lorahub.engine.crew import crew_size
-from lorahub.errors import UsageError
+from lorahub.errors import Degraded, UsageError
 from lorahub.plugins import load_registry
 from lorahub.recipe_lock import RecipeLock
 
@@ -138,7 +139,11 @@ def compose(
     with out.progress("composing", unit="steps") as progress:
         made = composition.make(target, threads=threads, progress=progress)
     if lock is not None:
-        demand_same(lock, composition, made.header)
+        try:
+            demand_same(lock, composition, made.header)
+        except Degraded:
+            shutil.rmtree(target)
+            raise
     elif request.file is not None:
         lock_of(composition, made.header).save(RecipeLock.beside(request.file))
     show_made(made.report, out)

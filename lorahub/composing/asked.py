@@ -7,7 +7,7 @@ whatever is composed carries the recipe that makes it again.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeAlias
@@ -19,7 +19,7 @@ from lorahub.names import Ref
 from lorahub.recipe import Recipe
 from lorahub.sources import Given, as_ref
 
-__all__ = ["Asked", "Request", "Weighing", "requested"]
+__all__ = ["Asked", "Request", "Weighing", "as_word", "requested"]
 
 Weighing: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
 """Weights in order or by name, each a number or a rule as a recipe has it; ``Recipe`` checks them."""
@@ -70,6 +70,12 @@ def requested(
         UsageError: there is no adapter, the weights are not theirs, or a recipe was given with fields beside it.
     """
     given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(adapters, Adapter | AdapterHeader):
+        adapters = [adapters]
+    if isinstance(adapters, str | os.PathLike) and Path(adapters).is_dir():
+        raise UsageError(
+            f"{os.fspath(adapters)} is a folder, and a recipe a file", "adapters go into a list or a mapping"
+        )
     if isinstance(adapters, str | os.PathLike | Recipe):
         if given or weights is not None:
             raise UsageError(
@@ -109,8 +115,16 @@ def _named(
         pairs = [("", each, weight) for each, weight in adapters.terms if isinstance(each, Adapter)]
     elif isinstance(adapters, Mapping):
         pairs = [(name, source, 1.0) for name, source in adapters.items()]
-    else:
+    elif isinstance(adapters, Iterable):
         pairs = [("", source, 1.0) for source in adapters]
+    else:
+        raise UsageError(f"a {type(adapters).__name__} holds no adapters", "give a list, a mapping, a sum or a recipe")
+    for _, source, _ in pairs:
+        if not isinstance(source, str | os.PathLike | Ref | Adapter | AdapterHeader):
+            raise UsageError(
+                f"a {type(source).__name__} is no adapter",
+                "a sum stands alone; compose it first to use it among others",
+            )
     names: list[str] = []
     weights = []
     for name, source, weight in pairs:
@@ -122,12 +136,12 @@ def _named(
             ref = as_ref(source)
             stem = name or ref.name or Path(ref.subpath or ref.repo or ref.path or "").name
             own = weight if ref.weight is None else weight * ref.weight
-        names.append(_free(_word(stem), names))
+        names.append(_free(as_word(stem), names))
         weights.append(own)
     return names, [source for _, source, _ in pairs], weights
 
 
-def _word(text: str) -> str:
+def as_word(text: str) -> str:
     """A name as recipes have them: letters, digits, '_', '-' and '.', beginning with a letter."""
     plain = "".join(each if each.isascii() and (each.isalnum() or each in "_-.") else "-" for each in text)[:60]
     return plain if plain[:1].isalpha() or plain[:1] == "_" else f"a{plain}" if plain else "adapter"

@@ -71,6 +71,13 @@ class Opened:
         """Its format, or None for one that was made in memory."""
         return self.header.format if self.header else None
 
+    def without(self, base: Base | None) -> frozenset[Target]:
+        """Targets that it names in case a base has them, as IA3 does biases, and this one does not."""
+        if base is None or self.header is None:
+            return frozenset()
+        optional = {target for target, touch in self.header.touches.items() if touch.if_present}
+        return frozenset(optional - base.framework.layouts(base.index, optional).keys())
+
     def parent(self, content: str, weight: float | None) -> dict[str, JSON]:
         """It as a record names a parent."""
         revision = self.pin.commit if self.pin else None

@@ -26,11 +26,12 @@ from lorahub.composition.explaining import Outline, outline
 from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
 from lorahub.composition.weights.resolve import parameters_of, weights_of
+from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON
 from lorahub.descent import derived, new_folder, written
 from lorahub.engine.crew import crew_size
 from lorahub.engine.report import MergeReport
-from lorahub.errors import UsageError
+from lorahub.errors import CannotCarry, UsageError
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
@@ -187,6 +188,7 @@ class Composition:
                 weights=own,
                 seed=seed_of(self.recipe.seed, each.content),
                 elsewhere=_single(ingredient) or 0.0,
+                without=one.without(self.base),
             )
             for one, each, own, ingredient in zip(
                 self.opened, held, self._weights(targets), self.recipe.adapters, strict=True
@@ -207,8 +209,7 @@ class Composition:
         """The result, written and read back."""
         if not found.deltas:
             raise UsageError("the budget leaves nothing of any target", "give more parameters, or a rank")
-        formats = {each.format for each in self.opened if each.format}
-        layout = self.recipe.format or (formats.pop() if len(formats) == 1 else "peft")
+        layout = self.recipe.format or _layout(found.deltas, self.opened)
         chosen = settings(self.recipe)
         text = portable(self.recipe, self.opened)
         record = derived(
@@ -222,9 +223,12 @@ class Composition:
         )
         home = Home() if folder is None else None
         place = folder or (home.path if home else Path()) / self.recipe.method
-        told = hints(self.opened)
+        told = hints(self.opened, self.base.index if self.base else None, found.deltas)
         made = Adapter(deltas=found.deltas, record=record, hints=told)
-        save(made, place, registry=self.registry, format=layout)
+        try:
+            save(made, place, registry=self.registry, format=layout)
+        except CannotCarry as error:
+            raise _with_a_way(error, found) from None
         report = ComposeReport(
             out=os.fspath(place),
             method=self.recipe.method,
@@ -260,7 +264,10 @@ def prepare_composition(
     """
     recipe, registry = request.recipe, load_registry()
     method = registry.method(recipe.method)
+    method.demand_known({name for each in recipe.adapters for name in each.parameters})
     _budget(recipe)
+    if all(_single(each) == 0 for each in recipe.adapters):
+        raise UsageError("every weight is 0, so nothing would be left", "give one adapter another weight")
     allowed = frozenset({*allow, *recipe.allow})
     base = open_base(request.base, digest=True, progress=progress) if request.base is not None else None
     opened = tuple(
@@ -292,6 +299,25 @@ def _budget(recipe: Recipe) -> Budget | Shared | None:
     if recipe.adaptive or any(value is not None for name, value in asked.items() if name != "adaptive"):
         return budget_of(**asked)
     return None
+
+
+def _layout(deltas: Collection[Target], opened: Sequence[Opened]) -> str:
+    """The format that adapters share; else PEFT's, or the first one's where there are parts of a pipeline."""
+    formats = list(dict.fromkeys(each.format for each in opened if each.format))
+    if len(formats) == 1 or (formats and any(target.component for target in deltas)):
+        return formats[0]
+    return "peft"
+
+
+def _with_a_way(error: CannotCarry, found: Combined) -> CannotCarry:
+    """The refusal of a format, with what to ask for instead."""
+    if error.hint:
+        return error
+    if any(isinstance(delta, Full) and delta.diff.dim() > 1 for delta in found.deltas.values()):
+        return CannotCarry(error.message, "make factors of what has none: --rank R, or --energy 0.999", error.findings)
+    return CannotCarry(
+        error.message, "choose a format that has a word for it: --format diffusers, kohya, ...", error.findings
+    )
 
 
 def _cut(report: ComposeReport) -> tuple[Finding, ...]:

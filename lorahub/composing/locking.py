@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 
-from lorahub import __version__, checks
+from lorahub import __version__
 from lorahub.adapter import AdapterHeader
 from lorahub.composing.asked import Request
 from lorahub.composing.ingredients import Opened
 from lorahub.composing.job import Composition
-from lorahub.errors import NotFound, UsageError
+from lorahub.errors import Degraded, NotFound, UsageError
 from lorahub.files.digest import file_digest, tensors_digest
-from lorahub.findings import Finding
+from lorahub.findings import Finding, Verdict
 from lorahub.names import Ref
 from lorahub.recipe_lock import LockedAdapter, LockedBase, RecipeLock, compare
 
@@ -45,7 +46,7 @@ def pinned(request: Request, lock: RecipeLock) -> Request:
     """
     if lock.recipe != request.recipe.fingerprint():
         now = lock.model_copy(update={"recipe": request.recipe.fingerprint()})
-        checks.refuse(compare(lock, now), allowed=(), subject=f"{request.file} --locked")
+        _refuse(compare(lock, now), request)
     sources = [
         Ref(repo=each.repo, selector=one.commit, subpath=each.subpath)
         if isinstance(each, Ref) and each.repo and one.commit
@@ -100,8 +101,18 @@ def demand_same(lock: RecipeLock, composition: Composition, output: AdapterHeade
         Degraded: something is that does.
     """
     findings = tuple(compare(lock, lock_of(composition, output)))
-    checks.refuse(findings, allowed=(), subject=f"{composition.request.file} --locked")
+    _refuse(findings, composition.request)
     return findings
+
+
+def _refuse(findings: Sequence[Finding], request: Request) -> None:
+    stopping = tuple(each for each in findings if each.level >= Verdict.DEGRADED)
+    if stopping:
+        raise Degraded(
+            f"{request.file} is not what was locked, and --locked takes nothing else",
+            f"to take it as it is now, and lock that: lorahub compose {request.file} -o FOLDER",
+            stopping,
+        )
 
 
 def _locked(ref: str, name: str | None, one: Opened) -> LockedAdapter:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Target
+from lorahub.composing.asked import as_word
 from lorahub.composing.ingredients import Opened
 from lorahub.deltas.kind import JSON
 from lorahub.names import Ref
@@ -31,8 +34,9 @@ def portable(recipe: Recipe, opened: Sequence[Opened]) -> str:
     adapters = []
     for label, ingredient, one in zip(recipe.labels(), recipe.adapters, opened, strict=True):
         pin = one.pin
-        ref = str(Ref(repo=pin.repo, selector=pin.commit, subpath=pin.path)) if pin else f"./{label}"
-        adapters.append(ingredient.model_copy(update={"ref": ref, "name": label}))
+        word = as_word(label)
+        ref = str(Ref(repo=pin.repo, selector=pin.commit, subpath=pin.path)) if pin else f"./{word}"
+        adapters.append(ingredient.model_copy(update={"ref": ref, "name": word}))
     base = recipe.base_reference()
     local = Path(base.path).name if base and base.path else None
     changes = {"adapters": adapters, "base": f"./{local}" if local else recipe.base}
@@ -69,8 +73,14 @@ _OWN = frozenset({"kohya_metadata", "compat"})
 """Hints that speak of one adapter's training or result, not of the sum."""
 
 
-def hints(opened: Sequence[Opened]) -> dict[str, JSON]:
-    """What writing wants back: tables and lists of all adapters together, of single facts the first."""
+def hints(opened: Sequence[Opened], index: BaseIndex | None, deltas: Collection[Target]) -> dict[str, JSON]:
+    """What writing wants back: tables and lists of all adapters together, of single facts the first.
+
+    Args:
+        opened: the adapters.
+        index: the base, which knows its embeddings; a change that had no factors before has no role of its own.
+        deltas: the targets of the result.
+    """
     result: dict[str, JSON] = {}
     for each in opened:
         for name, value in each.hints.items():
@@ -83,4 +93,9 @@ def hints(opened: Sequence[Opened]) -> dict[str, JSON]:
                 result[name] = [*before, *(one for one in value if one not in before)]
             elif before is None:
                 result[name] = value
+    known = index.parameters if index else {}
+    embeddings = [each.name for each in deltas if each.name in known and known[each.name].role == "embedding"]
+    if embeddings:
+        own = result.get("roles")
+        result["roles"] = {**dict.fromkeys(embeddings, "embedding"), **(own if isinstance(own, dict) else {})}
     return result

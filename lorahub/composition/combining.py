@@ -40,6 +40,7 @@ class Part:
         label: what people call it.
         deltas: target -> change; asked from several threads, and only for its own targets.
         weights: target -> its weight, for each of its targets.
+        without: targets that it names and the base does not have, which it may.
         elsewhere: its weight where it changes nothing, which counts where weights are held against each other.
         seed: what it draws from; see ``Terms.seeds``.
     """
@@ -49,6 +50,11 @@ class Part:
     weights: Mapping[Target, float]
     seed: int
     elsewhere: float = 0.0
+    without: frozenset[Target] = frozenset()
+
+    def delta(self, target: Target) -> Delta | None:
+        """Its change to a target, or None."""
+        return None if target in self.without else self.deltas.get(target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +138,7 @@ def combine(
         BaseMismatch, BaseNeeded, UnsupportedKind: changes do not go together; the target is named.
         NotFinite: NaN or infinity, or the result does not fit into ``dtype``.
     """
-    order = sorted({target for part in parts for target in part.deltas}, key=lambda target: natural(target.name))
+    order = _order(parts)
     methods = {target: method_of(target) for target in order}
     for method in dict.fromkeys(type(method) for method in methods.values()):
         _demand_count(method, len(parts))
@@ -162,6 +168,12 @@ def combine(
     )
 
 
+def _order(parts: Sequence[Part]) -> list[Target]:
+    """Every target that is changed, in natural order."""
+    targets = {target for part in parts for target in part.deltas if target not in part.without}
+    return sorted(targets, key=lambda target: natural(target.name))
+
+
 def _demand_count(method: type[Method], count: int) -> None:
     least, most = method.count
     if count < least or (most is not None and count > most):
@@ -174,8 +186,8 @@ def _demand_count(method: type[Method], count: int) -> None:
 def whole_gram(parts: Sequence[Part], mode: Mode, base: Weights | None) -> torch.Tensor:
     """Inner products of whole adapters, [n, n] float64: the sums of those of their targets."""
     total = torch.zeros(len(parts), len(parts), dtype=torch.float64)
-    for target in sorted({target for part in parts for target in part.deltas}, key=lambda each: natural(each.name)):
-        deltas = [part.deltas.get(target) for part in parts]
+    for target in _order(parts):
+        deltas = [part.delta(target) for part in parts]
         gathered = gather(target, deltas, [1.0] * len(parts), [0] * len(parts), mode=mode, base=base)
         for terms in gathered.terms:
             total += terms.gram()
@@ -213,7 +225,7 @@ def _target(
     base: Weights | None,
     whole: torch.Tensor | None,
 ) -> _Made:
-    deltas = [part.deltas.get(target) for part in parts]
+    deltas = [part.delta(target) for part in parts]
     weights = [part.weights.get(target, part.elsewhere) for part in parts]
     if any(delta is not None and delta.replacement() is not None for delta in deltas):
         deltas = [delta if weight else None for delta, weight in zip(deltas, weights, strict=True)]
@@ -247,7 +259,7 @@ def _multiplied(
         kind = next(delta.kind for delta in deltas if delta is not None)
         raise UnsupportedKind(
             f"{target.name}: a change of kind {kind} multiplies the weight, and {method.name} takes changes that add",
-            'take linear or product, or name a base and non_additive="dense" to take the change that it makes there',
+            "take linear or product, or the change that it makes to a base: --base BASE --non-additive dense --rank R",
         )
     return _Made(row=Row(target=target.name, way="multiplied", ranks=(None,) * len(deltas)), delta=delta)
 

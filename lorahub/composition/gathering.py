@@ -187,10 +187,10 @@ def _change(
         return LowRank(delta.up.flatten(1), delta.down.flatten(1), delta.scale)
     if mode == "dense":
         return _against(target, delta, base).float()
-    linear = ', or non_additive="linearise" to take its factors without the lengths' if delta.kind == "dora" else ""
+    linear = "; or its factors without the lengths: --non-additive linearise" if delta.kind == "dora" else ""
     raise UnsupportedKind(
         f"{target.name}: a change of kind {delta.kind} looks at the weight, so that there is no sum apart from a base",
-        f'name a base and non_additive="dense" to take the change that it makes there{linear}',
+        f"take the change that it makes to a base: --base BASE --non-additive dense --rank R{linear}",
     )
 
 
@@ -237,6 +237,8 @@ def _shape(target: Target, there: Sequence[Delta], base: Weights | None) -> tupl
         low = next((low for each in there if (low := each.low_rank())), None)
         if low is not None:
             return low.up.shape[0], low.down.shape[1]
+        if base is not None:
+            raise BaseMismatch(f"the base has no {target.name}, whose shape nothing else tells", "is it the base?")
         raise BaseNeeded(f"{target.name}: its tensors do not tell the weight's shape", "name the base: --base FOLDER")
     if len(set(shapes)) > 1:
         raise _misfit(target, shapes)

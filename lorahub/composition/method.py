@@ -16,7 +16,7 @@ a parameter asks for it, and are those of weight space: a change at weight w is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -173,15 +173,25 @@ class Method(ABC):
         Raises:
             UsageError: it has none of that name, or a value is out of its range.
         """
+        cls.demand_known(parameters)
         known = {field.name.rstrip("_"): field.name for field in fields(cls)}  # type: ignore[arg-type]  # every method is a dataclass
-        for name in parameters:
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+        return cls(**{known[name]: value for name, value in plain.items()})
+
+    @classmethod
+    def demand_known(cls, names: Collection[str]) -> None:
+        """Return where the method has parameters of all these names.
+
+        Raises:
+            UsageError: it has none of that name.
+        """
+        known = [field.name.rstrip("_") for field in fields(cls)]  # type: ignore[arg-type]  # as above
+        for name in names:
             if name not in known:
                 raise UsageError(
                     f"the method '{cls.name}' has no parameter '{name}'.{did_you_mean(name, known)}",
                     f"it has: {', '.join(known) or 'none'}",
                 )
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-        return cls(**{known[name]: value for name, value in plain.items()})
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -39,7 +39,7 @@ CLOSED = 1e-9
 """How far a turn may be from the Cayley form that was found for it; only half turns, which have none, are further."""
 
 _Any = TypeVar("_Any", bound=Delta)
-_DENSE = 'name a base and non_additive="dense" to add what they change there'
+_DENSE = "add what they change in a base: --base BASE --non-additive dense --rank R"
 
 
 def multiplies(delta: Delta) -> bool:

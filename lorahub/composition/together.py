@@ -74,12 +74,8 @@ def _shown(base: BaseRecord) -> str:
 
 
 def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
-    """Adapters that change nothing in common and most likely name the same modules differently."""
-    apart = [
-        (one, other, why)
-        for one, other in combinations(headers, 2)
-        if not one.touches.keys() & other.touches.keys() and (why := _otherwise(one, other))
-    ]
+    """Adapters, or parts of a pipeline in them, that most likely name the same modules differently."""
+    apart = [(one, other, why) for one, other in combinations(headers, 2) if (why := _otherwise(one, other))]
     if not apart:
         return []
     return [
@@ -88,8 +84,7 @@ def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
             axis="placement",
             level=Verdict.DEGRADED,
             message="; ".join(
-                f"{one.label} and {other.label} change nothing in common, and most likely name the same modules "
-                f"differently: {why}"
+                f"{one.label} and {other.label} most likely name the same modules differently: {why}"
                 for one, other, why in apart[:3]
             ),
             where=tuple(dict.fromkeys(header.label for one, other, _ in apart for header in (one, other))),
@@ -101,13 +96,39 @@ def _names(headers: Sequence[AdapterHeader]) -> list[Finding]:
 
 
 def _otherwise(one: AdapterHeader, other: AdapterHeader) -> str:
-    """Why two adapters without a common target may well be for the same modules, or ""."""
-    modules = [{(target.module, target.parameter) for target in header.touches} for header in (one, other)]
-    if modules[0] & modules[1]:
-        parts = [sorted({target.component for target in header.touches}) for header in (one, other)]
-        said = [", ".join(each or "none" for each in found) for found in parts]
-        return f"the components are {said[0]} and {said[1]}"
-    return f"one is in {one.format} files and one in {other.format} files" if one.format != other.format else ""
+    """Why two adapters without a common target, in all or in a part, may well be for the same modules, or ""."""
+    if not one.touches.keys() & other.touches.keys():
+        modules = [{(target.module, target.parameter) for target in header.touches} for header in (one, other)]
+        if modules[0] & modules[1]:
+            parts = [sorted({target.component for target in header.touches}) for header in (one, other)]
+            said = [", ".join(each or "none" for each in found) for found in parts]
+            return f"the components are {said[0]} and {said[1]}"
+        if one.format != other.format:
+            return f"one is in {one.format} files and one in {other.format} files, and nothing is in both"
+    first, second = (_by_component(header) for header in (one, other))
+    for component in sorted(first.keys() & second.keys()):
+        if not first[component] & second[component] and (pair := _nested(first[component], second[component])):
+            return f"{f'in {component}, ' if component else ''}{pair[0]} and {pair[1]}"
+    return ""
+
+
+def _by_component(header: AdapterHeader) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for target in header.touches:
+        found.setdefault(target.component, set()).add(f"{target.module}.{target.parameter}")
+    return found
+
+
+def _nested(one: set[str], other: set[str]) -> tuple[str, str] | None:
+    """Two names of which one is the end of the other, as where a library put its modules one level deeper."""
+    for shorter, longer, turned in ((one, other, False), (other, one, True)):
+        for name in sorted(longer):
+            place = name.find(".")
+            while place >= 0:
+                if (end := name[place + 1 :]) in shorter and end.count(".") > 1:
+                    return (name, end) if turned else (end, name)
+                place = name.find(".", place + 1)
+    return None
 
 
 def _parts(headers: Sequence[AdapterHeader]) -> list[Finding]:

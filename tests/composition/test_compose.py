@@ -22,6 +22,7 @@ from lorahub.deltas.lora import LoRA
 from lorahub.errors import (
     BaseMismatch,
     BaseNeeded,
+    CannotCarry,
     Degraded,
     RecipeError,
     UnsupportedKind,
@@ -45,6 +46,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     dora: bool = False,
     head: torch.Tensor | None = None,
+    root: str = "",
     **config: object,
 ) -> Path:
     """A LoRA as PEFT writes it, for the attention of two layers."""
@@ -52,7 +54,7 @@ def write(
     tensors = {}
     for layer in range(2):
         for name in names:
-            stem = f"base_model.model.layers.{layer}.{name}"
+            stem = f"base_model.model.{root}layers.{layer}.{name}"
             tensors[f"{stem}.lora_A.weight"] = torch.randn(r, shape[1], generator=generator).to(dtype)
             tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], r, generator=generator).to(dtype)
             if dora:
@@ -312,6 +314,35 @@ def test_adapters_of_different_bases_and_shapes_are_refused(pair: Mapping[str, P
         lorahub.compose({**pair, "wide": wide})
 
 
+def test_a_part_whose_modules_lie_one_level_deeper_is_found(tmp_path: Path) -> None:
+    shallow, deep = write(tmp_path / "shallow", 1), write(tmp_path / "deep", 2, root="text_model.")
+    with pytest.raises(Degraded, match=r"layers\.0\.q\.weight and text_model\.layers\.0\.q\.weight"):
+        lorahub.compose([shallow, deep])
+    assert lorahub.compose([shallow, write(tmp_path / "k", 3, names=("k",))]).report.findings
+
+
+def test_any_file_name_does_for_an_adapter(tmp_path: Path) -> None:
+    write(tmp_path / "2024 ink!", 1)
+    (tmp_path / "mix.toml").write_text('[[adapters]]\nref = "./2024 ink!"\n')
+    mix = lorahub.compose(tmp_path / "mix.toml")
+    assert mix.record is not None
+    assert mix.record.recipe is not None
+    assert Recipe.from_text(mix.record.recipe.text).adapters[0].ref == "./a2024-ink-"
+
+
+def test_what_has_no_factors_says_that_a_rank_makes_some(pair: Mapping[str, Path], tmp_path: Path) -> None:
+    dora = write(tmp_path / "dora", 5, dora=True)
+    fields: dict[str, Any] = {
+        "non_additive": "dense",
+        "base": save_base(tmp_path / "base"),
+        "allow": ["base-unrecorded"],
+    }
+    with pytest.raises(CannotCarry) as caught:
+        lorahub.compose({"dora": dora}, **fields)
+    assert "--rank" in caught.value.hint
+    assert lorahub.compose({"dora": dora}, rank=IN, **fields).report.energy > 0.999
+
+
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(
     pair: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -328,6 +359,12 @@ def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(
         lorahub.compose(pair, weights=[float("nan"), 1], out=out)
     with pytest.raises(UsageError, match="no adapter was given"):
         lorahub.compose([], out=out)
+    with pytest.raises(UsageError, match="every weight is 0"):
+        lorahub.compose(pair, weights=[0, 0], out=out)
+    with pytest.raises(UsageError, match="is a folder, and a recipe a file"):
+        lorahub.compose(str(pair["ink"]), out=out)
+    with pytest.raises(UsageError, match="a Combination is no adapter"):
+        lorahub.compose([2 * lorahub.load(pair["ink"])], out=out)  # type: ignore[list-item]
     with pytest.raises(UsageError, match="takes 2 adapters"):
         lorahub.compose([*pair.values(), pair["ink"]], method="slerp", out=out)
     assert not out.exists()

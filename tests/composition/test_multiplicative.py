@@ -126,7 +126,7 @@ def test_gains_that_are_not_positive_have_whole_powers_only() -> None:
 def test_gains_on_different_axes_or_of_different_bases_do_not_combine() -> None:
     with pytest.raises(UnsupportedKind, match="outputs and gains on inputs") as caught:
         made([gain(0, 0), gain(1, 1)], sort="sum")
-    assert 'non_additive="dense"' in str(caught.value.hint)
+    assert "--non-additive dense" in str(caught.value.hint)
     with pytest.raises(BaseMismatch, match="different bases"):
         made([gain(0), Gain(torch.ones(OUT + 1, 1), 0)], sort="sum")
     with pytest.raises(UnsupportedKind, match="kinds ia3 and lycoris-ia3"):
@@ -299,7 +299,7 @@ def test_what_has_no_such_sum_or_product_says_what_works() -> None:
     loras = [LoRA(random(OUT, 2, seed=0), random(2, IN, seed=1), 1.0)] * 2
     with pytest.raises(UnsupportedKind, match="the product of changes of kind lora") as caught:
         made(loras)
-    assert 'non_additive="dense"' in str(caught.value.hint)
+    assert "--non-additive dense" in str(caught.value.hint)
     assert "product" not in str(caught.value.hint)
 
 

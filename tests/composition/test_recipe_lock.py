@@ -101,7 +101,7 @@ COMMIT = "a" * 40
         (
             with_adapter(files={}),
             "lock-file-differs",
-            Verdict.UNVERIFIED,
+            Verdict.DEGRADED,
             "adapter_config.json of acme/ink@1.2 is gone",
         ),
     ],
