@@ -5,6 +5,7 @@ From headers alone; deltas are read when they are asked for.  An adapter that wa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from lorahub.descent import parent, tensors_of
 from lorahub.files.tensors import DictSource
 from lorahub.findings import Finding
 from lorahub.hub.hub import Pin
+from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
 from lorahub.names import Ref
 from lorahub.records import AdapterRecord
@@ -193,5 +195,12 @@ def base_weights(base: Base | None, held: Sequence[Held]) -> Iterator[Weights | 
     targets = {target for each in held for target in each.deltas}
     siblings = {replace(target, parameter=name) for target in targets for name in ("weight", "bias")}
     layouts = base.framework.layouts(base.index, {*targets, *siblings})
+    lock = threading.Lock()  # files are opened at their first tensor, and several threads ask
     with base.tensors() as read:
-        yield BaseWeights(base.index, layouts, read).weight
+        weights = BaseWeights(base.index, layouts, read)
+
+        def weight(target: Target) -> torch.Tensor | None:
+            with lock:
+                return weights.weight(target)
+
+        yield weight

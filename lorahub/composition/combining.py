@@ -184,10 +184,16 @@ def _demand_count(method: type[Method], count: int) -> None:
 
 
 def whole_gram(parts: Sequence[Part], mode: Mode, base: Weights | None) -> torch.Tensor:
-    """Inner products of whole adapters, [n, n] float64: the sums of those of their targets."""
+    """Inner products of whole adapters, [n, n] float64: the sums of those of their targets.
+
+    New values without one before are no changes, and have no part in it.
+    """
     total = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     for target in _order(parts):
         deltas = [part.delta(target) for part in parts]
+        new = any(delta is not None and delta.replacement() is not None for delta in deltas)
+        if new and (base is None or base(target) is None):
+            continue
         gathered = gather(target, deltas, [1.0] * len(parts), [0] * len(parts), mode=mode, base=base)
         for terms in gathered.terms:
             total += terms.gram()

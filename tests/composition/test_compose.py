@@ -291,6 +291,7 @@ def test_new_heads_are_shared_averaged_or_taken_as_differences_from_a_base(tmp_p
     assert same(head(a, c, weights=[0.8, 0.2]).double(), 0.8 * one.double() + 0.2 * other.double())
     with pytest.raises(BaseNeeded, match=r"head\.weight"):
         head(a, c)
+    assert torch.equal(head(a, b, weights=[0.5, 0.5], method="slerp", scope="adapter"), one)
     base = str(save_base(tmp_path / "base"))
     before = Model().head.weight.detach().double()
     wanted = before + 0.7 * (one.double() - before) + 0.2 * (other.double() - before)
