@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorahub.deriving import extract as extract
     from lorahub.deriving import resize as resize
     from lorahub.errors import LorahubError as LorahubError
+    from lorahub.fetching import pull as pull
     from lorahub.findings import Finding as Finding
     from lorahub.findings import Verdict as Verdict
     from lorahub.hookspecs import hookimpl as hookimpl
@@ -37,12 +38,11 @@ if TYPE_CHECKING:
     from lorahub.merging import plan as plan
     from lorahub.merging.checking import check as check
     from lorahub.names import Ref as Ref
+    from lorahub.opening import open_base as open_base
     from lorahub.publishing import push as push
     from lorahub.publishing import record as record
     from lorahub.sources import inspect as inspect
     from lorahub.sources import load as load
-    from lorahub.sources import open_base as open_base
-    from lorahub.sources import pull as pull
     from lorahub.sources import weigh as weigh
     from lorahub.tagging import tag as tag
 
@@ -64,9 +64,9 @@ _HOME = {
     "interference": "comparing",
     "load": "sources",
     "merge": "merging",
-    "open_base": "sources",
+    "open_base": "opening",
     "plan": "merging",
-    "pull": "sources",
+    "pull": "fetching",
     "push": "publishing",
     "record": "publishing",
     "resize": "deriving",

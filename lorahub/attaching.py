@@ -12,8 +12,9 @@ from lorahub.errors import BaseMismatch, UsageError
 from lorahub.live.alike import Alike
 from lorahub.live.attached import Live, Planned
 from lorahub.merging.preparing import Several, named_weights, prepare
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Given, open_base
+from lorahub.sources import Given
 
 if TYPE_CHECKING:
     from torch import nn

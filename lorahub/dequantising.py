@@ -22,6 +22,7 @@ from lorahub.bases.open import index_base, survey_base
 from lorahub.deltas.kind import JSON
 from lorahub.engine.planning.casting import DTYPES
 from lorahub.errors import NotFinite, UnsupportedFormat, UsageError, WriteFailed
+from lorahub.fetching import Progress, quiet
 from lorahub.files.atomic import atomic_write, new_staging, replace_dir
 from lorahub.files.dtypes import DTYPES as CODES
 from lorahub.files.dtypes import to_torch
@@ -29,7 +30,6 @@ from lorahub.files.tensors import FileSource, tensor_bytes
 from lorahub.files.writer import StreamWriter
 from lorahub.lazy import torch
 from lorahub.plugins import load_registry
-from lorahub.sources import Progress, quiet
 from lorahub.storages.stored import Read, Settings, Stored
 
 __all__ = ["Dequantised", "dequantise"]

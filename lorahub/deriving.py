@@ -25,9 +25,11 @@ from lorahub.deltas.kind import JSON
 from lorahub.descent import derived, new_folder, parent, written
 from lorahub.engine.crew import crew_size
 from lorahub.errors import CannotCarry, UsageError
+from lorahub.fetching import Progress, Source, quiet
 from lorahub.lazy import torch
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

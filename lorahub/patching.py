@@ -15,10 +15,10 @@ from lorahub.deltas.kind import JSON
 from lorahub.engine.report import MergeReport
 from lorahub.engine.writing.inplace import restored
 from lorahub.errors import Degraded, IntegrityError, UsageError
+from lorahub.fetching import Source, as_ref
 from lorahub.files.journal import revert, settle
 from lorahub.findings import Finding, Verdict
 from lorahub.names import Ref
-from lorahub.sources import Source, as_ref
 
 __all__ = ["MERGED", "demand_new", "history", "provenance_name", "settle_base", "undo"]
 

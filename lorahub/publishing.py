@@ -11,14 +11,15 @@ from lorahub import checks, recording
 from lorahub.adapter import open_header
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import PushRefused, UsageError
+from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.files.atomic import atomic_write
 from lorahub.formats.peft.configless import CONFIG_MISSING
 from lorahub.hub import open_hub
 from lorahub.hub.contents import survey
 from lorahub.merging.preparing import prepare
+from lorahub.opening import Base
 from lorahub.plugins import load_registry
 from lorahub.records import FILENAME, AdapterRecord
-from lorahub.sources import Base, Progress, Source, as_ref, quiet
 
 if TYPE_CHECKING:
     from torch import nn

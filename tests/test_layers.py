@@ -54,7 +54,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "dequantising",
         "deriving",
         "descent",
+        "fetching",
         "merging",
+        "opening",
         "patching",
         "publishing",
         "sources",
@@ -72,7 +74,7 @@ TYPES_ONLY = {
 LOCAL = {
     ("hub", "hub.huggingface"): "huggingface_hub is slow to import, and a folder hub needs none of it",
     ("hub", "hub.folder"): "as above: only the hub that is asked for",
-    ("sources", "hub.huggingface"): "a base on disk needs no client",
+    ("opening", "hub.huggingface"): "a base on disk needs no client",
 }
 """(module, what a function of it imports) -> why not at the top."""
 
@@ -217,7 +219,7 @@ def test_torch_comes_lazily() -> None:
         for found in IMPORTS
         if found.target.split(".")[0] == "torch"
         and not found.types
-        and room(found.importer) not in {"cli", "merging", "publishing", "sources"}
+        and room(found.importer) not in {"cli", "fetching", "merging", "opening", "publishing", "sources"}
     ]
     assert eager == []
 

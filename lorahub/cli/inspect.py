@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lorahub import listing, sources, weighing
+from lorahub import fetching, listing, sources, weighing
 from lorahub.cli.inspect_text import inspection_text, weights_text
 from lorahub.cli.options import compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned, size
@@ -56,7 +56,7 @@ def inspect(
     REF is a folder, a weights file, or NS/NAME[@VERSION]; of a folder of adapters, each is a row. Only headers are
     read, of one on a hub too, save for --hashes, --weights and --duplicates.
     """
-    parsed = sources.as_ref(ref)
+    parsed = fetching.as_ref(ref)
     path = Path(parsed.path).expanduser() if parsed.path is not None else None
     weights = weights or base is not None or show is not None or svg is not None
     if path is not None and listing.is_collection(path):
@@ -96,9 +96,9 @@ def inspect(
     out.findings(found.findings)
 
 
-def _hashes(ref: str, found: Inspection, hub: str | None, progress: sources.Progress) -> dict[str, str]:
+def _hashes(ref: str, found: Inspection, hub: str | None, progress: fetching.Progress) -> dict[str, str]:
     """Of the weights file, which has to be here for that."""
-    where = Path(found.where) if found.distance is None else sources.pull(ref, hub=hub, progress=progress).folder
+    where = Path(found.where) if found.distance is None else fetching.pull(ref, hub=hub, progress=progress).folder
     return listing.hashes(where / found.file)
 
 

@@ -14,8 +14,8 @@ from lorahub.engine.planning.casting import DTYPES
 from lorahub.engine.rounding.table import MODES, STOCHASTIC
 from lorahub.engine.writing.ranks import Ranks
 from lorahub.errors import UsageError
+from lorahub.fetching import quiet
 from lorahub.merging.preparing import prepare
-from lorahub.sources import quiet
 
 __all__ = ["merge"]
 

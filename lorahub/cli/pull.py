@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorahub import sources
+from lorahub import fetching
 from lorahub.cli.options import hub_option, output_options
 from lorahub.cli.output import Output
 
@@ -23,7 +23,7 @@ def pull(ref: str, hub: str | None, offline: bool, out: Output) -> None:
     a selector the highest stable version is taken.
     """
     with out.progress(f"pulling {ref}") as progress:
-        pulled = sources.pull(ref, hub=hub, local_files_only=offline, progress=progress)
+        pulled = fetching.pull(ref, hub=hub, local_files_only=offline, progress=progress)
     out.say(
         f"{pulled.pin.repo}: {pulled.pin.why}, commit {pulled.pin.commit[:12]}, {len(pulled.pin.files)} files verified"
     )

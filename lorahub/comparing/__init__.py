@@ -30,9 +30,11 @@ from lorahub.composition.analysis.interference_report import InterferenceReport
 from lorahub.composition.analysis.similarity import Similarity
 from lorahub.composition.analysis.subspaces import Subspaces
 from lorahub.deltas.delta import Delta
+from lorahub.fetching import Progress, Source, quiet
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
-from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 
 from lorahub.adapter import Adapter, AdapterHeader
-from lorahub.sources import Given, as_ref
+from lorahub.fetching import as_ref
+from lorahub.sources import Given
 
 __all__ = ["label_of", "names_of"]
 

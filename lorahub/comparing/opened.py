@@ -25,12 +25,14 @@ from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.engine.crew import crew_size
 from lorahub.errors import UsageError
+from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.files.tensors import DictSource, FileSource
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 from lorahub.names import did_you_mean, matches
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Given, Progress, Source, as_ref, header_of, open_base, quiet
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

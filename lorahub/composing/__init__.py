@@ -18,8 +18,8 @@ from lorahub.composing.result import Composed, ComposeReport
 from lorahub.composing.searching import search
 from lorahub.engine.report import MergeReport
 from lorahub.errors import UsageError
+from lorahub.fetching import Progress, quiet
 from lorahub.recipe import Recipe
-from lorahub.sources import Progress, quiet
 
 __all__ = ["Compose", "ComposeReport", "Composed", "compose"]
 

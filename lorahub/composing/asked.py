@@ -15,9 +15,10 @@ from typing import Any, SupportsFloat, TypeAlias
 from lorahub.adapter import Adapter, AdapterHeader
 from lorahub.combination import Combination
 from lorahub.errors import UsageError
+from lorahub.fetching import as_ref
 from lorahub.names import Ref
 from lorahub.recipe import Recipe
-from lorahub.sources import Given, as_ref
+from lorahub.sources import Given
 
 __all__ = ["Asked", "Request", "Weighing", "as_word", "requested"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from lorahub.composing.trying import Loss, Stage
 from lorahub.composition.searching.controls import Control, Role
 from lorahub.errors import Incompatible, NotFinite, UsageError
+from lorahub.fetching import Progress
 from lorahub.lazy import torch
 from lorahub.live.attached import Planned
-from lorahub.sources import Progress
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,15 +22,17 @@ from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON
 from lorahub.descent import parent, tensors_of
+from lorahub.fetching import Progress, as_ref, pull
 from lorahub.files.tensors import DictSource
 from lorahub.findings import Finding
 from lorahub.hub.hub import Pin
 from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
 from lorahub.names import Ref
+from lorahub.opening import Base
 from lorahub.records import AdapterRecord
 from lorahub.registry import Registry
-from lorahub.sources import Base, Given, Progress, as_ref, header_of, pull
+from lorahub.sources import Given, header_of
 
 __all__ = ["Held", "Opened", "base_weights", "holding", "judge", "open_one"]
 

@@ -32,13 +32,14 @@ from lorahub.descent import derived, new_folder, written
 from lorahub.engine.crew import crew_size
 from lorahub.engine.report import MergeReport
 from lorahub.errors import CannotCarry, UsageError
+from lorahub.fetching import Progress, quiet
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 from lorahub.merging.preparing import prepare
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.recipe import Ingredient, Recipe
 from lorahub.registry import Registry
-from lorahub.sources import Base, Progress, open_base, quiet
 
 __all__ = ["Composition", "prepare_composition"]
 

@@ -19,9 +19,10 @@ from lorahub.composition.searching.trial_log import as_loss
 from lorahub.composition.searching.weighed import GRANULARITIES, Granularity
 from lorahub.deltas.kind import JSON
 from lorahub.errors import NotFinite, UsageError
+from lorahub.fetching import Progress, Source, quiet
 from lorahub.lazy import torch
 from lorahub.names import did_you_mean
-from lorahub.sources import Given, Progress, Source, quiet
+from lorahub.sources import Given
 
 if TYPE_CHECKING:
     from torch import nn

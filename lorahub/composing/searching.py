@@ -22,7 +22,8 @@ from lorahub.composition.searching.outcomes import Searched
 from lorahub.composition.searching.trial_log import Journal
 from lorahub.deltas.kind import JSON
 from lorahub.errors import NotFinite
-from lorahub.sources import Given, Progress, Source, quiet
+from lorahub.fetching import Progress, Source, quiet
+from lorahub.sources import Given
 
 if TYPE_CHECKING:
     from torch import nn

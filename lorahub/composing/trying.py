@@ -27,10 +27,12 @@ from lorahub.engine.folding.bind import Bound
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.steps import Step, Term
 from lorahub.errors import UnsupportedKind, UsageError
+from lorahub.fetching import Source
 from lorahub.lazy import torch
 from lorahub.live.attached import Live, Planned
 from lorahub.merging.preparing import named_weights, prepare
-from lorahub.sources import Given, Source, open_base
+from lorahub.opening import open_base
+from lorahub.sources import Given
 
 if TYPE_CHECKING:
     from torch import nn

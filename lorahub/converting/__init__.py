@@ -24,9 +24,11 @@ from lorahub.converting.unpacking import Unpacked, unpacked
 from lorahub.converting.writing import stored_as, write
 from lorahub.deltas.kind import JSON
 from lorahub.errors import UnsupportedFormat, UsageError, WriteFailed
+from lorahub.fetching import Progress, Source, quiet
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
-from lorahub.sources import Base, Given, Progress, Source, header_of, open_base, quiet
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -30,8 +30,8 @@ from lorahub.engine.planning.place import logical_shape, place
 from lorahub.errors import CannotCarry
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
+from lorahub.opening import Base
 from lorahub.registry import Registry
-from lorahub.sources import Base
 
 __all__ = ["Opened"]
 

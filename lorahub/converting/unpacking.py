@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 
 from lorahub.adapter import Adapter, AdapterHeader
 from lorahub.errors import LorahubError, UsageError
+from lorahub.fetching import as_ref, pull
 from lorahub.files.containers import CONTAINERS
 from lorahub.files.header import read_header
 from lorahub.files.pickles import PICKLES, left_out, unpack, weights_among
 from lorahub.names import Ref
-from lorahub.sources import Given, as_ref, pull
+from lorahub.sources import Given
 
 __all__ = ["Unpacked", "unpacked"]
 

@@ -25,6 +25,7 @@ from lorahub.converting.request import Request
 from lorahub.converting.unpacking import Unpacked
 from lorahub.deltas.kind import JSON
 from lorahub.errors import CannotCarry
+from lorahub.fetching import Progress
 from lorahub.files.atomic import atomic_write, new_staging, put_in_place, replace_dir, write_failed
 from lorahub.files.digest import file_digest
 from lorahub.files.dtypes import from_torch
@@ -32,7 +33,6 @@ from lorahub.lazy import torch
 from lorahub.recording import make_record
 from lorahub.records import FILENAME, AdapterRecord, Compat
 from lorahub.saving import write_folder
-from lorahub.sources import Progress
 
 __all__ = ["stored_as", "write"]
 

@@ -17,11 +17,12 @@ from lorahub.engine.undoing.keeper import Policy
 from lorahub.engine.undoing.reload import BaseRows
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.errors import UsageError
+from lorahub.fetching import Progress, Source, quiet
 from lorahub.merging.job import Job, demand_own_layers
 from lorahub.merging.preparing import Several, open_recorded, prepare
 from lorahub.names import Ref
+from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Progress, Source, open_base, quiet
 
 if TYPE_CHECKING:
     from torch import nn

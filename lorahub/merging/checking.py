@@ -6,12 +6,14 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from lorahub.bases.layers import shown
+from lorahub.fetching import Progress, Source, quiet
 from lorahub.findings import Finding
 from lorahub.merging.job import Job
 from lorahub.merging.preparing import prepare
+from lorahub.opening import Base
 from lorahub.plugins import load_registry
 from lorahub.report import CheckReport
-from lorahub.sources import Base, Given, Progress, Source, header_of, quiet
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

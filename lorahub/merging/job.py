@@ -25,12 +25,13 @@ from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.engine.writing.staging import SINGLE
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import Degraded, Incompatible, UsageError
+from lorahub.fetching import Progress, quiet
 from lorahub.files.digest import file_digest
 from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub.contents import survey
+from lorahub.opening import Base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
-from lorahub.sources import Base, Progress, quiet
 
 __all__ = ["PROVENANCE", "Job", "demand_own_layers"]
 

@@ -17,10 +17,12 @@ from lorahub.deltas.disputes import as_compat
 from lorahub.engine.planning.casting import cast as cast_plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import Unavailable, UsageError
+from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.merging.job import Job
 from lorahub.names import Ref
+from lorahub.opening import Base, open_base, recorded_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Base, Given, Progress, Source, as_ref, header_of, open_base, quiet, recorded_base
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,9 +20,9 @@ from lorahub.deltas.dora import DoRA
 from lorahub.deltas.kind import JSON
 from lorahub.deltas.lora import LoRA
 from lorahub.errors import BaseMismatch, CannotCarry
+from lorahub.opening import Base
 from lorahub.plugins import load_registry
 from lorahub.saving import write_folder
-from lorahub.sources import Base
 
 REGISTRY = load_registry()
 NOWHERE: Weight = lambda _: None  # noqa: E731 - no base

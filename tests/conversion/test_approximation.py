@@ -14,8 +14,8 @@ from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.full import Full
 from lorahub.errors import CannotCarry, UsageError
+from lorahub.opening import Base
 from lorahub.records import AdapterRecord
-from lorahub.sources import Base
 
 
 def turned_and_base(folder: Path) -> tuple[dict[Target, Delta], Base]:

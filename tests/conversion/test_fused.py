@@ -20,7 +20,7 @@ from lorahub.conversion.verify import same
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.lora import LoRA
 from lorahub.errors import CannotCarry
-from lorahub.sources import Base
+from lorahub.opening import Base
 
 FUSED, PARTS = Target("", "attn.qkv", "weight"), tuple(Target("", f"attn.{name}", "weight") for name in "qkv")
 SIZES = (6, 6, 8)

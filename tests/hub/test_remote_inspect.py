@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorahub import sources
+from lorahub import fetching, sources
 from lorahub.errors import (
     DigestMismatch,
     HeaderError,
@@ -145,7 +145,7 @@ def test_a_header_comes_in_two_requests_and_not_a_byte_more_than_it_takes(double
 
 def test_what_is_found_is_what_the_pulled_folder_says(double: Any, look: Any) -> None:
     far = look(peft())
-    folder = sources.pull("acme/ink", hub=double.endpoint).folder
+    folder = fetching.pull("acme/ink", hub=double.endpoint).folder
     near = sources.inspect(str(folder))
     assert far.rows == near.rows
     assert far.groups == near.groups
@@ -212,7 +212,7 @@ def test_what_was_looked_at_online_can_be_looked_at_offline(
     assert look().rows == first.rows
     assert len(double.log) == before
     with pytest.raises(Offline):
-        sources.pull("acme/ink", hub=double.endpoint)
+        fetching.pull("acme/ink", hub=double.endpoint)
     with pytest.raises(Offline):
         sources.inspect("acme/other", hub=double.endpoint)
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import lorahub
 from lorahub.errors import InvalidRef, NotFound, UsageError
+from lorahub.fetching import as_ref
 from lorahub.files.writer import save_file
-from lorahub.sources import as_ref
 
 
 def adapter(folder: Path, value: float = 1.0) -> Path:
