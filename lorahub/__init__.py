@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
     from lorahub.attaching import attach as attach
+    from lorahub.carding import card as card
     from lorahub.comparing import diff as diff
     from lorahub.comparing import interference as interference
     from lorahub.comparing import similarity as similarity
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
     from lorahub.findings import Finding as Finding
     from lorahub.findings import Verdict as Verdict
     from lorahub.hookspecs import hookimpl as hookimpl
+    from lorahub.manifest.adding import add as add
+    from lorahub.manifest.adding import remove as remove
+    from lorahub.manifest.locking import lock as lock
+    from lorahub.manifest.syncing import sync as sync
+    from lorahub.manifest.verifying import verify as verify
+    from lorahub.manifest.watching import outdated as outdated
     from lorahub.merging import merge as merge
     from lorahub.merging import plan as plan
     from lorahub.merging.checking import check as check
@@ -41,6 +48,8 @@ if TYPE_CHECKING:
     from lorahub.opening import open_base as open_base
     from lorahub.publishing import push as push
     from lorahub.publishing import record as record
+    from lorahub.searching import search as search
+    from lorahub.searching import versions as versions
     from lorahub.sources import inspect as inspect
     from lorahub.sources import load as load
     from lorahub.sources import weigh as weigh
@@ -52,7 +61,9 @@ _HOME = {
     "LorahubError": "errors",
     "Ref": "names",
     "Verdict": "findings",
+    "add": "manifest.adding",
     "attach": "attaching",
+    "card": "carding",
     "check": "merging.checking",
     "compose": "composing",
     "convert": "converting",
@@ -63,17 +74,24 @@ _HOME = {
     "inspect": "sources",
     "interference": "comparing",
     "load": "sources",
+    "lock": "manifest.locking",
     "merge": "merging",
     "open_base": "opening",
+    "outdated": "manifest.watching",
     "plan": "merging",
     "pull": "fetching",
     "push": "publishing",
     "record": "publishing",
+    "remove": "manifest.adding",
     "resize": "deriving",
     "save": "adapter",
+    "search": "searching",
     "similarity": "comparing",
     "subspace_overlap": "comparing",
+    "sync": "manifest.syncing",
     "tag": "tagging",
+    "verify": "manifest.verifying",
+    "versions": "searching",
     "weigh": "sources",
 }
 

@@ -3,7 +3,8 @@
     LorahubError                        exit 1   something went wrong while doing what was asked
     ├── UsageError                      exit 2   the request itself is malformed
     │   ├── InvalidRef                           a reference that does not follow the grammar
-    │   └── RecipeError                          a recipe that does not follow its schema, or fits no target
+    │   ├── RecipeError                          a recipe that does not follow its schema, or fits no target
+    │   └── ManifestError                        a manifest that does not follow its schema, or cannot be edited
     ├── Degraded                        exit 3   it would run, but not as its author meant it: refused unless allowed
     ├── Incompatible                    exit 4   it cannot be done with these two things
     │   ├── BaseMismatch                         the adapter does not fit this base
@@ -51,6 +52,7 @@ __all__ = [
     "IntegrityError",
     "InvalidRef",
     "LorahubError",
+    "ManifestError",
     "MissingDependency",
     "NotFinite",
     "NotFound",
@@ -98,6 +100,10 @@ class InvalidRef(UsageError, ValueError):
 
 class RecipeError(UsageError, ValueError):
     """A recipe that does not follow its schema, or speaks of what is not there; the message carries the key path."""
+
+
+class ManifestError(UsageError, ValueError):
+    """A manifest that does not follow its schema, or has to be edited by hand; the message carries the key path."""
 
 
 class Degraded(LorahubError):

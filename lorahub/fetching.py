@@ -6,20 +6,22 @@ Knows hubs and folders, and not what an adapter is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from lorahub.errors import InvalidRef, NotFound, UsageError
+from lorahub.errors import Degraded, InvalidRef, NotFound, UsageError
+from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub import open_hub
+from lorahub.hub.placing import put_at
 from lorahub.names import Ref, no_weight, printable
 
 if TYPE_CHECKING:
     from lorahub.hub.hub import Pin
 
-__all__ = ["Place", "Progress", "Pulled", "Source", "as_ref", "locate", "pull", "quiet"]
+__all__ = ["Place", "Progress", "Pulled", "Source", "as_ref", "locate", "pull", "quiet", "resolve"]
 
 Source: TypeAlias = "str | os.PathLike[str] | Ref"
 """An adapter as people write it: a folder, a file, or ``ns/name[@SELECTOR][/path][:WEIGHT]``."""
@@ -34,10 +36,17 @@ def quiet(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """An adapter that was fetched: its verified folder, and exactly which commit and files it is."""
+    """An adapter that was fetched.
+
+    Attributes:
+        folder: where its verified files lie.
+        pin: exactly which commit and files it is.
+        findings: what the hub let on meanwhile: a version that moved and was allowed, a new name, a successor.
+    """
 
     folder: Path
     pin: Pin
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +109,39 @@ def _exists(path: str) -> bool:
 
 
 def _fetch(
-    ref: Ref, hub: str | None, local_files_only: bool, progress: Progress, *, token: str | None = None
+    ref: Ref,
+    hub: str | None,
+    local_files_only: bool,
+    progress: Progress,
+    *,
+    token: str | None = None,
+    allow: Collection[str] = (),
+    dest: Path | None = None,
 ) -> Pulled:
     opened = open_hub(hub, token=token, local_files_only=local_files_only)
     pin = opened.resolve(ref)
-    return Pulled(folder=opened.pull(pin, progress=lambda _file, done, total: progress(done, total)), pin=pin)
+    _refuse(ref, pin, allow)
+    folder = opened.pull(pin, progress=lambda _file, done, total: progress(done, total))
+    if "tag-moved" in {each.code for each in pin.said}:
+        opened.trust(pin)
+    if dest is not None:
+        folder = put_at(folder, dest)
+    return Pulled(folder=folder, pin=pin, findings=pin.said)
+
+
+def _refuse(ref: Ref, pin: Pin, allow: Collection[str]) -> None:
+    """Raise what a hub let on and nobody allowed.
+
+    Raises:
+        Degraded: a version is another commit than it was.
+    """
+    stopping = tuple(each for each in pin.said if worst([each], allowed=allow) >= Verdict.DEGRADED)
+    if stopping:
+        codes = " ".join(f"--allow {code}" for code in sorted({each.code for each in stopping}))
+        plain = Ref(repo=ref.repo, selector=ref.selector, subpath=ref.subpath)
+        raise Degraded(
+            f"{pin} is not what it was, so nothing was fetched", f"To accept it: lorahub pull {plain} {codes}", stopping
+        )
 
 
 def locate(
@@ -114,7 +151,7 @@ def locate(
 
     Raises:
         NotFound: there is nothing at that path.
-        Unavailable, IntegrityError: as ``pull``.
+        Degraded, Unavailable, IntegrityError, WriteFailed: as ``pull``.
     """
     ref = as_ref(source)
     if ref.path is None:
@@ -130,20 +167,59 @@ def locate(
     )
 
 
-def pull(ref: Source, *, hub: str | None = None, local_files_only: bool = False, progress: Progress = quiet) -> Pulled:
+def pull(
+    ref: Source,
+    *,
+    hub: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    dest: str | os.PathLike[str] | None = None,
+    allow: Collection[str] = (),
+    progress: Progress = quiet,
+) -> Pulled:
     """Fetch an adapter from a hub, verify every file, and say where it lies.
 
     Args:
         ref: ``ns/name[@SELECTOR][/folder-or-file]``.
         hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
+        token: for Hugging Face; None takes ``HF_TOKEN`` or that of ``hf auth login``.
         local_files_only: use the cache alone.
+        dest: also put a copy of the files here, whole or not at all: a folder that is not there yet, is empty, or holds
+            just these files.
+        allow: codes of findings to go on with all the same, such as "tag-moved", which is accepted from then on.
         progress: called with (bytes done, bytes in all).
 
     Raises:
+        Degraded: a version tag is another commit than when this machine first saw it.
         Unavailable: it does not exist, is not accessible, or the network is needed and not there.
         IntegrityError: a file is not what the hub says it is.
+        WriteFailed: it cannot be written, or there is too little room for it.
     """
+    place = Path(dest) if dest is not None else None
+    return _fetch(_on_hub(ref), hub, local_files_only, progress, token=token, allow=allow, dest=place)
+
+
+def resolve(
+    ref: Source,
+    *,
+    hub: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    allow: Collection[str] = (),
+) -> Pin:
+    """What ``pull`` would fetch: the commit, its files and sizes; nothing is fetched.
+
+    Raises:
+        Degraded, Unavailable, IntegrityError: as ``pull``.
+    """
+    parsed = _on_hub(ref)
+    pin = open_hub(hub, token=token, local_files_only=local_files_only).resolve(parsed)
+    _refuse(parsed, pin, allow)
+    return pin
+
+
+def _on_hub(ref: Source) -> Ref:
     parsed = as_ref(ref)
     if parsed.path is not None:
         raise UsageError(f"{ref} is a local path; only hub references are pulled", "lorahub pull NS/NAME[@VERSION]")
-    return _fetch(parsed, hub, local_files_only, progress)
+    return parsed

@@ -158,7 +158,7 @@ class Output:
             return
         lines = [f"Error: {error.message}"]
         for finding in error.findings:
-            if finding.level >= Verdict.DEGRADED:
+            if finding.level >= Verdict.DEGRADED and finding.message not in error.message:
                 lines.append(f"  {finding.show()}")
                 if finding.remedy:
                     lines.append(f"    {finding.remedy}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 
 from lorahub.errors import HeaderError, IntegrityError, NotFound
@@ -15,9 +15,18 @@ from lorahub.files.grammar import Malformed, Scanner, show
 from lorahub.files.header import Header, Limits, name_fault, read_header
 from lorahub.files.raw import open_regular, read_into
 
-__all__ = ["check_shards", "encode_index", "read_index", "read_shards", "shard_paths"]
+__all__ = [
+    "INDEX_BYTES",
+    "check_shards",
+    "demand_shards",
+    "encode_index",
+    "parse_index",
+    "read_index",
+    "read_shards",
+    "shard_paths",
+]
 
-_BYTES = 64 << 20  # a trillion-parameter checkpoint with 200 000 tensors has an index of about 20 MiB
+INDEX_BYTES = 64 << 20  # a trillion-parameter checkpoint with 200 000 tensors has an index of about 20 MiB
 _ASIDE = 64 << 10  # characters of any member that is not the map
 _ANY = json.JSONDecoder()
 _HINT = "fetch the index again, or ask its author"
@@ -43,17 +52,30 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        try:
-            raw = bytearray(min(size, _BYTES + 1))
-            read_into(file, 0, raw)
-            return _walk(raw)
-        except Malformed as fault:
-            raise HeaderError(f"{os.fspath(path)}: {fault.reason}", fault.hint or _HINT) from None
+        raw = bytearray(min(size, INDEX_BYTES + 1))
+        read_into(file, 0, raw)
+    return parse_index(raw, where=os.fspath(path))
 
 
-def _walk(raw: bytearray) -> dict[str, str]:
-    if len(raw) > _BYTES:
-        raise Malformed(f"the index takes more than {_BYTES} bytes")
+def parse_index(raw: bytes | bytearray, *, where: str) -> dict[str, str]:
+    """As ``read_index``, of bytes that came from elsewhere.
+
+    Args:
+        raw: the whole index.
+        where: what to call it in messages.
+
+    Raises:
+        HeaderError: as ``read_index``.
+    """
+    try:
+        return _walk(raw)
+    except Malformed as fault:
+        raise HeaderError(f"{where}: {fault.reason}", fault.hint or _HINT) from None
+
+
+def _walk(raw: bytes | bytearray) -> dict[str, str]:
+    if len(raw) > INDEX_BYTES:
+        raise Malformed(f"the index takes more than {INDEX_BYTES} bytes")
     try:
         scanner = Scanner(raw.decode())
     except UnicodeDecodeError as error:
@@ -84,12 +106,21 @@ def shard_paths(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
         NotFound: some are missing; the message lists them.
     """
     paths = [path.with_name(name) for name in sorted(set(weight_map.values()))]
-    if missing := [shard.name for shard in paths if not shard.is_file()]:
-        raise NotFound(
-            f"{path} names {len(paths)} shards and {len(missing)} are missing: {', '.join(missing[:3])}",
-            "fetch the missing files into the same folder",
-        )
+    missing = [shard.name for shard in paths if not shard.is_file()]
+    demand_shards(path, paths, missing, "fetch the missing files into the same folder")
     return paths
+
+
+def demand_shards(path: Path, shards: Sized, missing: Sequence[str], hint: str) -> None:
+    """Make sure that none of the shards an index names is missing.
+
+    Raises:
+        NotFound: some are; the message lists them.
+    """
+    if missing:
+        raise NotFound(
+            f"{path} names {len(shards)} shards and {len(missing)} are missing: {', '.join(missing[:3])}", hint
+        )
 
 
 def check_shards(path: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> None:

@@ -12,17 +12,18 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from filelock import FileLock
 
-from lorahub.errors import DigestMismatch, LorahubError, RecordError
+from lorahub.errors import DigestMismatch, LorahubError, RecordError, WriteFailed
 from lorahub.files.atomic import atomic_write, flush, flush_folder, is_partial, replace_dir, write_failed
 from lorahub.files.digest import file_digest, git_blob_sha1
 from lorahub.files.user import cache_root
 from lorahub.hub.hub import FilePin, Pin
+from lorahub.hub.versions import version_tags
 from lorahub.names import printable
 
 __all__ = ["Cache", "Fetch", "Refs", "pin_of"]
@@ -31,6 +32,7 @@ Fetch: TypeAlias = Callable[[str, FilePin, Path], None]
 """Brings one file: (path in the pin, its content, where to write it).  What lies there already is a start of it."""
 
 _PIN, _REFS, _LISTING = "pin.json", "refs.json", "listing.json"
+_REFS_KEYS = ("tags", "branches", "known")
 
 
 def pin_of(folder: Path) -> Pin | None:
@@ -41,10 +43,22 @@ def pin_of(folder: Path) -> Pin | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refs:
-    """Tags and branches of a repository (name -> commit) as a hub last listed them."""
+    """Tags and branches of a repository (name -> commit) as a hub last listed them.
+
+    Attributes:
+        tags, branches: as listed.
+        known: version tags at the commits where this machine first saw them, or accepted them since; what a hub lists
+            later does not change them.
+    """
 
     tags: Mapping[str, str]
     branches: Mapping[str, str]
+    known: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def trusted(self) -> dict[str, str]:
+        """The tags, the versions among them at the commits where they are known."""
+        return {tag: self.known.get(tag, commit) for tag, commit in self.tags.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +118,13 @@ class Cache:
         places = self._repo(hub, repo).glob(f"*/*/{_PIN}")
         return sorted({place.parts[-3] for place in places if not is_partial(place.parts[-2])})
 
+    def missing(self, hub: str, pin: Pin) -> list[str]:
+        """The files of ``pin`` of which not all bytes are here; whether the others are sound is not looked at."""
+        place = self._place(hub, pin)
+        folders = [place / _leaf(pin), _staging(place) / _leaf(pin)]
+        looks = {path: [_look(folder / path) or [-1] for folder in folders] for path in pin.files}
+        return [path for path, file in pin.files.items() if file.size not in {look[0] for look in looks[path]}]
+
     def fill(self, hub: str, pin: Pin, fetch: Fetch) -> Path:
         """The complete folder of ``pin``, each file fetched where it is missing and verified.
 
@@ -111,15 +132,18 @@ class Cache:
 
         Raises:
             DigestMismatch: a file is not what the pin says, twice.
-            WriteFailed: the cache cannot be written.
+            WriteFailed: the cache cannot be written, or has too little room for what is missing.
         """
         place = self._place(hub, pin)
-        staging = place.with_name(f".lorahub-{place.name}.partial")
+        staging = _staging(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.with_name(f".{place.name}.lock")):
                 if (folder := self.folder(hub, pin)) is not None:  # another process was faster
                     return folder
+                if place.exists() and not staging.exists():  # damaged, or of other files: what is sound of it stays
+                    place.rename(staging)
+                _demand_room(place.parent, staging / _leaf(pin), pin)
                 self._fill_staging(staging, pin, fetch)
                 if place.exists():
                     shutil.rmtree(place)
@@ -151,20 +175,34 @@ class Cache:
             raise
         _write_entry(staging, pin.with_files(files), seen)
 
-    def remember_refs(self, hub: str, repo: str, refs: Refs) -> None:
-        """Keep what a hub listed, for when it cannot be asked."""
+    def remember_refs(self, hub: str, repo: str, tags: Mapping[str, str], branches: Mapping[str, str]) -> Refs:
+        """Keep what a hub listed, for when it cannot be asked; a version that is known already stays where it was."""
+        old = self.refs(hub, repo)
+        seen = {each.tag: each.commit for each in version_tags(tags)}
+        refs = Refs(tags=dict(tags), branches=dict(branches), known=seen | dict(old.known if old else {}))
+        if refs != old:
+            self._write_refs(hub, repo, refs)
+        return refs
+
+    def trust(self, hub: str, repo: str, tag: str, commit: str) -> None:
+        """From now on the version ``tag`` is known to be ``commit``."""
+        old = self.refs(hub, repo) or Refs(tags={}, branches={})
+        self._write_refs(hub, repo, replace(old, tags={**old.tags, tag: commit}, known={**old.known, tag: commit}))
+
+    def _write_refs(self, hub: str, repo: str, refs: Refs) -> None:
         place = self._repo(hub, repo) / _REFS
         with suppress(OSError, LorahubError):  # a cache that cannot be written is no reason not to resolve
             place.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"tags": dict(refs.tags), "branches": dict(refs.branches)}, indent=1, sort_keys=True)
+            text = json.dumps({name: dict(getattr(refs, name)) for name in _REFS_KEYS}, indent=1, sort_keys=True)
             atomic_write(place, text.encode())
 
     def refs(self, hub: str, repo: str) -> Refs | None:
         """What the hub last listed, or None."""
         data = _read_json(self._repo(hub, repo) / _REFS)
-        return (
-            Refs(tags=data["tags"], branches=data["branches"]) if data and data.keys() == {"tags", "branches"} else None
-        )
+        if not {"tags", "branches"} <= data.keys() <= {*_REFS_KEYS}:
+            return None
+        refs = Refs(**data)
+        return refs if all(isinstance(each, str) for names in data.values() for each in names.values()) else None
 
     def remember_listing(self, hub: str, repo: str, commit: str, files: Mapping[str, FilePin]) -> None:
         """Keep the files of a commit, which never change."""
@@ -189,15 +227,34 @@ class Cache:
         return self._repo(hub, pin.repo) / pin.commit / (part if pin.path or pin.holds != "adapter" else "whole")
 
 
+def _staging(place: Path) -> Path:
+    """Where an entry is filled: always the same, so that the next pull of it goes on there."""
+    return place.with_name(f".lorahub-{place.name}.partial")
+
+
 def _leaf(pin: Pin) -> str:
     """What the folder itself is called: what people will see at the end of the path."""
     return (pin.subfolder or pin.repo).rpartition("/")[2]
+
+
+def _demand_room(parent: Path, folder: Path, pin: Pin) -> None:
+    """Refuse to begin what cannot be finished: the disk must have room for what is not here yet."""
+    here = {path: _look(folder / path) or [0] for path in pin.files}
+    missing = pin.size - sum(min(here[path][0], file.size) for path, file in pin.files.items())
+    free = shutil.disk_usage(parent).free
+    if missing > free:
+        raise WriteFailed(
+            f"{pin} needs {missing:,} more bytes, and the disk with {parent} has {free:,} free",
+            "Free some space, or keep the cache on another disk: LORAHUB_CACHE=FOLDER",
+        )
 
 
 def _bring(path: str, file: FilePin, target: Path, fetch: Fetch) -> FilePin:
     """The file at ``target`` with its sha256, fetched if need be."""
     if target.is_symlink():
         target.unlink()
+    elif target.is_dir():
+        shutil.rmtree(target)
     for _ in range(2):
         if _look(target) is None or target.stat().st_size != file.size:
             fetch(path, file, target)

@@ -29,6 +29,7 @@ __all__ = [
     "is_safetensors",
     "is_weights",
     "rule_for",
+    "secret_in",
     "survey",
 ]
 
@@ -150,6 +151,11 @@ def is_behaviour(path: str) -> bool:
 def is_safetensors(path: str) -> bool:
     """Whether the file holds tensors, of an adapter or a base."""
     return path.lower().endswith(".safetensors")
+
+
+def secret_in(data: bytes) -> bool:
+    """Whether what looks like an access token or a private key stands in the text."""
+    return _SECRET_TEXT.search(data) is not None
 
 
 def is_weights(path: str) -> bool:
@@ -294,7 +300,7 @@ def _judge(path: str, entry: os.DirEntry[str]) -> Found | str:
         if status.st_size > rule.limit:
             return "too-large"
         with Path(entry.path).open("rb") as file:
-            secret = _SECRET_TEXT.search(file.read(SCANNED))
+            secret = secret_in(file.read(SCANNED))
         return "secret-text" if secret else Found(role=rule.role, size=status.st_size)
     except OSError:
         return "unreadable"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, final
 
@@ -29,6 +30,7 @@ PAUSES: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
 _LONGEST_PAUSE = 30
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _CHUNK = 1 << 20
+_AT_ONCE = 8
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -59,6 +61,7 @@ def download(url: str, target: Path, *, size: int, headers: Mapping[str, str], a
     with target.open("ab") as file:
         if file.tell() > size:
             file.truncate(0)
+        furthest = file.tell()  # what begins again and again with the same few bytes comes no nearer
         while (have := file.seek(0, io.SEEK_END)) < size:
             pause = 0.0
             try:
@@ -68,9 +71,10 @@ def download(url: str, target: Path, *, size: int, headers: Mapping[str, str], a
                 if wait is None:
                     raise
                 pause = wait
-            fruitless = 0 if file.tell() > have else fruitless + 1
+            fruitless = 0 if file.tell() > furthest else fruitless + 1
+            furthest = max(furthest, file.tell())
             if fruitless > len(PAUSES):
-                raise IntegrityError(f"the hub sends {have:,} of {size:,} bytes and no more", "Try again later.")
+                raise IntegrityError(f"the hub sends {furthest:,} of {size:,} bytes and no more", "Try again later.")
             time.sleep(pause)
 
 
@@ -147,6 +151,18 @@ class Ranges:
         return patiently(
             lambda: read_range(self._url, offset=offset, length=length, headers=self._headers, landed=self._landed)
         )
+
+    def read_all(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of every span, (offset, length): the first shows the way, the others follow several at a time.
+
+        Raises:
+            OSError: the client gave up.
+        """
+        first = [self.read(*span) for span in spans[:1]]
+        if len(spans) < 2:
+            return first
+        with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+            return [*first, *pool.map(lambda span: self.read(*span), spans[1:])]
 
     def _landed(self, place: str) -> None:
         self._place = place

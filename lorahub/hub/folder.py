@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from packaging.version import InvalidVersion, Version
-
-from lorahub.errors import DigestMismatch, IntegrityError, NotFound, PushRefused, UsageError
+from lorahub.errors import DigestMismatch, IntegrityError, NotFound, UsageError
 from lorahub.files.atomic import write_failed
-from lorahub.files.digest import file_digest
 from lorahub.files.raw import CHUNK, open_regular, read_into
 from lorahub.hub.cache import Cache
-from lorahub.hub.contents import collisions, survey
 from lorahub.hub.folder_store import Commit, FolderStore, State
-from lorahub.hub.hub import FilePin, Listing, Pin, Progress, Span, Taken
+from lorahub.hub.hub import SORTS, FilePin, Listing, Pin, Progress, Span, Standing, Taken
+from lorahub.hub.publication import DEFAULT_BRANCH, Outcome, Publication, outcome, publication, repo_of
 from lorahub.hub.ranges import coalesce, cut, verify_whole
-from lorahub.hub.selection import adapter_folders, select_adapter
+from lorahub.hub.readme import front_matter
+from lorahub.hub.searches import base_name
+from lorahub.hub.selection import select_adapter
 from lorahub.hub.versions import VersionTag, pick, version_tags
 from lorahub.names import Ref, Selector, did_you_mean, printable
 
 __all__ = ["FolderHub"]
 
-_DEFAULT_BRANCH = "main"
 _CONFIG_LIMIT = 1 << 20
+_CARD_LIMIT = 4 << 20
 
 
 class FolderHub:
@@ -49,10 +48,10 @@ class FolderHub:
 
     def resolve(self, ref: Ref) -> Pin:
         """The exact state that ``ref`` means now; see ``Hub.resolve``."""
-        repo = _repo_of(ref)
+        repo = repo_of(ref)
         state = self._store.state(repo)
         selector = Selector.parse(ref.selector) if ref.selector is not None else None
-        picked = pick(selector, state.tags, state.branches, _DEFAULT_BRANCH, repo=repo)
+        picked = pick(selector, state.tags, state.branches, DEFAULT_BRANCH, repo=repo)
         chosen = select_adapter(self._store.commit(repo, picked.commit).files, ref.subpath, repo=repo)
         return Pin(
             repo=repo,
@@ -122,17 +121,51 @@ class FolderHub:
         """The published versions, newest first; see ``Hub.versions``."""
         return version_tags(self._store.state(repo).tags)
 
-    def search(self, text: str = "", *, base: str | None = None, limit: int = 20) -> list[Listing]:
-        """Repositories by name, and by the base that the newest state's PEFT config names; see ``Hub.search``."""
+    def trust(self, pin: Pin) -> None:
+        """Nothing to do: what a version means is read from the folder each time; see ``Hub.trust``."""
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        base: str | None = None,
+        author: str | None = None,
+        library: str | None = None,
+        tags: Sequence[str] = (),
+        sort: str = "downloads",
+        limit: int = 20,
+    ) -> list[Listing]:
+        """Repositories by name, by the base that the newest state's PEFT config names, and by its card.
+
+        See ``Hub.search``; nothing is counted here, so the order is that of the names.
+        """
+        if sort not in SORTS or limit < 1:
+            raise UsageError(f"a search has no order '{printable(sort)}' or no results", f"One of: {', '.join(SORTS)}")
+        wanted = base_name(base) if base is not None else None
         found: list[Listing] = []
         for repo in self._store.repos():
-            if text.lower() not in repo.lower() or len(found) >= limit:
+            if text.lower() not in repo.lower() or author not in {None, repo.partition("/")[0]}:
                 continue
-            stable = [each for each in self.versions(repo) if not each.version.is_prerelease]
-            says = self._base(repo)
-            if base is None or says == base:
-                found.append(Listing(repo=repo, version=str(stable[0].version) if stable else None, base=says))
-        return found
+            listing = self._listing(repo)
+            if wanted not in {None, listing.base} or library not in {None, listing.library}:
+                continue
+            if set(tags) <= set(listing.tags):
+                found.append(listing)
+        return found[:limit]
+
+    def _listing(self, repo: str) -> Listing:
+        stable = [each for each in self.versions(repo) if not each.version.is_prerelease]
+        card = self._card(repo)
+        words = {name: card[name] for name in ("library_name", "license") if isinstance(card.get(name), str)}
+        tags = card.get("tags")
+        return Listing(
+            repo=repo,
+            version=str(stable[0].version) if stable else None,
+            base=self._base(repo),
+            library=printable(words.get("library_name", "")),
+            license=printable(words.get("license", "")),
+            tags=tuple(printable(tag) for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
+        )
 
     def push(
         self,
@@ -142,39 +175,90 @@ class FolderHub:
         version: str | None = None,
         message: str = "",
         dry_run: bool = False,
+        private: bool = False,
+        create_pr: bool = False,
+        move_tag: bool = False,
+        given: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
     ) -> Pin:
         """Publish a folder as one commit; see ``Hub.push``.
 
         A dry run refuses whatever the push would refuse.  ``@`` in ``ref`` names the branch (main by default), a
         folder after it the place within the repository; other adapters in the repository stay as they are.
+
+        Raises:
+            UsageError: a private repository or a pull request is asked for, and a folder has neither.
         """
-        repo, branch, tag = _repo_of(ref), _branch_of(ref), _tag_of(version)
-        if os.environ.get("LORAHUB_DISABLE_PUSH", "").lower() not in {"", "0", "no", "false", "off"}:
-            raise PushRefused("publishing is switched off by LORAHUB_DISABLE_PUSH", "Unset it to publish.")
-        found = survey(folder)
-        found.demand()
+        if create_pr:
+            raise UsageError("a folder hub has no pull requests", f"Push to a branch of your own: {ref.repo}@BRANCH")
+        if private:
+            raise UsageError(
+                "a folder hub has no private repositories: who may read its folder may read all of it",
+                f"Set the permissions of the folder: chmod -R go= {self.name}",
+            )
+        job = publication(folder, ref, version=version, move_tag=move_tag, given=given)
+        job = replace(job, files={path: replace(file, git=None) for path, file in job.files.items()})
         text = message.encode("utf-8", "replace").decode()
-        job = _Job(self._store, repo, branch, tag, ref.subpath, {p: _hash(folder / p) for p in found.files}, text)
-        made = job.adapter()
-        plan = job.plan()
-        if plan.done or dry_run:
-            return job.pin(made, plan, plan.what if plan.done else f"would be {plan.what}")
-        total, done = sum(file.size for file in job.files.values()), 0
+        plan = self._plan(job, text)
+        if plan.outcome.done or dry_run:
+            said = plan.outcome.said if plan.outcome.done else f"would be {plan.outcome.said}"
+            return plan.pin(job, said)
+        done = 0
         try:
             self._store.create()
             for path, file in job.files.items():
-                self._store.store(folder / path, file)
+                self._store.store(job.given.get(path, folder / path), file)
                 done += file.size
                 if progress is not None:
-                    progress(path, done, total)
-            with self._store.lock(repo):
-                plan = job.plan()  # others may have pushed meanwhile
-                if not plan.done:
-                    self._store.write(repo, plan.state, plan.new)
+                    progress(path, done, job.size)
+            with self._store.lock(job.repo):
+                plan = self._plan(job, text)  # others may have pushed meanwhile
+                if not plan.outcome.done:
+                    self._store.write(job.repo, plan.state, plan.new)
         except OSError as error:
             raise write_failed(self._store.root, error) from None
-        return job.pin(made, plan, plan.what)
+        return plan.pin(job, plan.outcome.said)
+
+    def standing(self, repo: str) -> Standing:
+        """How the repository stands now; see ``Hub.standing``."""
+        state = self._store.state(repo)
+        says = self._card(repo)
+        successor, licence = says.get("new_version"), says.get("license")
+        return Standing(
+            repo=repo,
+            tags=state.tags,
+            branches=state.branches,
+            successor=successor if isinstance(successor, str) else None,
+            license=licence if isinstance(licence, str) else "",
+        )
+
+    def page(self, pin: Pin) -> str:
+        """No page shows a folder; see ``Hub.page``."""
+        return ""
+
+    def _plan(self, job: Publication, message: str) -> _Plan:
+        """What the push would do to the repository as it is now; writes nothing.
+
+        Raises:
+            PushRefused: the version exists with other content, or names would clash.
+        """
+        state = self._store.state(job.repo, missing_ok=True)
+        found = outcome(job, state.tags, state.branches, lambda commit: self._store.commit(job.repo, commit).files)
+        new = Commit(files=found.files, message=message, parent=found.start) if found.new else None
+        commit = new.id if new is not None else found.start or ""
+        branches = {**state.branches, found.branch: commit} if new or found.opens else state.branches
+        return _Plan(
+            commit=commit,
+            outcome=found,
+            state=State(branches=branches, tags={**state.tags, **dict.fromkeys(found.tags, commit)}),
+            new=new,
+        )
+
+    def _card(self, repo: str) -> Mapping[str, Any]:
+        with suppress(NotFound, IntegrityError, UsageError):  # a repository need have no card
+            pin = self.resolve(Ref(repo=repo))
+            return front_matter(self.read(pin, "README.md", length=_CARD_LIMIT).decode("utf-8", "replace"))
+        return {}
 
     def _base(self, repo: str) -> str | None:
         with suppress(NotFound, IntegrityError, UsageError, ValueError):  # a listing does without what it cannot read
@@ -185,131 +269,15 @@ class FolderHub:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What a push comes to: the refs after it, the commit they point at, and that commit if it is ``new``."""
+    """What a push comes to here: the commit it ends at, the refs after it, and that commit if it is ``new``."""
 
     commit: str
-    tag: str | None
-    what: str
+    outcome: Outcome
     state: State
-    new: Commit | None = None
-    done: bool = False
+    new: Commit | None
 
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is to be pushed where."""
-
-    store: FolderStore
-    repo: str
-    branch: str
-    tag: str | None
-    subpath: str
-    files: Mapping[str, FilePin]
-    message: str
-
-    def plan(self) -> _Plan:
-        """What the push would do to the repository as it is now; writes nothing.
-
-        Raises:
-            PushRefused: the version exists with other content, or the folder is no adapter itself.
-        """
-        state = self.store.state(self.repo, missing_ok=True)
-        if self.tag is not None:
-            taken = [each for each in version_tags(state.tags) if each.version == Version(self.tag)]
-            if taken:
-                return self._published(taken[0], state)
-        head = state.branches.get(self.branch) or state.branches.get(_DEFAULT_BRANCH)
-        old = self.store.commit(self.repo, head).files if head else {}
-        files = self._over(old)
-        if clash := collisions(files):
-            raise PushRefused(f"{self.repo} would hold names that clash: {'; '.join(map(printable, clash[:5]))}")
-        new = Commit(files=files, message=self.message, parent=head) if files != old or head is None else None
-        commit = new.id if new is not None else head or ""
-        branches, tags = {**state.branches, self.branch: commit}, dict(state.tags)
-        what = f"published on branch {self.branch}"
-        if self.tag is not None:
-            tags[self.tag] = commit
-            what = f"published as {self.tag}"
-        after = State(branches=branches, tags=tags)
-        done = after == state
-        return _Plan(commit, self.tag, f"already {what}" if done else what, after, new, done)
-
-    def _published(self, old: VersionTag, state: State) -> _Plan:
-        before = self.store.commit(self.repo, old.commit).files
-        after = self._over(before)
-        if changed := sorted(path for path in {*before, *after} if before.get(path) != after.get(path)):
-            raise PushRefused(
-                f"{self.repo} has {old.tag} already, and it differs in {', '.join(map(printable, changed[:5]))}",
-                "A published version never changes: push under the next version.",
-            )
-        return _Plan(old.commit, old.tag, f"already published as {old.tag}", state, done=True)
-
-    def _over(self, old: Mapping[str, FilePin]) -> dict[str, FilePin]:
-        """The repository's files with the pushed adapters in place of what they were; others stay."""
-        replaced: set[str] = set()
-        for folder in {"", *adapter_folders(self.files)}:
-            place = "/".join(filter(None, [self.subpath, folder]))
-            with suppress(NotFound):  # a new one replaces nothing
-                chosen = select_adapter(old, place, repo=self.repo)
-                replaced |= {f"{place}/{path}" if place else path for path in chosen.files}
-        placed = {f"{self.subpath}/{path}" if self.subpath else path: file for path, file in self.files.items()}
-        return dict(sorted({**{path: old[path] for path in old.keys() - replaced}, **placed}.items()))
-
-    def adapter(self) -> Mapping[str, FilePin]:
-        """The files that a pull of the pushed folder gives.
-
-        Raises:
-            PushRefused: the folder is no adapter itself, only holds some.
-        """
-        try:
-            return select_adapter(self.files, "", repo="the folder").files
-        except NotFound as error:
-            raise PushRefused(error.message, f"Push each by itself: {self.repo}/FOLDER") from None
-
-    def pin(self, adapter: Mapping[str, FilePin], plan: _Plan, why: str) -> Pin:
+    def pin(self, job: Publication, why: str) -> Pin:
         """The pin of the pushed adapter."""
-        return Pin(
-            repo=self.repo,
-            commit=plan.commit,
-            subfolder=self.subpath,
-            tag=plan.tag,
-            branch=self.branch,
-            version=str(Version(plan.tag)) if plan.tag else None,
-            why=why,
-            files=adapter,
-        )
-
-
-def _repo_of(ref: Ref) -> str:
-    if ref.repo is None or "/" not in ref.repo:
-        raise UsageError(f"{ref} is not in a hub", "Name a repository: namespace/name")
-    return ref.repo
-
-
-def _branch_of(ref: Ref) -> str:
-    if ref.selector is None:
-        return _DEFAULT_BRANCH
-    selector = Selector.parse(ref.selector)
-    branch = selector.text.removeprefix("refs/heads/")
-    if selector.kind != "name" and branch == selector.text:
-        raise UsageError(f"'@{ref.selector}' is no branch to push to", f"For a version: --version {ref.selector}")
-    return branch
-
-
-def _tag_of(version: str | None) -> str | None:
-    if version is None:
-        return None
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        raise UsageError(f"'{printable(version)}' is not a version", "Versions look like 1.2.0 or 2.0rc1.") from None
-    if parsed.local or parsed.epoch:
-        raise UsageError(f"'{version}' cannot be published: no epoch, no local part", "Versions look like 1.2.0.")
-    return f"v{parsed}"
-
-
-def _hash(path: Path) -> FilePin:
-    sha256, size = file_digest(path)
-    return FilePin(size=size, sha256=sha256)
+        return job.pin(self.commit, self.outcome.files, tag=self.outcome.tag, branch=self.outcome.branch, why=why)

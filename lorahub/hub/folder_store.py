@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock
 from lorahub.errors import DigestMismatch, IntegrityError, NotFound, RecordError, UsageError
 from lorahub.files.atomic import atomic_write, flush, flush_folder, is_partial, new_partial, put_in_place
 from lorahub.files.digest import file_digest
-from lorahub.files.raw import CHUNK, open_regular
+from lorahub.files.raw import CHUNK, open_regular, write_at
 from lorahub.hub.hub import FilePin
 from lorahub.names import COMMIT, Ref, did_you_mean
 
@@ -149,8 +149,8 @@ class FolderStore:
         """The lock to hold while the refs of ``repo`` are read and replaced."""
         return FileLock(self.root / "locks" / f"{repo.replace('/', '--')}.lock")
 
-    def store(self, source: Path, file: FilePin) -> None:
-        """Copy a file among the blobs, unless its content is there and sound.
+    def store(self, source: Path | bytes, file: FilePin) -> None:
+        """Copy a file, or content, among the blobs, unless it is there and sound.
 
         Raises:
             IntegrityError: it is not what it was when it was hashed.
@@ -171,7 +171,7 @@ class FolderStore:
         finally:
             partial.unlink(missing_ok=True)
         if not same:
-            raise IntegrityError(f"{source} changed while it was pushed; nothing was published", "Push again.")
+            raise IntegrityError(f"{source!s} changed while it was pushed; nothing was published", "Push again.")
 
     def write(self, repo: str, state: State, commit: Commit | None = None) -> None:
         """Make a commit last, then the refs.  Hold the lock.
@@ -194,8 +194,11 @@ class FolderStore:
         return self.root.joinpath("repos", *repo.split("/"))
 
 
-def _copy(source: Path, target: io.FileIO) -> str:
+def _copy(source: Path | bytes, target: io.FileIO) -> str:
     """Copy a file that must not have become a link since it was looked at; the sha256 of what was copied."""
+    if isinstance(source, bytes):
+        write_at(target, 0, source)
+        return hashlib.sha256(source).hexdigest()
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     sha = hashlib.sha256()
     with os.fdopen(os.open(source, flags), "rb", buffering=0) as opened:

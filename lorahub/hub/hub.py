@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeAlias, get_args
 
 from lorahub.errors import InvalidRef, LorahubError, RecordError, UnsafePath
+from lorahub.findings import Finding
 from lorahub.hub.contents import is_behaviour, is_safetensors
 from lorahub.hub.versions import VersionTag
 from lorahub.names import COMMIT, Ref, check_path, printable
 
-__all__ = ["FilePin", "Holds", "Hub", "Listing", "Pin", "Progress", "Span", "Taken", "digest_of"]
+__all__ = ["SORTS", "FilePin", "Holds", "Hub", "Listing", "Pin", "Progress", "Span", "Standing", "Taken", "digest_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called while bytes move: (file, bytes so far over all files, bytes in all)."""
@@ -28,6 +29,9 @@ Span: TypeAlias = tuple[int, int]
 """Bytes of a file: (offset, how many)."""
 
 Holds: TypeAlias = Literal["adapter", "base"]
+
+SORTS = ("downloads", "likes", "updated", "created")
+"""Orders of what a search finds."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -86,6 +90,7 @@ class Pin:
         why: how that was decided, or what a push did; for people.
         files: path within the adapter's folder -> content, sorted by path.
         holds: an adapter or a base.
+        said: what resolving noticed, such as a version tag that points elsewhere now; part of no document.
     """
 
     repo: str
@@ -99,6 +104,7 @@ class Pin:
     why: str = ""
     files: Mapping[str, FilePin] = field(default_factory=dict)
     holds: Holds = "adapter"
+    said: tuple[Finding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not COMMIT.fullmatch(self.commit):
@@ -198,19 +204,51 @@ def _file_from_json(data: object) -> FilePin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """One repository that a search found.
+    """One repository that a search found; what the hub does not say is empty, or None.
 
     Attributes:
         repo: "ns/name".
         version: its newest stable version, where the hub can say without asking again.
         base: the base it says it is for, or None.
-        note: further words for people, such as how often it is downloaded.
+        downloads, likes: how many; downloads of the last month.
+        updated: the day, as "2026-04-01".
+        library, license: by their names on the hub.
+        tags: as there.
+        gated: its files are only for those whom its authors let in.
     """
 
     repo: str
     version: str | None = None
     base: str | None = None
-    note: str = ""
+    downloads: int | None = None
+    likes: int | None = None
+    updated: str = ""
+    library: str = ""
+    license: str = ""
+    tags: tuple[str, ...] = ()
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How a repository stands on its hub now.
+
+    Attributes:
+        repo: what it is called now: another name than was asked for where it was renamed.
+        tags, branches: name -> commit.
+        private, gated, disabled: as the hub says.
+        successor: the repository that its card names as the newer one, or None.
+        license: what its card says, or "".
+    """
+
+    repo: str
+    tags: Mapping[str, str]
+    branches: Mapping[str, str]
+    private: bool = False
+    gated: bool = False
+    disabled: bool = False
+    successor: str | None = None
+    license: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +275,9 @@ class Hub(Protocol):
 
     def resolve(self, ref: Ref) -> Pin:
         """The exact state that ``ref`` means now.
+
+        What is noticed on the way stands in ``said``: ``tag-moved`` (a version is another commit than it was known to
+        be, which callers refuse unless it is allowed), ``repo-renamed``, ``superseded``.
 
         Raises:
             NotFound: no such repository, version, folder or file.
@@ -283,17 +324,46 @@ class Hub(Protocol):
         version: str | None = None,
         message: str = "",
         dry_run: bool = False,
+        private: bool = False,
+        create_pr: bool = False,
+        move_tag: bool = False,
+        given: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
     ) -> Pin:
         """Publish a folder as one commit, tagged ``v<version>`` if a version is given; ``why`` says what was done.
 
         The same content under the same version again changes nothing.
 
+        Args:
+            folder: what to publish.
+            ref: the repository, with ``@branch`` and a folder within it where those are meant.
+            version: as "1.2.0".
+            message: of the commit.
+            dry_run: refuse what the push would refuse, and write nothing.
+            private: create the repository private where it does not exist yet.
+            create_pr: propose the commit as a pull request, tagging nothing.
+            move_tag: let the version mean the new content where it exists with other content.
+            given: path -> content that is published in place of what lies there, or beside it.
+            progress: called while bytes move.
+
         Raises:
             PushRefused: the folder holds what must not be published, the version exists with other content, or
                 publishing is switched off; nothing was written.
             WriteFailed, AccessDenied, Unavailable: the hub cannot be written.
         """
+
+    def page(self, pin: Pin) -> str:
+        """The address under which people look at it, or "" where there is none."""
+
+    def standing(self, repo: str) -> Standing:
+        """How the repository stands now, in two requests.
+
+        Raises:
+            NotFound, AccessDenied, Offline, Unavailable: the repository cannot be had from here.
+        """
+
+    def trust(self, pin: Pin) -> None:
+        """From now on the version of ``pin`` means its commit: whoever saw ``tag-moved`` accepts it."""
 
     def versions(self, repo: str) -> list[VersionTag]:
         """The published versions, newest first.
@@ -302,9 +372,29 @@ class Hub(Protocol):
             NotFound, AccessDenied, Offline, Unavailable: the repository cannot be had from here.
         """
 
-    def search(self, text: str = "", *, base: str | None = None, limit: int = 20) -> list[Listing]:
-        """Repositories whose name holds ``text``, and that say they are for ``base``.
+    def search(
+        self,
+        text: str = "",
+        *,
+        base: str | None = None,
+        author: str | None = None,
+        library: str | None = None,
+        tags: Sequence[str] = (),
+        sort: str = "downloads",
+        limit: int = 20,
+    ) -> list[Listing]:
+        """Repositories of adapters that fulfil all that is given.
+
+        Args:
+            text: part of the name.
+            base: that they say they are for; ``@COMMIT`` behind it is left out.
+            author: the namespace.
+            library: as "peft" or "diffusers".
+            tags: all of them.
+            sort: one of ``SORTS``, most or newest first, as far as the hub knows.
+            limit: how many at most.
 
         Raises:
+            UsageError: there is no such order, or ``base`` is a path.
             AccessDenied, Offline, Unavailable: the hub cannot be asked.
         """

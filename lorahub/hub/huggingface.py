@@ -1,43 +1,38 @@
-"""The Hugging Face Hub, read-only: what a reference means there, and its files, verified.
+"""The Hugging Face Hub: what a reference means there, and its files, verified.
 
-Resolving lists refs and one commit's files (two requests, none for a commit that was pulled).  Files are then named
-by content hashes that were checked to be such, streamed into our own cache and hashed there: neither the headers of a
-download nor the client's cache decide a path or are believed.
+Resolving lists refs and one commit's files: two requests, one for a version that was pulled, none for a commit that
+was.  Files are then named by content hashes that were checked to be such, streamed into our own cache and hashed there:
+neither the headers of a download nor the client's cache decide a path or are believed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported at first use
 
-from lorahub.errors import AccessDenied, IntegrityError, NotFound, Offline, PushRefused, RecordError, UsageError
+from lorahub.errors import IntegrityError, NotFound, Offline, RecordError, UsageError
+from lorahub.findings import Finding
+from lorahub.hub import hf_push, hf_search
 from lorahub.hub.cache import Cache, Refs
 from lorahub.hub.download import Ranges, download, patiently, read_range
-from lorahub.hub.hf_errors import typed
-from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Span, Taken
+from lorahub.hub.hf_client import HubClient, check_token
+from lorahub.hub.hf_describing import describe, list_refs
+from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Span, Standing, Taken
+from lorahub.hub.noticed import moved, renamed, superseded
 from lorahub.hub.ranges import Kept, coalesce, cut, verify_whole
 from lorahub.hub.selection import select_adapter, select_base
 from lorahub.hub.versions import VersionTag, pick, version_tags
-from lorahub.names import COMMIT, Ref, Selector, did_you_mean, printable
+from lorahub.names import Ref, Selector, did_you_mean, printable
 
 __all__ = ["HuggingFaceHub"]
 
-T = TypeVar("T")
-
 _SELECT = {"adapter": select_adapter, "base": select_base}
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_TIMEOUT = 30.0
-_AT_ONCE = 8
 _TRUE = frozenset({"1", "on", "yes", "true"})
 
 
@@ -60,17 +55,14 @@ class HuggingFaceHub:
         local_files_only: bool = False,
         cache: Cache | None = None,
     ) -> None:
-        if token is not None and (not (token := token.strip()) or not token.isascii() or not token.isprintable()):
-            raise UsageError("the token holds characters that no token has", "Log in: hf auth login")
+        token = check_token(token) if token is not None else None
         self._api = api or HfApi(endpoint=endpoint, token=token, library_name="lorahub")
+        self._client = HubClient(self._api)
         self._cache = cache or Cache.default()
         self._offline = local_files_only or constants.HF_HUB_OFFLINE
         self._offline = self._offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
-        parts = urlsplit(self._api.endpoint)
-        if parts.scheme != "https" and parts.hostname not in _LOOPBACK:
-            raise UsageError(f"{printable(self._api.endpoint)} is not encrypted", "Use an https:// address.")
-        self.name = parts.netloc.rpartition("@")[2]
-        self._key = self.name.replace(":", "_").lower()
+        self.name, self._key = self._client.name, self._client.key
+        self._ranges: dict[str, Ranges] = {}
 
     # ------------------------------------------------------------------------------------------------ the Hub
 
@@ -85,8 +77,8 @@ class HuggingFaceHub:
         if (folder := self._cache.folder(self._key, pin)) is not None:
             return folder
         if self._offline:
-            raise self._not_here(pin.repo, str(pin))
-        headers, linked = self._headers(), set[str]()
+            raise self._not_here(pin.repo, str(pin), pin)
+        linked = set[str]()
         sizes = dict.fromkeys(pin.files, 0)
 
         def fetch(path: str, file: FilePin, target: Path) -> None:
@@ -101,7 +93,11 @@ class HuggingFaceHub:
                 arrived(file.size)
                 return
             url = hf_hub_url(pin.repo, pin.at(path), revision=pin.commit, endpoint=self._api.endpoint)
-            self._ask(pin.repo, lambda: download(url, target, size=file.size, headers=headers, arrived=arrived))
+            self._client.ask(
+                pin.repo,
+                lambda headers: download(url, target, size=file.size, headers=headers, arrived=arrived),
+                commit=pin.commit,
+            )
 
         return self._cache.fill(self._key, pin, fetch)
 
@@ -120,9 +116,10 @@ class HuggingFaceHub:
         if not length:
             return b""
         url = hf_hub_url(pin.repo, pin.at(path), revision=pin.commit, endpoint=self._api.endpoint)
-        headers = self._headers()
-        return self._ask(
-            pin.repo, lambda: patiently(lambda: read_range(url, offset=offset, length=length, headers=headers))
+        return self._client.ask(
+            pin.repo,
+            lambda headers: patiently(lambda: read_range(url, offset=offset, length=length, headers=headers)),
+            commit=pin.commit,
         )
 
     def read_many(self, pin: Pin, path: str, spans: Sequence[Span]) -> Taken:
@@ -137,7 +134,11 @@ class HuggingFaceHub:
         if asked and self._offline:
             raise self._not_here(pin.repo, str(pin))
         url = hf_hub_url(pin.repo, pin.at(path), revision=pin.commit, endpoint=self._api.endpoint)
-        data = self._ask(pin.repo, lambda: _read_all(Ranges(url, self._headers()), asked))
+        data = self._client.ask(
+            pin.repo,
+            lambda headers: self._ranges.setdefault(url, Ranges(url, headers)).read_all(asked),
+            commit=pin.commit,
+        )
         if short := [span for span, part in zip(asked, data, strict=True) if len(part) != span[1]]:
             raise IntegrityError(
                 f"{printable(path)} of {pin}: the hub sends fewer than the {short[0][1]:,} bytes asked for",
@@ -161,36 +162,80 @@ class HuggingFaceHub:
         version: str | None = None,
         message: str = "",
         dry_run: bool = False,
+        private: bool = False,
+        create_pr: bool = False,
+        move_tag: bool = False,
+        given: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
     ) -> Pin:
-        """Refused: this hub is read-only here.
+        """Publish a folder as one commit; see ``Hub.push`` and ``hf_push``."""
+        if self._offline:
+            raise Offline(f"{ref} cannot be published: the network is switched off", "Unset HF_HUB_OFFLINE.")
+        pin = hf_push.push(
+            self._api,
+            self._client,
+            folder,
+            ref,
+            version=version,
+            message=message,
+            dry_run=dry_run,
+            private=private,
+            create_pr=create_pr,
+            move_tag=move_tag,
+            given=given,
+            progress=progress,
+        )
+        if not dry_run:
+            self.trust(pin)  # who publishes a version knows what it is
+        return pin
 
-        Raises:
-            PushRefused: always.
-        """
-        raise PushRefused(
-            f"publishing {ref} to {self.name} is not part of this release, which only reads from there",
-            f"Publish to a folder hub: lorahub push {ref} {folder} --hub PATH",
+    def page(self, pin: Pin) -> str:
+        """Where people look at a state, or at a pull request; see ``Hub.page``."""
+        return hf_push.page(self._client, pin)
+
+    def trust(self, pin: Pin) -> None:
+        """The version of ``pin`` means its commit from now on; see ``Hub.trust``."""
+        if pin.tag is not None:
+            self._cache.trust(self._key, pin.repo, pin.tag, pin.commit)
+
+    def standing(self, repo: str) -> Standing:
+        """How a repository stands now; see ``Hub.standing``."""
+        if self._offline:
+            raise Offline(f"how {repo} stands cannot be asked: the network is switched off", "Unset HF_HUB_OFFLINE.")
+        refs, name = list_refs(self._client, repo, pulls=False)
+        self._cache.remember_refs(self._key, repo, refs.tags, refs.branches)
+        about = describe(self._client, repo)
+        return Standing(
+            repo=about.name if about.name != repo else name,
+            tags=refs.tags,
+            branches=refs.branches,
+            private=about.private,
+            gated=about.gated,
+            disabled=about.disabled,
+            successor=about.successor,
+            license=about.license,
         )
 
     def versions(self, repo: str) -> list[VersionTag]:
         """The published versions, newest first; see ``Hub.versions``."""
-        return version_tags(self._refs(repo, None).tags)
+        return version_tags(self._refs(Ref(repo=repo))[0].tags)
 
-    def search(self, text: str = "", *, base: str | None = None, limit: int = 20) -> list[Listing]:
-        """Model repositories by name, most downloaded first, and by the base their card names; see ``Hub.search``."""
+    def search(
+        self,
+        text: str = "",
+        *,
+        base: str | None = None,
+        author: str | None = None,
+        library: str | None = None,
+        tags: Sequence[str] = (),
+        sort: str = "downloads",
+        limit: int = 20,
+    ) -> list[Listing]:
+        """Model repositories, page after page; see ``Hub.search``."""
         if self._offline:
             raise Offline(f"{self.name} cannot be searched: the network is switched off", "Unset HF_HUB_OFFLINE.")
-        tags = f"base_model:adapter:{base}" if base is not None else None
-
-        def find() -> list[Listing]:
-            found = self._api.list_models(search=text or None, filter=tags, sort="downloads", limit=limit)
-            return [
-                Listing(repo=printable(info.id), base=base, note=f"{int(info.downloads or 0):,} downloads")
-                for info in found
-            ]
-
-        return self._ask("the search", lambda: patiently(find))
+        asked = hf_search.query(text, base=base, author=author, library=library, tags=tags, sort=sort, limit=limit)
+        return hf_search.listings(self._client.pages("/api/models", asked, what="the search"), limit)
 
     # --------------------------------------------------------------------------------------------------- bases
 
@@ -221,15 +266,20 @@ class HuggingFaceHub:
         if ref.repo is None:
             raise UsageError(f"{ref} is a local path, not in a hub", "Name a repository: namespace/name")
         selector = Selector.parse(ref.selector) if ref.selector is not None else None
+        said: list[Finding] = []
         if selector is not None and selector.kind == "commit":  # needs no refs
             picked = pick(selector, {}, {})
         else:
-            refs = self._refs(ref.repo, selector)
+            refs, said = self._refs(ref, selector)
             picked = pick(selector, refs.tags, refs.branches, repo=ref.repo)
-        why = f"{picked.why}, from the cache" if self._offline else picked.why
+            before = refs.known.get(picked.tag or "", picked.commit)
+            if picked.tag is not None and before != picked.commit:
+                said.append(moved(ref, picked.tag, before, picked.commit))
         found = self._cache.find(self._key, ref.repo, picked.commit, ref.subpath, holds=holds)
         if found is None:
-            chosen = _SELECT[holds](self._listing(ref.repo, picked.commit), ref.subpath, repo=ref.repo)
+            files, more = self._listing(ref, picked.commit)
+            said += [each for each in more if each.code not in {known.code for known in said}]
+            chosen = _SELECT[holds](files, ref.subpath, repo=ref.repo)
             found = Pin(
                 repo=ref.repo,
                 commit=picked.commit,
@@ -239,95 +289,52 @@ class HuggingFaceHub:
                 holds=holds,
             )
         return replace(
-            found, requested=ref.selector, tag=picked.tag, branch=picked.branch, version=picked.version, why=why
+            found,
+            requested=ref.selector,
+            tag=picked.tag,
+            branch=picked.branch,
+            version=picked.version,
+            why=f"{picked.why}, from the cache" if self._offline else picked.why,
+            said=tuple(said),
         )
 
-    def _refs(self, repo: str, selector: Selector | None) -> Refs:
+    def _refs(self, ref: Ref, selector: Selector | None = None) -> tuple[Refs, list[Finding]]:
+        """Tags and branches now, and what the answer lets on; offline as they are known here."""
+        repo = ref.repo or ""
         if self._offline:
-            refs = self._cache.refs(self._key, repo)
-            if refs is None:
+            kept = self._cache.refs(self._key, repo)
+            if kept is None:
                 raise self._not_here(repo, repo)
-            return refs
+            return replace(kept, tags=kept.trusted), []
         pulls = selector is not None and selector.text.startswith("refs/pr/")
+        listed, name = list_refs(self._client, repo, pulls=pulls)
+        refs = self._cache.remember_refs(self._key, repo, listed.tags, listed.branches)
+        return refs, [renamed(ref, name)] if name != repo else []
 
-        def ask() -> tuple[dict[str, str], dict[str, str]]:
-            found = self._api.list_repo_refs(repo, include_pull_requests=pulls)
-            tags = {each.name: each.target_commit for each in found.tags}
-            branches = {each.name: each.target_commit for each in found.branches}
-            return tags, branches | {each.ref: each.target_commit for each in found.pull_requests or []}
-
-        tags, branches = self._ask(repo, lambda: patiently(ask))
-        if wrong := [name for name, commit in [*tags.items(), *branches.items()] if not _is_commit(name, commit)]:
-            raise IntegrityError(f"{self.name} lists '{printable(str(wrong[0]))}' of {repo} at what is no commit")
-        refs = Refs(tags=tags, branches=branches)
-        self._cache.remember_refs(self._key, repo, refs)
-        return refs
-
-    def _listing(self, repo: str, commit: str) -> dict[str, FilePin]:
-        """Every file of a commit by content, each hash checked to be one."""
+    def _listing(self, ref: Ref, commit: str) -> tuple[dict[str, FilePin], list[Finding]]:
+        """Every file of a commit by content, and what the answer lets on, where the hub has to be asked."""
+        repo = ref.repo or ""
         if (known := self._cache.listing(self._key, repo, commit)) is not None:
-            return dict(known)
+            return dict(known), []
         if self._offline:
             raise self._not_here(repo, f"{repo}@{commit[:12]}")
-
-        def ask() -> tuple[Any, Any, list[tuple[Any, Any, Any, Any]]]:
-            info = self._api.model_info(repo, revision=commit, files_metadata=True, timeout=_TIMEOUT)
-            return (
-                info.sha,
-                info.disabled,
-                [
-                    (file.rfilename, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-                    for file in info.siblings or []
-                ],
-            )
-
-        sha, disabled, files = self._ask(repo, lambda: patiently(ask))
-        if disabled:
-            raise AccessDenied(f"{repo} was disabled by the hub or its author", f"See {self._page(repo)}")
-        if sha != commit:
-            raise IntegrityError(f"{self.name} answers for another commit of {repo} than was asked for")
-        found = dict(_entry(*file, repo) for file in files)
+        about = describe(self._client, repo, commit)
         with suppress(RecordError):  # names that no pin may hold: whether they matter is decided where files are chosen
-            self._cache.remember_listing(self._key, repo, commit, found)
-        return found
+            self._cache.remember_listing(self._key, repo, commit, about.files)
+        said = [renamed(ref, about.name)] if about.name != repo else []
+        return dict(about.files), said + ([superseded(repo, about.successor)] if about.successor else [])
 
-    def _ask(self, repo: str, call: Callable[[], T]) -> T:
-        return typed(call, what=repo, page=self._page(repo), here=Path(repo).is_dir())
-
-    def _page(self, repo: str) -> str:
-        return f"{self._api.endpoint}/{repo}"
-
-    def _headers(self) -> Mapping[str, str]:
-        return build_hf_headers(token=self._api.token, library_name="lorahub")
-
-    def _not_here(self, repo: str, what: str) -> Offline:
+    def _not_here(self, repo: str, what: str, pin: Pin | None = None) -> Offline:
         commits = self._cache.commits(self._key, repo)
         refs = self._cache.refs(self._key, repo) or Refs(tags={}, branches={})
-        known = [each.tag for each in version_tags(refs.tags) if each.commit in commits] or [c[:12] for c in commits]
+        known = [each.tag for each in version_tags(refs.trusted) if each.commit in commits] or [c[:12] for c in commits]
         has = f"pulled of it: {', '.join(map(printable, known[:5]))}" if known else "nothing of it was pulled"
-        return Offline(f"{what} is not in the cache, and the network is switched off ({has})", "Unset HF_HUB_OFFLINE.")
-
-
-def _read_all(ranges: Ranges, spans: Sequence[Span]) -> list[bytes]:
-    """The bytes of every span: the first shows the way, the others follow several at a time."""
-    first = [ranges.read(*span) for span in spans[:1]]
-    if len(spans) < 2:
-        return first
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return [*first, *pool.map(lambda span: ranges.read(*span), spans[1:])]
-
-
-def _is_commit(name: object, commit: object) -> bool:
-    return isinstance(name, str) and isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
-
-
-def _entry(name: object, size: object, blob: object, sha256: object, repo: str) -> tuple[str, FilePin]:
-    """One listed file; the server says large files' sha256 and git's id of the others."""
-    hash_ = blob if sha256 is None else sha256
-    with suppress(RecordError):
-        if isinstance(name, str) and type(size) is int and isinstance(hash_, str):
-            return name, FilePin(size=size, git=hash_) if sha256 is None else FilePin(size=size, sha256=hash_)
-    raise IntegrityError(f"{repo} lists '{printable(str(name))}' without a valid size and hash")
+        missing = self._cache.missing(self._key, pin) if pin is not None else []
+        if pin is not None and len(missing) < len(pin.files):
+            lost = ", ".join(map(printable, missing[:5])) or "its record"
+            has = f"of {len(pin.files)} files there is no whole {lost}{', ...' if len(missing) > 5 else ''}"
+        message = f"{what} is not in the cache, and the network is switched off ({has})"
+        return Offline(message, "Once with the network: leave out --offline, and unset HF_HUB_OFFLINE.")
 
 
 def _from_client_cache(repo: str, path: str, commit: str, file: FilePin, target: Path) -> bool:

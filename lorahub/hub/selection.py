@@ -16,6 +16,7 @@ from lorahub.names import did_you_mean, path_problem, printable
 __all__ = ["Selection", "adapter_folders", "select_adapter", "select_base"]
 
 _CONFIGS = ("adapter_config.json", "lorahub.json")
+_CARD = "README.md"
 _TRAVELS = frozenset({"behaviour", "companion", "document", "picture"})
 _BASE_JSON_LIMIT = 256 * MIB
 _BASE_LIMIT = 64 * GIB
@@ -74,28 +75,31 @@ def adapter_folders(paths: Collection[str]) -> list[str]:
 
 
 def select_base(listing: Mapping[str, FilePin], subpath: str, *, repo: str) -> Selection:
-    """A base at ``subpath``: its safetensors (one precision, sharded or not), configs, tokenizer and processor.
+    """A base at ``subpath``: its safetensors (one precision, sharded or not), configs, tokenizer, processor and card.
 
-    Where there is a ``model_index.json``, the component folders come along.
+    Where there is a ``model_index.json``, the component folders come along.  ``subpath`` may be one weights file.
 
     Raises:
         NotFound: there is no such folder, or no safetensors in it.
         UnsafePath, IntegrityError: as ``select_adapter``.
     """
     place = f"{repo}/{subpath}" if subpath else repo
+    file = ""
+    if subpath in listing and is_safetensors(subpath):
+        subpath, _, file = subpath.rpartition("/")
     inside = _inside(listing, subpath, repo)
     depth = 1 if "model_index.json" in inside else 0
     near = {path: pin for path, pin in inside.items() if path.count("/") <= depth}
-    weights = _plain_weights([path for path in near if is_safetensors(path)])
+    weights = {file} if file else _plain_weights([path for path in near if is_safetensors(path)])
     chosen = {
         path: pin
         for path, pin in near.items()
-        if path in weights or path.endswith(".json") or rule_for(path).role == "companion"
+        if path in weights or path.endswith(".json") or path == _CARD or rule_for(path).role == "companion"
     }
     if not weights:
         raise _no_weights(place, inside)
     _check(chosen, {path: _BASE_LIMIT if path in weights else _BASE_JSON_LIMIT for path in chosen}, place)
-    return Selection(subfolder=subpath, file="", files=chosen)
+    return Selection(subfolder=subpath, file=file, files=chosen)
 
 
 def _inside(listing: Mapping[str, FilePin], subfolder: str, repo: str) -> dict[str, FilePin]:

@@ -156,5 +156,7 @@ def _missing(text: str, tags: Mapping[str, str], branches: Mapping[str, str], re
     hint = did_you_mean(text, [*versions, *others, *map(_spelling, versions)]).strip()
     if not hint and re.fullmatch(r"[0-9a-f]{7,39}", text):
         hint = "A commit must be given in full, 40 hex digits."
+    if not hint and "/" in repo:
+        hint = f"lorahub versions {repo}"
     what = "versions: " if versions else "there are: " if others else ""
     raise NotFound(f"{repo} has nothing that '{printable(text)}' could mean ({what}{listed})", hint)

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub.bases import base, query_lora
 from hub.double import READER, STRANGER, TOKEN, Double
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]  # exported at first use
 
+from lorahub import publishing
 from lorahub.hub.cache import Cache
 from lorahub.hub.huggingface import HuggingFaceHub
+from lorahub.merging.checking import check
+from lorahub.report import CheckReport
 
 MakeAdapter = Callable[..., Path]
 
@@ -47,6 +51,7 @@ def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Double]:
         monkeypatch.setattr(constants, name, value)
     for name in _UNSET:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lorahub.hub.download.PAUSES", (0.0, 0.0, 0.0))
     close_session()
     with Double() as double:
@@ -132,3 +137,28 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         return folder
 
     return make
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA on the queries of ``hub.bases.base()``, without a record."""
+    folder = tmp_path / "ink"
+    folder.mkdir()
+    for name, data in query_lora().items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def recorded(double: Double, adapter: Path) -> Path:
+    """The adapter, with a record of ``acme/base`` as it was at first."""
+    double.repo("acme/base").commit(base())
+    publishing.record(adapter, "acme/base", hub=double.endpoint, license="mit")
+    double.log.clear()
+    return adapter
+
+
+@pytest.fixture
+def at(double: Double) -> Callable[..., CheckReport]:
+    """``at(FOLDER, "acme/base")``: what ``check`` reports, asked at the double."""
+    return lambda source, ref=None, **options: check(source, ref, hub=double.endpoint, **options)

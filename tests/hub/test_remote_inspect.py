@@ -1,21 +1,20 @@
 """An adapter on a hub, inspected without its weights: which bytes are read, how often, and what is made of them.
 
-Hugging Face is the double of ``test_huggingface_double``, asked through the real client; the folder hub is itself.
+Hugging Face is the double, asked through the real client; the folder hub is itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import struct
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub.double import TOKEN, Double, Flip, Status, Swap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,17 +39,6 @@ from lorahub.inspection import Inspection
 from lorahub.names import Ref
 from lorahub.plugins import load_registry
 from lorahub.remote import Cost, open_remote
-
-_SPEC = importlib.util.spec_from_file_location(
-    "lorahub_hub_double", Path(__file__).with_name("test_huggingface_double.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-sys.modules["lorahub_hub_double"] = _MODULE  # dataclasses look their module up
-_SPEC.loader.exec_module(_MODULE)
-Double, Repo, Reply = _MODULE.Double, _MODULE.Repo, _MODULE.Reply
-double = _MODULE.double
 
 WIDTH, RANK = 768, 8
 MODULES = [f"down_blocks_{block}_attentions_0_proj_in" for block in range(12)]
@@ -106,29 +94,29 @@ def header_bytes(data: bytes) -> int:
 
 
 @pytest.fixture
-def look(double: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inspection]:
+def look(double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inspection]:
     """Inspect ``acme/ink``, which the double then holds with ``files``."""
     monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
 
     def inspect(files: dict[str, bytes] | None = None, ref: str = "acme/ink") -> Inspection:
         if files is not None:
-            double.repos.setdefault("acme/ink", Repo()).commit(files, tag="v1.0.0")
+            double.repo("acme/ink").commit(files, tag="v1.0.0")
         return sources.inspect(ref, hub=double.endpoint)
 
     return inspect
 
 
-def ranges(double: Any, suffix: str = ".safetensors") -> list[tuple[int, int]]:
+def ranges(double: Double, suffix: str = ".safetensors") -> list[tuple[int, int]]:
     """(offset, length) of every request to the CDN for files with that end."""
     found = []
-    for where, path, headers in double.log:
-        if where == "cdn" and path.endswith(suffix):
-            first, _, last = headers["range"].removeprefix("bytes=").partition("-")
+    for each in double.seen(where="cdn"):
+        if each.path.endswith(suffix):
+            first, _, last = each.headers["range"].removeprefix("bytes=").partition("-")
             found.append((int(first), int(last) + 1 - int(first)))
     return found
 
 
-def test_a_header_comes_in_two_requests_and_not_a_byte_more_than_it_takes(double: Any, look: Any) -> None:
+def test_a_header_comes_in_two_requests_and_not_a_byte_more_than_it_takes(double: Double, look: Any) -> None:
     files = peft()
     found = look(files)
     size = header_bytes(files["adapter_model.safetensors"])
@@ -140,10 +128,10 @@ def test_a_header_comes_in_two_requests_and_not_a_byte_more_than_it_takes(double
     assert found.distance.bytes_read == size + len(files["adapter_config.json"])
     assert found.distance.requests == 3
     assert not [path for path in double.paths() if "tokenizer" in path or "README" in path]
-    assert double.served < size + 20_000
+    assert double.bytes_of(".safetensors") == size
 
 
-def test_what_is_found_is_what_the_pulled_folder_says(double: Any, look: Any) -> None:
+def test_what_is_found_is_what_the_pulled_folder_says(double: Double, look: Any) -> None:
     far = look(peft())
     folder = fetching.pull("acme/ink", hub=double.endpoint).folder
     near = sources.inspect(str(folder))
@@ -160,7 +148,7 @@ def test_what_is_found_is_what_the_pulled_folder_says(double: Any, look: Any) ->
     assert again.distance.requests == 0  # it is here now
 
 
-def test_alphas_are_read_a_few_bytes_each_and_give_the_right_scales(double: Any, look: Any) -> None:
+def test_alphas_are_read_a_few_bytes_each_and_give_the_right_scales(double: Double, look: Any) -> None:
     data = kohya(alpha=4.0, ss_base_model_version="sdxl_base_v1-0")
     found = look({"style.safetensors": data})
     assert {row.scale for row in found.rows} == {0.5}
@@ -170,28 +158,21 @@ def test_alphas_are_read_a_few_bytes_each_and_give_the_right_scales(double: Any,
     assert found.distance.document()["autov2"] == hashlib.sha256(data).hexdigest()[:10]
 
 
-def test_only_the_first_of_many_parts_goes_through_the_redirect(double: Any, look: Any) -> None:
+def test_only_the_first_of_many_parts_goes_through_the_redirect(double: Double, look: Any) -> None:
     look({"style.safetensors": kohya()})
     asked = [path for path in double.paths("hub") if "resolve" in path]
-    assert len(asked) == 3  # the header's length, the header, the first alpha
+    assert len(asked) == 1  # the header's length; the header and all alphas from where that came to
     assert len(double.paths("cdn")) == 2 + len(MODULES)
 
 
-def test_an_address_that_serves_no_more_is_given_up_for_the_hubs(double: Any, look: Any) -> None:
-    seen = []
-
-    def expire(path: str) -> None:
-        if "resolve" not in path and path.endswith(".safetensors"):
-            seen.append(path)
-            if len(seen) == 5:
-                raise Reply(403, b"expired")
-
-    double.faults["style"] = expire
+def test_an_address_that_serves_no_more_is_given_up_for_the_hubs(double: Double, look: Any) -> None:
+    fault = double.fault(Status(403, body=b"expired"), "style", where="cdn", after=4)
     assert {row.scale for row in look({"style.safetensors": kohya()}).rows} == {0.5}
-    assert len([path for path in double.paths("hub") if "resolve" in path]) >= 4
+    assert fault.hits == 1
+    assert len([path for path in double.paths("hub") if "resolve" in path]) >= 2  # the first way there, and another
 
 
-def test_what_was_read_is_kept_so_that_a_second_look_reads_nothing(double: Any, look: Any) -> None:
+def test_what_was_read_is_kept_so_that_a_second_look_reads_nothing(double: Double, look: Any) -> None:
     first = look({"style.safetensors": kohya()}, ref="acme/ink@1.0.0")
     before = len(double.log)
     second = look(ref="acme/ink@1.0.0")
@@ -204,7 +185,7 @@ def test_what_was_read_is_kept_so_that_a_second_look_reads_nothing(double: Any, 
 
 
 def test_what_was_looked_at_online_can_be_looked_at_offline(
-    double: Any, look: Any, monkeypatch: pytest.MonkeyPatch
+    double: Double, look: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look({"style.safetensors": kohya()})
     before = len(double.log)
@@ -217,15 +198,17 @@ def test_what_was_looked_at_online_can_be_looked_at_offline(
         sources.inspect("acme/other", hub=double.endpoint)
 
 
-def test_parts_that_arrived_wrong_are_not_kept(double: Any, look: Any) -> None:
-    double.flip = True  # the first byte of every answer
+def test_parts_that_arrived_wrong_are_not_kept(double: Double, look: Any) -> None:
+    double.fault(Flip(), where="cdn", times=None)
     with pytest.raises(HeaderError):
         look({"style.safetensors": kohya()})
-    double.flip = False
+    double.faults.clear()
     assert look().format == "kohya"
 
 
-def test_kept_parts_and_listings_that_are_damaged_are_asked_for_again(double: Any, look: Any, tmp_path: Path) -> None:
+def test_kept_parts_and_listings_that_are_damaged_are_asked_for_again(
+    double: Double, look: Any, tmp_path: Path
+) -> None:
     first = look({"style.safetensors": kohya()})
     for pattern in ("ranges/*", "pulled/*/*/*/listing.json"):
         (kept,) = (tmp_path / "cache").glob(pattern)
@@ -237,16 +220,16 @@ def test_kept_parts_and_listings_that_are_damaged_are_asked_for_again(double: An
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(
-    double: Any, look: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    double: Double, look: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     first = look({"style.safetensors": kohya()})
     assert look().distance.requests == first.distance.requests
 
 
-def test_a_changed_file_is_read_anew(double: Any, look: Any) -> None:
+def test_a_changed_file_is_read_anew(double: Double, look: Any) -> None:
     assert {row.scale for row in look({"style.safetensors": kohya(4.0)}).rows} == {0.5}
-    double.repos["acme/ink"].commit({"style.safetensors": kohya(8.0)}, tag="v2.0.0")
+    double.repo("acme/ink").commit({"style.safetensors": kohya(8.0)}, tag="v2.0.0")
     assert {row.scale for row in look().rows} == {1.0}
 
 
@@ -263,70 +246,46 @@ def test_a_changed_file_is_read_anew(double: Any, look: Any) -> None:
     ],
 )
 def test_what_is_no_adapter_is_refused_by_name_after_a_few_bytes(
-    double: Any, look: Any, data: bytes, error: type[LorahubError], says: str
+    double: Double, look: Any, data: bytes, error: type[LorahubError], says: str
 ) -> None:
     with pytest.raises(error, match=says):
         look({"style.safetensors": data})
     assert sum(length for _, length in ranges(double)) <= 200
 
 
-def test_a_config_that_is_not_what_the_hub_lists_is_refused(double: Any, look: Any) -> None:
+def test_a_config_that_is_not_what_the_hub_lists_is_refused(double: Double, look: Any) -> None:
     files = peft()
-
-    def other(_path: str) -> None:
-        raise Reply(206, files["adapter_config.json"].replace(b'"r": 8', b'"r": 9'))
-
-    double.faults["resolve"] = lambda path: other(path) if path.endswith("adapter_config.json") else None
+    other = files["adapter_config.json"].replace(b'"r": 8', b'"r": 9')
+    double.fault(Swap(other), "adapter_config.json", times=None)
     with pytest.raises(DigestMismatch):
         look(files)
 
 
-def test_a_hub_that_sends_too_little_is_an_integrity_failure(double: Any, look: Any) -> None:
+def test_a_hub_that_sends_too_little_is_an_integrity_failure(double: Double, look: Any) -> None:
     data = kohya()
-
-    def short(path: str) -> None:
-        if path.endswith(".safetensors") and "resolve" in path:
-            raise Reply(206, data[:5])
-
-    double.faults["style"] = short
+    double.fault(Status(206, body=data[:5]), "style", where="hub", times=None)
     with pytest.raises(IntegrityError, match="fewer"):
         look({"style.safetensors": data})
 
 
-def test_a_hub_that_knows_no_ranges_is_read_all_the_same(
-    double: Any, look: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_knows_no_ranges_is_read_all_the_same(double: Double, look: Any) -> None:
     data = kohya()
-    for server in (double.hub, double.cdn):
-        monkeypatch.setattr(server, "handle_error", lambda *_: None)  # the client hangs up when it has what it wants
-
-    def whole(path: str) -> None:
-        if path.endswith(".safetensors"):
-            raise Reply(201, data)
-
-    double.faults["style"] = whole
+    double.fault(Status(201, body=data), ".safetensors", times=None)
     assert look({"style.safetensors": data}).format == "kohya"
 
 
-def test_a_transient_failure_is_tried_again(double: Any, look: Any) -> None:
-    left = [2]
-
-    def fail(path: str) -> None:
-        if "resolve" in path and left[0]:
-            left[0] -= 1
-            raise Reply(503, b"busy")
-
-    double.faults["acme/ink"] = fail
+def test_a_transient_failure_is_tried_again(double: Double, look: Any) -> None:
+    fault = double.fault(Status(503, body=b"busy"), "/resolve/", times=2)
     assert look({"style.safetensors": kohya()}).format == "kohya"
-    assert left == [0]
+    assert fault.hits == 2
 
 
-def test_gated_missing_and_unreachable_adapters_are_typed(double: Any, look: Any) -> None:
+def test_gated_missing_and_unreachable_adapters_are_typed(double: Double, look: Any) -> None:
     with pytest.raises(NotFound):
         look(ref="acme/nothing")
     with pytest.raises(NotFound):
         look({"style.safetensors": kohya()}, ref="acme/ink@9.9.9")
-    double.repos["acme/ink"].gated = True
+    double.repo("acme/ink").gate()
     with pytest.raises(Unavailable, match="gated"):
         look()
 
@@ -360,14 +319,13 @@ def test_what_is_asked_for_holds_every_part_and_little_besides(spans: list[tuple
     assert sum(length for _, length in asked) - len(wanted) <= size // 8
 
 
-def test_no_token_reaches_another_host_and_the_hub_gets_it(double: Any, look: Any, tmp_path: Path) -> None:
-    double.repos["acme/ink"] = Repo()
-    double.repos["acme/ink"].commit({"style.safetensors": kohya()})
-    hub = HuggingFaceHub(endpoint=double.endpoint, token=_MODULE.TOKEN, cache=Cache(tmp_path / "own"))
+def test_no_token_reaches_another_host_and_the_hub_gets_it(double: Double, look: Any, tmp_path: Path) -> None:
+    double.repo("acme/ink").commit({"style.safetensors": kohya()})
+    hub = HuggingFaceHub(endpoint=double.endpoint, token=TOKEN, cache=Cache(tmp_path / "own"))
     open_remote(hub, hub.resolve(Ref.parse("acme/ink")), load_registry(), Cost())
-    asked = [headers for where, path, headers in double.log if where == "hub" and "resolve" in path]
+    asked = double.seen("/resolve/", where="hub")
     assert asked
-    assert all(headers["authorization"] == f"Bearer {_MODULE.TOKEN}" for headers in asked)
+    assert all(each.headers["authorization"] == f"Bearer {TOKEN}" for each in asked)
     # the fixture of the double looks at every request to the other host
 
 

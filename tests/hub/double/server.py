@@ -62,7 +62,9 @@ class Double:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._servers = [self._serve("hub", answer_hub, port), self._serve("cdn", answer_cdn, 0)]
-        self.site.hub, self.site.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        hub, cdn = (server.server_port for server in self._servers)
+        # Two names, too: a client of 1.x takes one host for one origin, whatever its ports.
+        self.site.hub, self.site.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"
 
     # ----------------------------------------------------------------------------------------- for tests
 
