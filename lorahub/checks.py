@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from importlib import metadata
+from typing import Protocol
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -20,21 +21,42 @@ from lorahub.errors import BaseMismatch, Degraded, Incompatible, IntegrityError,
 from lorahub.findings import Axis, Finding, Verdict, worst
 from lorahub.records import BaseRecord
 
-__all__ = ["base_findings", "findings", "library_findings", "part_findings", "refuse"]
+__all__ = ["Kin", "base_findings", "findings", "library_findings", "part_findings", "refuse"]
 
 
-def base_findings(header: AdapterHeader, index: BaseIndex, touched: Collection[str]) -> list[Finding]:
+class Kin(Protocol):
+    """What is asked of a base whose weights are not the recorded ones, and only then."""
+
+    def relatives(self) -> Mapping[str, str]:
+        """The repositories that it says it was made from -> how."""
+
+    def agrees(self, recorded: BaseRecord, names: Collection[str]) -> bool:
+        """Whether the files that hold these parameters are known to be those of the recorded base, byte for byte."""
+
+
+def base_findings(
+    header: AdapterHeader,
+    index: BaseIndex,
+    touched: Collection[str],
+    *,
+    reads: Collection[str] = (),
+    kin: Kin | None = None,
+) -> list[Finding]:
     """What the adapter's record says of its base, held against ``index``.
 
     Args:
         header: the adapter, with its record if it has one.
         index: the base at hand.
         touched: canonical names of the parameters the adapter changes.
+        reads: canonical names of others that its changes look at.
+        kin: the base at hand, for what is asked where its weights differ.
     """
     recorded = header.record.base if header.record else None
     if recorded is None or not (recorded.weights_digest or recorded.structure or recorded.revision):
         claimed = header.reading.base_repo
-        says = f"its files name {claimed}, without a commit or digest" if claimed else "its files do not name one"
+        commit = header.reading.base_revision
+        lacks = f" at {commit}, without a digest" if commit else ", without a commit or digest"
+        says = f"its files name {claimed}{lacks}" if claimed else "its files do not name one"
         return [
             Finding(
                 code="base-unrecorded",
@@ -44,25 +66,34 @@ def base_findings(header: AdapterHeader, index: BaseIndex, touched: Collection[s
                 remedy="lorahub record FOLDER --base BASE   (with the base it was trained on)",
             )
         ]
-    return _weights(header, recorded, index) + _structure(recorded, index, touched)
+    return _weights(header, recorded, index, {*touched, *reads}, kin) + _structure(recorded, index, touched)
 
 
-def _weights(header: AdapterHeader, recorded: BaseRecord, index: BaseIndex) -> list[Finding]:
+def _weights(
+    header: AdapterHeader, recorded: BaseRecord, index: BaseIndex, needed: Collection[str], kin: Kin | None
+) -> list[Finding]:
     same_commit = bool(recorded.revision) and (recorded.repo_id, recorded.revision) == (
         index.ref.repo,
         index.ref.commit,
     )
     here = index.weights
     if recorded.weights_digest and here == recorded.weights_digest:
-        renamed = recorded.repo_id and index.ref.repo and recorded.repo_id != index.ref.repo
-        moved = recorded.revision and index.ref.commit and recorded.revision != index.ref.commit
-        if renamed or moved:
+        if recorded.repo_id and index.ref.repo and recorded.repo_id != index.ref.repo:
+            return [
+                Finding(
+                    code="base-repo-differs-weights-equal",
+                    axis="base",
+                    level=Verdict.EXACT,
+                    message=f"recorded for {_place(recorded)}, given {index.ref}: another repository, the same weights",
+                )
+            ]
+        if recorded.revision and index.ref.commit and recorded.revision != index.ref.commit:
             return [
                 Finding(
                     code="base-commit-differs-weights-equal",
                     axis="base",
                     level=Verdict.EXACT,
-                    message=f"recorded for {_place(recorded)}, given {index.ref}: other place, same weights",
+                    message=f"recorded for {_place(recorded)}, given {index.ref}: another commit, the same weights",
                 )
             ]
         return [Finding(code="base-weights-equal", axis="base", level=Verdict.EXACT, message="the recorded weights")]
@@ -86,12 +117,13 @@ def _weights(header: AdapterHeader, recorded: BaseRecord, index: BaseIndex) -> l
             )
         ]
     if not here:
+        why = "its hub lists no sha256 of them" if index.ref.repo else "it is a live model"
         return [
             Finding(
                 code="base-weights-unknown",
                 axis="base",
                 level=Verdict.UNVERIFIED,
-                message="the base is a live model, so its weights cannot be held against the recorded digest",
+                message=f"the base's weights cannot be held against the recorded digest: {why}",
             )
         ]
     if _declared(header, index):
@@ -101,6 +133,28 @@ def _weights(header: AdapterHeader, recorded: BaseRecord, index: BaseIndex) -> l
                 axis="base",
                 level=Verdict.COMPATIBLE,
                 message=f"{index.ref} is not the recorded base, but the adapter declares it compatible",
+            )
+        ]
+    if kin is not None and kin.agrees(recorded, needed):
+        return [
+            Finding(
+                code="base-untouched-weights-differ",
+                axis="base",
+                level=Verdict.COMPATIBLE,
+                message=f"{index.ref} differs from {_place(recorded)} only in files that hold nothing the adapter "
+                "touches",
+            )
+        ]
+    how = kin.relatives().get(recorded.repo_id or "") if kin is not None else None
+    if how is not None:
+        return [
+            Finding(
+                code="base-declared-relative",
+                axis="base",
+                level=Verdict.UNVERIFIED,
+                message=f"{index.ref} has other weights than {_place(recorded)}, which the adapter was made for, and "
+                f"its card says that it was made from that ({how})",
+                remedy="what the adapter does there nobody recorded: try it, or use the recorded base",
             )
         ]
     return [
@@ -213,11 +267,22 @@ def _requirement(library: str, text: str) -> str:
         return library
 
 
-def findings(header: AdapterHeader, index: BaseIndex, framework: Framework, plan: Plan) -> tuple[Finding, ...]:
-    """Everything there is to say about merging ``header`` into the base behind ``index`` by ``plan``."""
+def findings(
+    header: AdapterHeader, index: BaseIndex, framework: Framework, plan: Plan, *, kin: Kin | None = None
+) -> tuple[Finding, ...]:
+    """Everything there is to say about merging ``header`` into the base behind ``index`` by ``plan``.
+
+    Args:
+        header: the adapter, read against the base.
+        index: the base.
+        framework: what loads it.
+        plan: how the adapter lands there.
+        kin: the base, for what is asked where its weights are not the recorded ones.
+    """
     touched = {step.source for step in plan.steps if step.source}
     declared = [] if index.declared else [_undeclared(index, framework)]
-    own = [*header.findings, *base_findings(header, index, touched), *library_findings(header), *declared]
+    about_base = base_findings(header, index, touched, reads=plan.reads, kin=kin)
+    own = [*header.findings, *about_base, *library_findings(header), *declared]
     own += [*part_findings(header), *_quantised(header, index, touched)]
     return tuple(dict.fromkeys([*own, *plan.findings]))
 

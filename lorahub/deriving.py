@@ -84,7 +84,7 @@ def extract(
         base_revision: its commit there, 40 hex digits.
         allow: finding codes to accept.
         threads: how many; the result does not depend on it.
-        progress: called with (numbers compared, in all).
+        progress: called with (bytes fetched, in all) where one is on a hub, then with (numbers compared, in all).
 
     Raises:
         BaseMismatch, Degraded: the two do not fit each other; the findings name every parameter.
@@ -102,6 +102,7 @@ def extract(
     before, after = open_base(base, digest=True), open_base(tuned, digest=True)
     pairs, findings = pair(before.index, after.index, whole=whole, leave_out=leave_out, embedding=embedding)
     checks.refuse(findings, allowed=allow, subject=f"{after.index.ref} minus {before.index.ref}")
+    before, after = before.pulled(progress), after.pulled(progress)
     with ExitStack() as held:
         found = extraction.extract(
             pairs,
@@ -210,7 +211,7 @@ def resize(
         rank, energy, error, adaptive=adaptive, parameters=parameters, ratio=sv_ratio, cumulative=sv_cumulative
     )
     registry = load_registry()
-    index = open_base(base).index if base is not None else None
+    index = open_base(base, hub=hub).index if base is not None else None
     header = header_of(adapter, registry, hub=hub, progress=progress, index=index)
     checks.refuse(header.findings, allowed=allow, subject=header.label)
     loaded = adapter if isinstance(adapter, Adapter) and index is None else load_tensors(header, registry)
@@ -242,7 +243,8 @@ def resize(
 def _reader(base: Base, name_of: Callable[[Pair], str]) -> Iterator[extraction.Read]:
     """Reads a pair's parameter from files or a live model; what it gives may be written to."""
     with base.tensors() as read:
-        yield (lambda each: read(name_of(each))) if base.files else (lambda each: read(name_of(each)).clone())
+        plain = base.model is None
+        yield (lambda each: read(name_of(each))) if plain else (lambda each: read(name_of(each)).clone())
 
 
 def _settings(**given: JSON) -> dict[str, JSON]:

@@ -129,7 +129,7 @@ class Recipe(RecipePart):
     )
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="Of the result's tensors; the adapters' own where it is missing."
+        default=None, description="Of the result's tensors; float32 where it is missing."
     )
     format: KindName | None = Field(default=None, description="Of the written adapter, as 'peft' or 'kohya'.")
     base: Annotated[_Text, AfterValidator(_base_ref)] | None = Field(

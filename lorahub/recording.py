@@ -53,8 +53,20 @@ def describe_base(
         "weights_digest": index.weights,
         "structure": index.structure,
         "targets": index.targets(touched),
+        "quantization": _quantization(index),
     }
     return BaseRecord.checked(**{key: value for key, value in fields.items() if value})
+
+
+def _quantization(index: BaseIndex) -> dict[str, JSON]:
+    """How the base is quantised, as its configuration says: the method, and the bits where there is one number."""
+    said = index.config.get("quantization_config")
+    if not isinstance(said, Mapping):
+        return {}
+    four, eight = said.get("load_in_4bit") is True, said.get("load_in_8bit") is True
+    bits = 4 if four else 8 if eight else said.get("bits")
+    found: dict[str, JSON] = {"method": said.get("quant_method"), "bits": bits}
+    return {name: value for name, value in found.items() if type(value) in (str, int)}
 
 
 def keep_name(base: BaseRecord, earlier: AdapterRecord | None) -> BaseRecord:

@@ -18,34 +18,20 @@ from lorahub.adapter import AdapterHeader, judge_record, recognise
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON
-from lorahub.errors import HeaderError
-from lorahub.files.header import Header, Limits, parse_header
+from lorahub.files.header import Header
 from lorahub.findings import Finding
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.survey import LARGEST, as_config
 from lorahub.hub.contents import is_weights, rule_for
 from lorahub.hub.hub import Hub, Pin, Span
+from lorahub.pinned import Cost, PinnedFiles
 from lorahub.records import FILENAME, LIMIT, AdapterRecord
 from lorahub.registry import Registry
 
 __all__ = ["Cost", "can_read", "open_remote"]
 
-_LENGTH = 8
-"""Bytes that say how long a header is."""
-
-_MAGIC = 64
-"""Bytes that tell what a file is that is no safetensors file."""
-
 _WIDEST = 8
 """Bytes of the widest single number."""
-
-
-@dataclass(slots=True)
-class Cost:
-    """What was asked of a hub so far: bytes and requests; nothing for what was read before and kept."""
-
-    nbytes: int = 0
-    requests: int = 0
 
 
 def can_read(pin: Pin) -> bool:
@@ -77,7 +63,7 @@ def open_remote(
         UnsupportedFormat, UnsupportedKind: as ``open_header``.
         NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
     """
-    files = _Files(hub, pin, cost)
+    files = PinnedFiles(hub, pin, cost)
     where = Path(str(pin))
     names = _near(pin)
     texts = {name: files.whole(name) for name in names if _is_config(pin, name)}
@@ -95,12 +81,13 @@ def open_remote(
         compat=compat,
     )
     record: AdapterRecord | None = None
-    said: list[Finding] = []
+    about_record: list[Finding] = []
     if FILENAME in texts:
-        record, said = judge_record(
+        record, about_record = judge_record(
             lambda: AdapterRecord.from_json(texts[FILENAME], where=f"{where}/{FILENAME}"),
             lambda record: _stale(record, pin, texts),
         )
+    said = [*about_record, *pin.said]
     return recognise(surveyed, registry, index=index, label=str(pin), record=record, said=said)
 
 
@@ -128,53 +115,11 @@ def _stale(record: AdapterRecord, pin: Pin, texts: Mapping[str, bytes]) -> tuple
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The files of a pin, read in parts."""
-
-    hub: Hub
-    pin: Pin
-    cost: Cost
-
-    def parts(self, name: str, *spans: Span) -> tuple[bytes, ...]:
-        taken = self.hub.read_many(self.pin, name, spans)
-        self.cost.nbytes += taken.nbytes
-        self.cost.requests += taken.requests
-        return taken.parts
-
-    def whole(self, name: str) -> bytes:
-        return self.parts(name, (0, self.pin.files[name].size))[0]
-
-    def header(self, name: str) -> Header:
-        """The header in two requests and not a byte more than it takes.
-
-        ``parse_header`` reads ahead; what lies behind the header is given to it as zeros, which it does not look at.
-        """
-        size = self.pin.files[name].size
-        (first,) = self.parts(name, (0, min(_LENGTH, size)))
-        length = int.from_bytes(first, "little")
-        if size < _LENGTH or length > min(size - _LENGTH, Limits().header):  # no header: what is it then?
-            (start,) = self.parts(name, (0, min(_MAGIC, size)))
-        else:
-            (text,) = self.parts(name, (_LENGTH, length))
-            start = first + text
-
-        def read(offset: int, count: int) -> bytes:
-            return start[offset : offset + count].ljust(count, b"\0")
-
-        try:
-            return parse_header(read, size, where=f"{self.pin}/{name}")
-        except HeaderError:  # parts come unverified: what was wrong on the way shall not stay wrong
-            self.hub.forget(self.pin, name)
-            raise
-
-
-@final
 @dataclass(slots=True)
 class _Numbers(Mapping[str, bytes]):
     """The tensors of one element in a file, read all together when the first of them is asked for."""
 
-    files: _Files
+    files: PinnedFiles
     name: str
     header: Header
     found: dict[str, bytes] = field(default_factory=dict)

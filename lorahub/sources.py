@@ -5,6 +5,7 @@ A source is a folder, a file, ``ns/name@1.2`` on a hub, or an object that is ope
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,13 +17,16 @@ from lorahub.bases.layout import Target
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import UsageError
-from lorahub.fetching import Progress, Source, as_ref, locate, quiet
+from lorahub.fetching import Progress, Source, as_ref, locate, pull, quiet
+from lorahub.findings import Finding
 from lorahub.hub import open_hub
+from lorahub.hub.noticed import NOTICED
 from lorahub.names import Ref
 from lorahub.opening import Base, open_base
+from lorahub.pinned import Cost
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
-from lorahub.remote import Cost, can_read, open_remote
+from lorahub.remote import can_read, open_remote
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +46,7 @@ def header_of(
     index: BaseIndex | None = None,
     compat: str | None = None,
     whole: bool = True,
+    allow: Collection[str] = (),
 ) -> AdapterHeader:
     """The header of an adapter, read against a base where ``index`` is given.
 
@@ -53,6 +58,7 @@ def header_of(
         index: the base.
         compat: see ``load``; None leaves an open header's own choice.
         whole: its tensors will be wanted too, so one on a hub is pulled; else parts of its files are read there.
+        allow: see ``fetching.pull``.
 
     Raises:
         UsageError: it lies in no folder yet, or ``compat`` is no choice.
@@ -70,9 +76,9 @@ def header_of(
             return source
         if not source.folder.is_dir():  # it was read on a hub
             files = replace(source.files, compat=choice or source.files.compat)
-            said = tuple(each for each in source.findings if each.code in RECORD_FINDINGS)
+            said = tuple(each for each in source.findings if each.code in RECORD_FINDINGS | NOTICED)
             return recognise(files, registry, index=index, label=source.label, record=source.record, said=said)
-        return open_header(
+        again = open_header(
             source.folder,
             registry,
             index=index,
@@ -80,16 +86,28 @@ def header_of(
             label=source.label,
             compat=choice or source.files.compat,
         )
+        return _with(again, [each for each in source.findings if each.code in NOTICED])
     ref = as_ref(source)
-    if not whole and ref.path is None:
+    if ref.path is not None:
+        found = locate(ref, hub, False, progress)
+        return open_header(
+            found.folder, registry, index=index, weight_name=found.weight_name, label=found.label, compat=choice
+        )
+    if not whole:
         opened = open_hub(hub)
         pin = opened.resolve(ref)
         if can_read(pin):
             return open_remote(opened, pin, registry, Cost(), index=index, compat=choice)
-    found = locate(ref, hub, False, progress)
-    return open_header(
-        found.folder, registry, index=index, weight_name=found.weight_name, label=found.label, compat=choice
+    pulled = pull(ref, hub=hub, allow=allow, progress=progress)
+    header = open_header(
+        pulled.folder, registry, index=index, weight_name=pulled.pin.file, label=str(pulled.pin), compat=choice
     )
+    return _with(header, pulled.findings)
+
+
+def _with(header: AdapterHeader, said: Collection[Finding]) -> AdapterHeader:
+    """The same header with what its hub let on."""
+    return replace(header, findings=(*header.findings, *said)) if said else header
 
 
 def inspect(source: Source, *, hub: str | None = None, progress: Progress = quiet) -> inspection.Inspection:
@@ -109,7 +127,8 @@ def inspect(source: Source, *, hub: str | None = None, progress: Progress = quie
     pin = opened.resolve(ref)
     if not can_read(pin):
         folder = opened.pull(pin, progress=lambda _file, done, total: progress(done, total))
-        return inspection.inspect(open_header(folder, registry, weight_name=pin.file, label=str(pin)), registry)
+        header = open_header(folder, registry, weight_name=pin.file, label=str(pin))
+        return inspection.inspect(_with(header, pin.said), registry)
     cost = Cost()
     header = open_remote(opened, pin, registry, cost)
     distance = inspection.Distance(
@@ -147,7 +166,7 @@ def weigh(
     """
     if base is None:
         return weighing.weigh(load(source, compat=compat, hub=hub), progress=progress)
-    registry, opened = load_registry(), open_base(base)
+    registry, opened = load_registry(), open_base(base, hub=hub)
     header = header_of(source, registry, hub=hub, progress=quiet, index=opened.index, compat=compat)
     adapter = load_tensors(header, registry, index=opened.index)
     siblings = {

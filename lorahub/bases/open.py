@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -29,14 +29,28 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CONFIGS", "index_base", "index_live", "survey_base", "weights_digest"]
+__all__ = [
+    "CONFIGS",
+    "CONFIG_BYTES",
+    "INDEX",
+    "choose_weights",
+    "index_base",
+    "index_live",
+    "parse_config",
+    "survey_base",
+    "weights_digest",
+]
 
 CONFIGS = ("config.json", "generation_config.json", "model_index.json")
 """The JSON files that are parsed; a tokenizer's may be large and says nothing about weights."""
 
-_INDEX = ".safetensors.index.json"
+CONFIG_BYTES = 4 << 20
+"""The largest config that is parsed."""
+
+INDEX = ".safetensors.index.json"
+"""How the index of a checkpoint in several files ends."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_CONFIG_BYTES = 4 << 20
 _MOST_FILES = 10_000
 
 _CONVERT = (
@@ -57,14 +71,14 @@ def survey_base(place: str | os.PathLike[str]) -> BaseFiles:
     folder = place if place.is_dir() else place.parent
     if place.is_dir():
         names = sorted(_names(folder))
-        weights = _choose(folder, names)
+        weights = folder / choose_weights(names, folder)
     elif place.is_file():
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         weights = place
     else:
         raise NotFound(f"there is no base at {place}", "give a folder with config.json and safetensors files")
     demand_settled(folder)
-    if weights.name.endswith(_INDEX):
+    if weights.name.endswith(INDEX):
         headers: Mapping[Path, Header] = read_shards(weights)
     elif weights.suffix == ".safetensors":
         headers = {weights: read_header(weights)}
@@ -144,18 +158,26 @@ def _names(folder: Path) -> Iterator[str]:
                 yield path.relative_to(folder).as_posix()
 
 
-def _choose(folder: Path, names: list[str]) -> Path:
-    """The weights file or index of a folder."""
+def choose_weights(names: Collection[str], folder: PurePath) -> str:
+    """The weights file or index among the files of a folder, which may lie on a hub.
+
+    Args:
+        names: paths within the folder.
+        folder: what to call it in messages.
+
+    Raises:
+        UnsupportedFormat: there is none, or there are too many to choose from; the hint says what to do.
+    """
     for name in WEIGHT_FILES:
         if name in names:
-            return folder / name
+            return name
     here = [name for name in names if "/" not in name]
     if "adapter_config.json" in here:
         raise UnsupportedFormat(f"{folder} holds an adapter, not a base", "name the base that the adapter is for")
-    for suffix, what in ((_INDEX, "indices"), (".safetensors", "safetensors files")):
+    for suffix, what in ((INDEX, "indices"), (".safetensors", "safetensors files")):
         found = [name for name in here if name.endswith(suffix)]
         if len(found) == 1:
-            return folder / found[0]
+            return found[0]
         if found:
             raise UnsupportedFormat(
                 f"{folder} holds {len(found)} {what} and none is called {WEIGHT_FILES[0]}: {', '.join(found[:3])}",
@@ -184,15 +206,24 @@ def _read_object(path: Path) -> Mapping[str, JSON]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > _CONFIG_BYTES:
-            raise IntegrityError(f"{path} takes {size} bytes, over the limit of {_CONFIG_BYTES} for a config")
+        if size > CONFIG_BYTES:
+            raise IntegrityError(f"{path} takes {size} bytes, over the limit of {CONFIG_BYTES} for a config")
         raw = bytearray(size)
         read_into(file, 0, raw)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: bytes | bytearray, *, where: str) -> Mapping[str, JSON]:
+    """The JSON object in ``raw``, called ``where`` in messages.
+
+    Raises:
+        IntegrityError: it is no JSON, nested too deeply, or no object.
+    """
     try:
         value: object = json.loads(raw)  # not strictly: configurations in the wild hold Infinity
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 too
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise IntegrityError(f"{path} is not JSON: {reason}", "fetch it again, or ask its author") from None
+        raise IntegrityError(f"{where} is not JSON: {reason}", "fetch it again, or ask its author") from None
     if not isinstance(value, dict):
-        raise IntegrityError(f"{path} holds no JSON object", "fetch it again, or ask its author")
+        raise IntegrityError(f"{where} holds no JSON object", "fetch it again, or ask its author")
     return MappingProxyType(cast("dict[str, JSON]", value))

@@ -6,8 +6,9 @@ import click
 
 from lorahub.cli.options import allow_option, base_option, compat_option, hub_option, output_options
 from lorahub.cli.output import Output, aligned
-from lorahub.findings import Verdict
+from lorahub.findings import Axis, Verdict
 from lorahub.merging import checking
+from lorahub.report import CheckReport
 
 __all__ = ["check"]
 
@@ -38,7 +39,7 @@ def check(
     """
     with out.progress("checking") as progress:
         report = checking.check(ref, base, runtime=runtime, allow=allow, compat=compat, hub=hub, progress=progress)
-    axes = [(axis, str(verdict)) for axis, verdict in report.axes.items()]
+    axes = [(axis, str(verdict), _note(report, axis)) for axis, verdict in report.axes.items()]
     out.answer(
         report.document(),
         text=f"{report.verdict}: {report.adapter} with {report.against}\n{aligned(axes)}",
@@ -48,3 +49,10 @@ def check(
     if report.verdict is Verdict.INCOMPATIBLE and report.axes["integrity"] is Verdict.INCOMPATIBLE:
         return 5
     return EXIT.get(report.verdict, 0)
+
+
+def _note(report: CheckReport, axis: Axis) -> str:
+    """What an accepted axis rests on, in a few words; what is worse is told after the answer."""
+    level = report.axes[axis]
+    notes = [each.message for each in report.findings if each.axis == axis and each.level is level]
+    return notes[0] if notes and level < Verdict.UNVERIFIED else ""

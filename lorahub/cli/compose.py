@@ -130,6 +130,8 @@ def compose(
         return
     assert target is not None
     if request.recipe.output == "checkpoint":
+        with out.progress("pulling") as progress:
+            composition = composition.pulled(progress)
         with out.progress("merging") as progress:
             merged = composition.merge(target, threads=threads, progress=progress)
         if request.file is not None and lock is None:

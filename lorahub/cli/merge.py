@@ -101,7 +101,17 @@ def merge(
     settled = patching.settle_base(base) if in_place and base and not plan_only else None
     ranks = Ranks.from_environment()
     with _progress(out, "reading", ranks) as progress:
-        job = prepare(base, refs, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub, progress=progress)
+        job = prepare(
+            base,
+            refs,
+            allow=allow,
+            compat=compat,
+            mode=mode,
+            dtype=dtype,
+            hub=hub,
+            whole=not plan_only,
+            progress=progress,
+        )
     if plan_only:
         out.answer(job.document(), text=f"{job.plan.explain()}\n\nverdict: {job.verdict}", bare=job.plan.digest())
         out.findings([finding for finding in job.findings if finding not in job.plan.findings])  # the others are in it
@@ -119,6 +129,8 @@ def merge(
         if not ranks.rank:
             out.findings(job.findings, allowed=allow)
         assert target is not None
+        with _progress(out, "pulling", ranks) as progress:
+            job = job.pulled(progress)
         with _progress(out, "merging", ranks) as progress:
             report = job.write(target, keep_base_tokenizer=keep_base, threads=threads, ranks=ranks, progress=progress)
     if ranks.rank:

@@ -83,7 +83,7 @@ def diff(
     """
     expect_tolerance(tolerance)
     registry = load_registry()
-    opened = open_base(base) if base is not None else None
+    opened = open_base(base, hub=hub) if base is not None else None
     index = opened.index if opened else None
     first, second = (_loaded(each, registry, index, allow, hub, progress) for each in (one, other))
     with ExitStack() as held:

@@ -176,7 +176,7 @@ def beside(
         raise UsageError(f"{len(adapters)} adapter cannot be compared", "give two or more")
     factors = _factors(adapters, weights)
     registry = load_registry()
-    opened = open_base(base) if base is not None else None
+    opened = open_base(base, hub=hub) if base is not None else None
     index = opened.index if opened else None
     with ExitStack() as held:
         headers: list[AdapterHeader | None] = []

@@ -90,10 +90,11 @@ def requested(
         file, recipe = Path(adapters), Recipe.load(adapters)
         sources = tuple(each.reference(file.parent) for each in recipe.adapters)
         return Request(recipe=recipe, sources=sources, file=file, folder=file.parent)
-    names, sources_given, own = _named(adapters)
-    if not names:
+    called, sources_given, own = _named(adapters)
+    if not called:
         raise UsageError("no adapter was given", "lorahub compose A:0.7 B:0.3 -o FOLDER")
-    chosen = _chosen(names, own, weights)
+    names = _words(called)
+    chosen = _chosen(called, names, own, weights)
     if "base" in given:
         given["base"] = str(replace(as_ref(given["base"], bare=True), name=None, weight=None))
     document = {
@@ -110,10 +111,17 @@ def requested(
 def _named(
     adapters: Mapping[str, Given] | Sequence[Given] | Combination,
 ) -> tuple[list[str], list[Given], list[float]]:
-    """Names, sources and the weights that these carry themselves; every name once."""
+    """What people call them, the sources, and the weights that these carry themselves."""
     pairs: list[tuple[str, Given, float]]
     if isinstance(adapters, Combination):
-        pairs = [("", each, weight) for each, weight in adapters.terms if isinstance(each, Adapter)]
+        pairs = []
+        for number, (each, weight) in enumerate(adapters.terms, start=1):
+            if not isinstance(each, Adapter):
+                raise UsageError(
+                    f"term {number} of the sum is no adapter, but a {type(each).__name__}",
+                    "add open adapters: 0.7 * lorahub.load(A) + 0.3 * lorahub.load(B)",
+                )
+            pairs.append(("", each, weight))
     elif isinstance(adapters, Mapping):
         pairs = [(name, source, 1.0) for name, source in adapters.items()]
     elif isinstance(adapters, Iterable):
@@ -137,9 +145,17 @@ def _named(
             ref = as_ref(source)
             stem = name or ref.name or Path(ref.subpath or ref.repo or ref.path or "").name
             own = weight if ref.weight is None else weight * ref.weight
-        names.append(_free(as_word(stem), names))
+        names.append(stem)
         weights.append(own)
     return names, [source for _, source, _ in pairs], weights
+
+
+def _words(called: Sequence[str]) -> list[str]:
+    """Names as recipes have them, every one once."""
+    names: list[str] = []
+    for each in called:
+        names.append(_free(as_word(each), names))
+    return names
 
 
 def as_word(text: str) -> str:
@@ -153,16 +169,25 @@ def _free(stem: str, taken: Collection[str]) -> str:
     return next(each for each in tries if each not in taken)
 
 
-def _chosen(names: Sequence[str], own: Sequence[float], given: Weighing | None) -> list[Any]:
+def _chosen(called: Sequence[str], names: Sequence[str], own: Sequence[float], given: Weighing | None) -> list[Any]:
+    """The weights; in a mapping an adapter goes by what people call it, or by its name in the recipe."""
     if given is None:
         return list(own)
     if isinstance(given, Mapping):
-        if unknown := sorted(set(given) - set(names)):
+        own_names = {each: place for place, each in enumerate(called) if called.count(each) == 1}
+        places = {**{name: place for place, name in enumerate(names)}, **own_names}
+        if unknown := sorted(set(given) - places.keys()):
             raise UsageError(
                 f"weights name adapters that were not given: {', '.join(unknown)}",
                 f"the adapters are {', '.join(names)}",
             )
-        return [_rule(given.get(name, weight)) for name, weight in zip(names, own, strict=True)]
+        chosen: list[Any] = list(own)
+        seen: dict[int, str] = {}
+        for name, weight in given.items():
+            if (place := places[name]) in seen:
+                raise UsageError(f"'{seen[place]}' and '{name}' are one adapter", "give it one weight")
+            seen[place], chosen[place] = name, _rule(weight)
+        return [_rule(weight) for weight in chosen]
     if len(given) != len(names):
         raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
     return [_rule(weight) for weight in given]

@@ -22,6 +22,7 @@ from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON
 from lorahub.descent import parent, tensors_of
+from lorahub.errors import BaseNeeded
 from lorahub.fetching import Progress, as_ref, pull
 from lorahub.files.tensors import DictSource
 from lorahub.findings import Finding
@@ -135,8 +136,11 @@ def judge(
 
     Raises:
         Degraded, Incompatible, BaseMismatch, IntegrityError: something stops that ``allow`` does not name.
+        BaseNeeded: new values are the one way round in one adapter, and may be the other in another.
     """
     headers = [each.header for each in opened if each.header is not None]
+    if base is None:
+        _demand_one_way(opened)
     findings: list[Finding] = [*together(headers)]
     for each in opened:
         if each.header is None:
@@ -148,6 +152,24 @@ def judge(
         checks.refuse(own, allowed=allow, subject=f"{each.label} in a composition")
     checks.refuse(findings, allowed=allow, subject=" with ".join(each.label for each in opened))
     return tuple(dict.fromkeys(findings))
+
+
+def _demand_one_way(opened: Sequence[Opened]) -> None:
+    """Refuse new values of which only some were read against the base, where that stores them [in, out].
+
+    Raises:
+        BaseNeeded: there are such; which way round the others are is not known.
+    """
+    turned = [set(listed) if isinstance(listed := each.hints.get("transposed"), list) else set() for each in opened]
+    for each, own in zip(opened, turned, strict=True):
+        touches = each.header.touches if each.header is not None else {}
+        for name in set().union(*turned) - own:
+            if any(target.name == name and touch.replaces for target, touch in touches.items()):
+                raise BaseNeeded(
+                    f"{name}: another adapter was read against a base that stores it [in, out], and {each.label} "
+                    "was not",
+                    "name the base: --base FOLDER",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,18 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
-from lorahub.adapter import Adapter, open_header, save
+from lorahub.adapter import Adapter, AdapterHeader, open_header, save
+from lorahub.bases.layers import ranges_of
 from lorahub.bases.layout import Target
+from lorahub.composing.adding import content_of, header_of_uncut, job_of, shapes_of
 from lorahub.composing.asked import Request
 from lorahub.composing.ingredients import Held, Opened, base_weights, holding, judge, open_one
-from lorahub.composing.provenance import begun, hints, portable, recipe_digest, settings
-from lorahub.composing.result import Composed, ComposeReport, Home
+from lorahub.composing.provenance import about_bases, begun, hints, portable, recipe_digest, settings
+from lorahub.composing.result import Composed, ComposeReport, Home, lost
 from lorahub.composition.algebra.budgeting import Shared, budget_of
 from lorahub.composition.algebra.truncate import Budget
-from lorahub.composition.combining import Combined, Part, combine
+from lorahub.composition.combining import Combined, Part, combine, methods_for, whole_for
 from lorahub.composition.explaining import Outline, outline
 from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
+from lorahub.composition.uncut import Uncut, addable
 from lorahub.composition.weights.resolve import parameters_of, weights_of
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON
@@ -39,6 +42,7 @@ from lorahub.merging.preparing import prepare
 from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.recipe import Ingredient, Recipe
+from lorahub.records import AdapterRecord
 from lorahub.registry import Registry
 
 __all__ = ["Composition", "prepare_composition"]
@@ -73,6 +77,12 @@ class Composition:
     def recipe(self) -> Recipe:
         """The document."""
         return self.request.recipe
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Codes of the findings that would have stopped it, and were allowed; sorted."""
+        stopping = {each.code for each in self.findings if each.allowable and each.level >= Verdict.DEGRADED}
+        return tuple(sorted(stopping & self.allowed))
 
     def outline(self) -> Outline:
         """What it would take, from headers alone.
@@ -126,19 +136,19 @@ class Composition:
                 base=weight,
                 progress=progress,
             )
-        parents = [
-            one.parent(each.content, _single(ingredient))
-            for one, each, ingredient in zip(self.opened, held, self.recipe.adapters, strict=True)
-        ]
-        return self._kept(found, parents, folder, start)
+        return self._kept(found, self._parents(held), folder, start)
+
+    def pulled(self, progress: Progress = quiet) -> Composition:
+        """The same with its base on this machine; see ``Base.pulled``."""
+        return replace(self, base=self.base.pulled(progress)) if self.base is not None else self
 
     def merge(
         self, out: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = quiet
     ) -> MergeReport:
         """Merge the result into the base, streaming; one pass over the base.
 
-        A plain weighted sum goes in adapter by adapter, in one rounding and whatever their kinds; anything else becomes
-        one adapter first.
+        A plain weighted sum goes in adapter by adapter, and whatever their kinds; what another method makes goes in as
+        it is; both in one rounding.  With a budget, or by a method that cuts, it becomes one adapter first.
 
         Args:
             out: a new folder, or a file that ends in ".safetensors".
@@ -159,11 +169,59 @@ class Composition:
             }
             job = prepare(self.base, headers, weights=weights, allow=self.allowed, compat=self.recipe.compat)
             return job.write(out, threads=threads, progress=progress)
+        if _budget(self.recipe) is None and not self.method.cut and not any(map(_layers, self.opened)):
+            return self._merged_uncut(self.base, out, threads, progress)
         with tempfile.TemporaryDirectory(prefix="lorahub-") as place:
             made = self.make(Path(place) / self.recipe.method, threads=threads)
             job = prepare(self.base, {self.recipe.method: made}, allow=self.allowed)
+            report = replace(job, parents=self._headers()).write(out, threads=threads, progress=progress)
+            return replace(report, findings=(*report.findings, *_cut(self.recipe.method, made.report.error)))
+
+    def _merged_uncut(
+        self, base: Base, out: str | os.PathLike[str], threads: int | None, progress: Progress
+    ) -> MergeReport:
+        """Merge what the method makes, when it is added; what is no sum of matrices is made before."""
+        name, mode = self.recipe.method, self.recipe.non_additive
+        with holding(self.opened, self.registry) as held, base_weights(base, held) as weight:
+            assert weight is not None  # there is a base
+            targets = [tuple(each.deltas) for each in held]
+            parts, of = self._parts(held, targets), self._methods(targets)
+            methods = methods_for(parts, of.__getitem__)
+            whole = whole_for(parts, methods, mode, weight)
+            shapes = shapes_of(base, parts, addable(parts, mode, weight))
+            apart = [replace(part, without=part.without | shapes.keys()) for part in parts]
+            found = combine(
+                apart,
+                of.__getitem__,
+                None,
+                dtype=torch.float32,
+                threads=crew_size(threads),
+                mode=mode,
+                base=weight,
+                whole=whole,
+            )
+            rest = found.deltas
+            record = self._record([*shapes, *rest], self._parents(held))
+            header = header_of_uncut(
+                name, shapes, rest, record, base.index, hints(self.opened, base.index, rest), self.registry.kinds
+            )
+            uncut = Uncut(
+                parts, shapes, methods, content=content_of(record), rest=rest, mode=mode, base=weight, whole=whole
+            )
+            job = job_of(base, header, self.registry, allow=self.allowed)
+            job = replace(job, made={name: uncut}, parents=self._headers())
             report = job.write(out, threads=threads, progress=progress)
-            return replace(report, findings=(*report.findings, *_cut(made.report)))
+        return replace(report, findings=(*report.findings, *_cut(name, lost(found.rows))))
+
+    def _headers(self) -> tuple[AdapterHeader, ...]:
+        return tuple(each.header for each in self.opened if each.header is not None)
+
+    def _parents(self, held: Sequence[Held]) -> list[dict[str, JSON]]:
+        """The adapters as a record names parents."""
+        return [
+            one.parent(each.content, _single(ingredient))
+            for one, each, ingredient in zip(self.opened, held, self.recipe.adapters, strict=True)
+        ]
 
     def _plain_sum(self) -> list[float] | None:
         """The adapters' weights where all of it is their weighted sum, uncut; else None."""
@@ -204,6 +262,19 @@ class Composition:
         made = {id(each): self.method.made(each) for each in found.values()}
         return {target: made[id(each)] for target, each in found.items()}
 
+    def _record(self, targets: Collection[Target], parents: Sequence[Mapping[str, JSON]]) -> AdapterRecord:
+        """What is recorded of a result that changes these."""
+        text = portable(self.recipe, self.opened, self.accepted)
+        return derived(
+            begun(self.opened, targets),
+            self.recipe.method,
+            settings(self.recipe, self.accepted),
+            parents,
+            seed=self.recipe.seed if self.method.draws else None,
+            text=text,
+            digest=recipe_digest(text, parents),
+        )
+
     def _kept(
         self, found: Combined, parents: Sequence[Mapping[str, JSON]], folder: Path | None, start: float
     ) -> Composed:
@@ -211,17 +282,7 @@ class Composition:
         if not found.deltas:
             raise UsageError("the budget leaves nothing of any target", "give more parameters, or a rank")
         layout = self.recipe.format or _layout(found.deltas, self.opened)
-        chosen = settings(self.recipe)
-        text = portable(self.recipe, self.opened)
-        record = derived(
-            begun(self.opened),
-            self.recipe.method,
-            chosen,
-            parents,
-            seed=self.recipe.seed if self.method.draws else None,
-            text=text,
-            digest=recipe_digest(text, parents),
-        )
+        record = self._record(found.deltas, parents)
         home = Home() if folder is None else None
         place = folder or (home.path if home else Path()) / self.recipe.method
         told = hints(self.opened, self.base.index if self.base else None, found.deltas)
@@ -234,10 +295,10 @@ class Composition:
             out=os.fspath(place),
             method=self.recipe.method,
             rows=found.rows,
-            findings=self.findings,
+            findings=(*self.findings, *about_bases(self.opened)),
             seconds=time.perf_counter() - start,
             bytes_written=written(place),
-            settings=chosen,
+            settings=settings(self.recipe, self.accepted),
         )
         header = open_header(place, self.registry)
         return Composed(deltas=found.deltas, record=header.record, hints=told, header=header, report=report, home=home)
@@ -270,7 +331,7 @@ def prepare_composition(
     if all(_single(each) == 0 for each in recipe.adapters):
         raise UsageError("every weight is 0, so nothing would be left", "give one adapter another weight")
     allowed = frozenset({*allow, *recipe.allow})
-    base = open_base(request.base, digest=True, progress=progress) if request.base is not None else None
+    base = open_base(request.base, digest=True, hub=hub, progress=progress) if request.base is not None else None
     opened = tuple(
         open_one(
             source,
@@ -321,17 +382,17 @@ def _with_a_way(error: CannotCarry, found: Combined) -> CannotCarry:
     )
 
 
-def _cut(report: ComposeReport) -> tuple[Finding, ...]:
-    """What was left out on the way to a checkpoint, since it had to be an adapter first."""
-    if report.error < NOTABLE:
+def _cut(method: str, error: float) -> tuple[Finding, ...]:
+    """What was left out on the way to a checkpoint, where it had to be factors first."""
+    if error < NOTABLE:
         return ()
     return (
         Finding(
             code="change-cut",
             axis="format",
             level=Verdict.UNVERIFIED,
-            message=f"what {report.method} makes was cut to factors before it was merged: {report.error:.1%} of its "
-            f"norm is left out, {report.energy:.1%} of its energy is in",
+            message=f"what {method} makes was cut to factors before it was merged: {error:.1%} of its norm is left "
+            f"out, {max(0.0, 1 - error**2):.1%} of its energy is in",
             remedy="give more: --rank R, or --energy 0.999",
         ),
     )
@@ -339,6 +400,11 @@ def _cut(report: ComposeReport) -> tuple[Finding, ...]:
 
 NOTABLE = 1e-3
 """Relative error from which a cut is told; what float32 rounds off is not."""
+
+
+def _layers(one: Opened) -> bool:
+    """Whether an adapter is for a model that repeats layers of its base."""
+    return bool(ranges_of(one.hints))
 
 
 def _single(ingredient: Ingredient) -> float | None:

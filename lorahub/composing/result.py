@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
@@ -16,7 +16,7 @@ from lorahub.composition.combining import Row
 from lorahub.deltas.kind import JSON
 from lorahub.findings import Finding
 
-__all__ = ["ComposeReport", "Composed", "Home"]
+__all__ = ["ComposeReport", "Composed", "Home", "lost"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,7 @@ class ComposeReport:
     @property
     def error(self) -> float:
         """The relative error of cutting and storing all targets together, at most."""
-        measured = [row for row in self.rows if row.error is not None and row.norm is not None]
-        return combined_error([row.error or 0.0 for row in measured], [row.norm or 0.0 for row in measured])
+        return lost(self.rows)
 
     @property
     def energy(self) -> float:
@@ -72,6 +71,12 @@ class ComposeReport:
     def said(self) -> list[JSON]:
         """The findings as JSON-ready values."""
         return [{**finding.document()} for finding in self.findings]  # type: ignore[dict-item]  # of JSON values alone
+
+
+def lost(rows: Sequence[Row]) -> float:
+    """The relative error of cutting and storing these together, at most."""
+    measured = [row for row in rows if row.error is not None and row.norm is not None]
+    return combined_error([row.error or 0.0 for row in measured], [row.norm or 0.0 for row in measured])
 
 
 @final

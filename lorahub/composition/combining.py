@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lorahub.bases.index import natural
@@ -29,7 +30,7 @@ from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.errors import BaseNeeded, LorahubError, NotFinite, UnsupportedKind, UsageError
 from lorahub.lazy import torch
 
-__all__ = ["Combined", "Part", "Row", "combine", "whole_gram"]
+__all__ = ["Combined", "Part", "Row", "changes_of", "combine", "methods_for", "order_of", "whole_for", "whole_gram"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,7 @@ def combine(
     threads: int,
     mode: Mode = "refuse",
     base: Weights | None = None,
+    whole: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Combined:
     """Combine adapters target by target.
@@ -131,6 +133,7 @@ def combine(
         threads: how many; the result does not depend on it.
         mode: what becomes of changes that look at the weight.
         base: the base's weights.
+        whole: what ``whole_for`` gives; None: it is asked.
         progress: called with (targets done, in all).
 
     Raises:
@@ -138,12 +141,10 @@ def combine(
         BaseMismatch, BaseNeeded, UnsupportedKind: changes do not go together; the target is named.
         NotFinite: NaN or infinity, or the result does not fit into ``dtype``.
     """
-    order = _order(parts)
-    methods = {target: method_of(target) for target in order}
-    for method in dict.fromkeys(type(method) for method in methods.values()):
-        _demand_count(method, len(parts))
-    apart = any(getattr(method, "scope", "target") == "adapter" for method in methods.values())
-    whole = whole_gram(parts, mode, base) if apart else None
+    methods = methods_for(parts, method_of)
+    order = [*methods]
+    if whole is None:
+        whole = whole_for(parts, methods, mode, base)
     done: dict[Target, _Made] = {}
     lock = threading.Lock()
 
@@ -168,10 +169,30 @@ def combine(
     )
 
 
-def _order(parts: Sequence[Part]) -> list[Target]:
+def order_of(parts: Sequence[Part]) -> list[Target]:
     """Every target that is changed, in natural order."""
     targets = {target for part in parts for target in part.deltas if target not in part.without}
     return sorted(targets, key=lambda target: natural(target.name))
+
+
+def methods_for(parts: Sequence[Part], method_of: Callable[[Target], Method]) -> dict[Target, Method]:
+    """The method of every target, in natural order.
+
+    Raises:
+        UsageError: one takes another number of adapters.
+    """
+    methods = {target: method_of(target) for target in order_of(parts)}
+    for method in dict.fromkeys(type(method) for method in methods.values()):
+        _demand_count(method, len(parts))
+    return methods
+
+
+def whole_for(
+    parts: Sequence[Part], methods: Mapping[Target, Method], mode: Mode, base: Weights | None
+) -> torch.Tensor | None:
+    """Inner products of whole adapters where a method looks at these, else None."""
+    apart = any(getattr(method, "scope", "target") == "adapter" for method in methods.values())
+    return whole_gram(parts, mode, base) if apart else None
 
 
 def _demand_count(method: type[Method], count: int) -> None:
@@ -189,7 +210,7 @@ def whole_gram(parts: Sequence[Part], mode: Mode, base: Weights | None) -> torch
     New values without one before are no changes, and have no part in it.
     """
     total = torch.zeros(len(parts), len(parts), dtype=torch.float64)
-    for target in _order(parts):
+    for target in order_of(parts):
         deltas = [part.delta(target) for part in parts]
         new = any(delta is not None and delta.replacement() is not None for delta in deltas)
         if new and (base is None or base(target) is None):
@@ -231,22 +252,55 @@ def _target(
     base: Weights | None,
     whole: torch.Tensor | None,
 ) -> _Made:
-    deltas = [part.delta(target) for part in parts]
-    weights = [part.weights.get(target, part.elsewhere) for part in parts]
-    if any(delta is not None and delta.replacement() is not None for delta in deltas):
-        deltas = [delta if weight else None for delta, weight in zip(deltas, weights, strict=True)]
-        if base is None or base(target) is None or not any(deltas):
-            return _value(target, deltas, weights)
-    try:
+    deltas, weights = _taking_part(target, parts)
+    if _replaced(deltas) and (base is None or base(target) is None or not any(deltas)):
+        return _value(target, deltas, weights)
+    with _naming(target):
         if mode != "dense" and any(multiplies(delta) for delta in deltas if delta is not None):
             return _multiplied(target, deltas, weights, method, dtype)
+        gathered, changes = changes_of(target, parts, method, mode, base, whole)
+        return _made(target, gathered, changes, budget or _asked(method, gathered), dtype)
+
+
+def _taking_part(target: Target, parts: Sequence[Part]) -> tuple[list[Delta | None], list[float]]:
+    """What each adapter does to a target, and its weight; of new values only those that count."""
+    deltas = [part.delta(target) for part in parts]
+    weights = [part.weights.get(target, part.elsewhere) for part in parts]
+    if _replaced(deltas):
+        deltas = [delta if weight else None for delta, weight in zip(deltas, weights, strict=True)]
+    return deltas, weights
+
+
+def _replaced(deltas: Sequence[Delta | None]) -> bool:
+    return any(delta is not None and delta.replacement() is not None for delta in deltas)
+
+
+def changes_of(
+    target: Target,
+    parts: Sequence[Part],
+    method: Method,
+    mode: Mode,
+    base: Weights | None,
+    whole: torch.Tensor | None,
+) -> tuple[Gathered, list[Change]]:
+    """What a method makes of one target, uncut: a change for each of its matrices.
+
+    Raises:
+        BaseMismatch, BaseNeeded, UnsupportedKind: changes do not go together; the target is named.
+    """
+    with _naming(target):
+        deltas, weights = _taking_part(target, parts)
         gathered = gather(target, deltas, weights, [part.seed for part in parts], mode=mode, base=base)
         if getattr(method, "scope", "target") == "target":
             whole = None
-        changes = [method.combine(replace(terms, whole=whole)) for terms in gathered.terms]
-        return _made(target, gathered, changes, budget or _asked(method, gathered), dtype)
-    except NotFinite as error:
-        raise NotFinite(f"{target.name}: {error.message}", error.hint) from None
+        return gathered, [method.combine(replace(terms, whole=whole)) for terms in gathered.terms]
+
+
+@contextmanager
+def _naming(target: Target) -> Iterator[None]:
+    """Say of an error in a block which target it is about."""
+    try:
+        yield
     except LorahubError as error:
         if target.name in error.message:
             raise

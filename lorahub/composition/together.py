@@ -9,7 +9,7 @@ from lorahub.adapter import AdapterHeader
 from lorahub.findings import Finding, Verdict
 from lorahub.records import BaseRecord
 
-__all__ = ["together"]
+__all__ = ["differ", "together"]
 
 
 def together(headers: Sequence[AdapterHeader]) -> tuple[Finding, ...]:
@@ -39,7 +39,7 @@ def _bases(headers: Sequence[AdapterHeader]) -> list[Finding]:
                 remedy="lorahub record FOLDER --base BASE",
             )
         )
-    apart = [(one, other) for one, other in combinations(headers, 2) if _differ(_base(one), _base(other))]
+    apart = [(one, other) for one, other in combinations(headers, 2) if differ(_base(one), _base(other))]
     if apart:
         found.append(
             Finding(
@@ -60,7 +60,7 @@ def _bases(headers: Sequence[AdapterHeader]) -> list[Finding]:
     return found
 
 
-def _differ(one: BaseRecord, other: BaseRecord) -> bool:
+def differ(one: BaseRecord, other: BaseRecord) -> bool:
     """Whether both say what their base is, and it is not the same; equal weights are one base under any name."""
     if one.weights_digest and other.weights_digest:
         return one.weights_digest != other.weights_digest

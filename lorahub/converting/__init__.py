@@ -96,7 +96,7 @@ def convert(
     if request.out.exists() and not (request.out.is_dir() and not any(request.out.iterdir())):
         raise WriteFailed(f"{request.out} exists", "name another place, or remove it yourself")
     with ExitStack() as held:
-        opened = open_base(base) if base is not None else None
+        opened = open_base(base, hub=hub) if base is not None else None
         given = held.enter_context(unpacked(source, hub))
         with given.named():
             header, index = _read(given.source, registry, opened, component, hub, compat)

@@ -42,7 +42,9 @@ def plan(
     hub: str | None = None,
 ) -> Plan:
     """What merging would do, from headers alone: print ``plan(...).explain()``."""
-    return prepare(base, adapters, weights=weights, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub).plan
+    return prepare(
+        base, adapters, weights=weights, allow=allow, compat=compat, mode=mode, dtype=dtype, hub=hub, whole=False
+    ).plan
 
 
 @overload
@@ -184,7 +186,7 @@ def merge(
             "merging a checkpoint on disk needs a place for the result", "pass out=FOLDER, or a live model"
         )
     demand_own_layers(job, "a live model has the layers that it has")
-    keeping = Keeping(policy=undo, base=_base_rows(job, origin, progress) if undo == "reload" else None)
+    keeping = Keeping(policy=undo, base=_base_rows(job, origin, hub, progress) if undo == "reload" else None)
 
     def again(others: Any, factors: Any, allowed: Collection[str]) -> Arranged:
         codes = {*allow, *allowed}
@@ -215,9 +217,11 @@ def _arranged(job: Job) -> Arranged:
     return Arranged(parameters=parameters, plan=local, adapters=brought, held=held_parameters(model, index))
 
 
-def _base_rows(job: Job, origin: Source | None, progress: Progress) -> BaseRows:
+def _base_rows(job: Job, origin: Source | None, hub: str | None, progress: Progress) -> BaseRows:
     """The files that a live model's weights came from."""
-    base = open_recorded(next(iter(job.headers.values())), progress) if origin is None else open_base(origin)
+    recorded = next(iter(job.headers.values()))
+    base = open_recorded(recorded, progress, hub=hub) if origin is None else open_base(origin, hub=hub)
+    base = base.pulled(progress)
     if base.files is None:
         raise UsageError("origin is a live model", "name the folder that its weights were loaded from")
     return BaseRows(base.files, base.index)

@@ -48,7 +48,7 @@ def check(
     against = []
     judged = registry.runtime(runtime) if runtime is not None else None
     if base is not None or judged is None:
-        job = prepare(base, {header.label: header}, allow=allow, compat=compat, hub=hub, progress=progress)
+        job = prepare(base, {header.label: header}, allow=allow, compat=compat, hub=hub, whole=False, progress=progress)
         found, against, header = job.findings, [_against(job)], job.headers[header.label]
     if judged is not None:
         found = (*found, *judged.judge(header))

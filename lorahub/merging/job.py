@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from lorahub import __version__, checks, patching, strict_json
-from lorahub.adapter import Adapter, AdapterHeader, OpenAdapter, open_deltas
+from lorahub.adapter import Adapter, AdapterHeader, open_deltas
 from lorahub.adapter import load as load_tensors
 from lorahub.bases.layers import shown
 from lorahub.deltas.disputes import Compat
 from lorahub.deltas.kind import JSON
+from lorahub.engine.folding.bind import HasDeltas
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.report import MergeReport
 from lorahub.engine.writing.inplace import merge_in_place
@@ -31,6 +33,7 @@ from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub.contents import survey
 from lorahub.opening import Base
 from lorahub.plugins import load_registry
+from lorahub.record_fields import RecordPart
 from lorahub.registry import Registry
 
 __all__ = ["PROVENANCE", "Job", "demand_own_layers"]
@@ -55,6 +58,8 @@ class Job:
         allowed: codes that were allowed.
         compat: whose result counts where PEFT's is not the declared one, for all adapters; None: each adapter's own
             choice, where it says.
+        made: name -> changes of those adapters that lie in no file.
+        parents: adapters whose tokenizer, processor and template files go along besides.
     """
 
     base: Base
@@ -64,11 +69,17 @@ class Job:
     findings: tuple[Finding, ...]
     allowed: tuple[str, ...]
     compat: Compat | None = None
+    made: Mapping[str, HasDeltas] = field(default_factory=lambda: MappingProxyType({}))
+    parents: tuple[AdapterHeader, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         """The worst finding that was not allowed."""
         return worst(self.findings, allowed=self.allowed)
+
+    def pulled(self, progress: Progress = quiet) -> Job:
+        """The same merge with its base on this machine; see ``Base.pulled``."""
+        return replace(self, base=self.base.pulled(progress))
 
     def refuse(self) -> None:
         """Raise what the findings demand; return where the merge may go on."""
@@ -95,13 +106,15 @@ class Job:
             said: dict[str, JSON] = {
                 "name": name,
                 "weight": self.weights[name],
-                "sha256": file_digest(header.folder / header.reading.file)[0],
+                "sha256": None if name in self.made else file_digest(header.folder / header.reading.file)[0],
                 "recorded_name": known.name if known else None,
                 "version": known.version if known else None,
                 "license": known.license if known else None,
                 "compat": header.reading.hints.get("compat") or self._inside(name),
+                "recipe": _said(known.recipe) if known and known.recipe else None,
+                "parents": [_said(each) for each in known.parents] if known else None,
             }
-            adapters.append({key: value for key, value in said.items() if value is not None and value != ""})
+            adapters.append({key: value for key, value in said.items() if value not in (None, "", [])})
         return {
             "lorahub": __version__,
             "base": {key: value for key, value in base.items() if value},
@@ -112,6 +125,9 @@ class Job:
             **({"layers": [*self.plan.repeated.sources]} if self.plan.repeated else {}),
             "plan": self.plan.digest(),
         }
+
+    def _in_files(self) -> list[AdapterHeader]:
+        return [*self.parents, *(header for name, header in self.headers.items() if name not in self.made)]
 
     def _inside(self, name: str) -> str | None:
         """The choice, where it decided where an adapter's weight goes."""
@@ -133,24 +149,27 @@ class Job:
     ) -> MergeReport:
         """Stream the merged checkpoint to ``out``, with its config, tokenizer, processor and template files.
 
-        Where ``out`` ends in ".safetensors" it is one file, whose header carries the provenance.
+        Where ``out`` ends in ".safetensors" it is one file, whose header carries the provenance.  A base on a hub is
+        fetched first.
 
         Raises:
             UsageError: the base is a live model, or ``out`` exists.
             WriteFailed: no space or no permission; nothing is left at ``out``.
             RankFailed: another of several processes failed or is gone.
         """
-        if self.base.files is None:
+        if self.base.model is not None:
             raise UsageError("a live model cannot be merged to disk", "save it first, then merge the folder")
         self.refuse()
+        base = self.base.pulled(progress)
+        assert base.files is not None  # what is no live model has files
         single = Path(out).suffix == SINGLE
         companions: dict[str, bytes | Path] = {
-            **_companions(self.base, self.headers.values(), keep_base_tokenizer),
+            **_companions(base, self._in_files(), keep_base_tokenizer),
             PROVENANCE: strict_json.pretty(self.provenance()).encode(),
         }
         with self._opened() as adapters:
             return stream_merge(
-                self.base.files,
+                base.files,
                 self.plan,
                 adapters,
                 Path(out),
@@ -198,7 +217,7 @@ class Job:
         self.refuse()
         demand_own_layers(self, "files that are written in place keep their layout")
         said = {**self.provenance(), "earlier": [*patching.history(place)]}
-        companions = _companions(self.base, self.headers.values(), keep_base_tokenizer)
+        companions = _companions(self.base, self._in_files(), keep_base_tokenizer)
         own = {name: path for name, path in companions.items() if path.parent != folder and place.is_dir()}
         small = {name: path.read_bytes() for name, path in own.items()}
         small[patching.provenance_name(place)] = strict_json.pretty(said).encode()
@@ -214,11 +233,14 @@ class Job:
             )
 
     @contextmanager
-    def _opened(self) -> Iterator[dict[str, OpenAdapter]]:
+    def _opened(self) -> Iterator[dict[str, HasDeltas]]:
         """The adapters, whose tensors are read when they are needed."""
         registry = load_registry()
         with ExitStack() as stack:
-            yield {name: stack.enter_context(open_deltas(each, registry)) for name, each in self.headers.items()}
+            yield {
+                name: self.made[name] if name in self.made else stack.enter_context(open_deltas(each, registry))
+                for name, each in self.headers.items()
+            }
 
 
 def demand_own_layers(job: Job, why: str) -> None:
@@ -233,6 +255,12 @@ def demand_own_layers(job: Job, why: str) -> None:
             f"base, and {why}",
             "merge to disk (out=FOLDER, or lorahub merge ... -o FOLDER) and load the result",
         )
+
+
+def _said(part: RecordPart) -> dict[str, JSON]:
+    """A part of a record, without what is at its default."""
+    said: dict[str, JSON] = part.model_dump(mode="json", exclude_defaults=True)
+    return said
 
 
 def _companions(base: Base, headers: Collection[AdapterHeader], keep_base: bool) -> dict[str, Path]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lorahub import checks
 from lorahub.adapter import Adapter, AdapterHeader
-from lorahub.bases.index import BaseIndex
+from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layers import ranges_of
 from lorahub.bases.repeated import repeated, why_not
 from lorahub.combination import Combination
@@ -18,6 +19,7 @@ from lorahub.engine.planning.casting import cast as cast_plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import Unavailable, UsageError
 from lorahub.fetching import Progress, Source, as_ref, quiet
+from lorahub.findings import Finding, Verdict
 from lorahub.merging.job import Job
 from lorahub.names import Ref
 from lorahub.opening import Base, open_base, recorded_base
@@ -43,6 +45,7 @@ def prepare(
     mode: str = "fast",
     dtype: str | None = None,
     hub: str | None = None,
+    whole: bool = True,
     progress: Progress = quiet,
 ) -> Job:
     """Plan and judge a merge; headers only, nothing is refused yet.
@@ -57,6 +60,7 @@ def prepare(
         mode: how sums are made and rounded; see ``merge``.
         dtype: what the result is stored in; see ``merge``.
         hub: path of a folder hub.
+        whole: the adapters' tensors will be wanted too, so those on a hub are pulled; else parts of files are read.
         progress: called with (bytes done, bytes in all).
     """
     registry = load_registry()
@@ -66,14 +70,17 @@ def prepare(
         raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
     chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
     if base is None:
-        first = header_of(next(iter(named.values()))[0], registry, hub=hub, progress=progress)
-        opened = open_recorded(first, progress)
+        source = next(iter(named.values()))[0]
+        first = header_of(source, registry, hub=hub, progress=progress, whole=whole, allow=allow)
+        opened = open_recorded(first, progress, hub=hub)
     else:
-        opened = open_base(base, digest=True, progress=progress)
+        opened = open_base(base, digest=True, hub=hub, progress=progress)
 
     def read(index: BaseIndex) -> dict[str, AdapterHeader]:
         return {
-            name: header_of(source, registry, hub=hub, progress=progress, index=index, compat=choice)
+            name: header_of(
+                source, registry, hub=hub, progress=progress, index=index, compat=choice, whole=whole, allow=allow
+            )
             for name, (source, _) in named.items()
         }
 
@@ -95,7 +102,10 @@ def prepare(
         dict.fromkeys(
             finding
             for header in headers.values()
-            for finding in checks.findings(header, opened.index, opened.framework, planned)
+            for finding in (
+                *opened.findings,
+                *checks.findings(header, opened.index, opened.framework, planned, kin=opened),
+            )
         )
     )
     return Job(
@@ -116,21 +126,35 @@ def _deepened(index: BaseIndex, headers: Collection[AdapterHeader]) -> BaseIndex
     return repeated(index, ranges) if ranges and why_not(index, ranges) is None else index
 
 
-def open_recorded(header: AdapterHeader, progress: Progress) -> Base:
-    """The base that an adapter records, by its name in a hub.
+def open_recorded(header: AdapterHeader, progress: Progress, *, hub: str | None = None) -> Base:
+    """The base that an adapter records, by its name in a hub: at the recorded commit, where there is one.
 
     Raises:
         UsageError: it records none.
         Unavailable: it is not at hand.
     """
     named = recorded_base(header)
-    try:
-        return open_base(Ref.parse(named, bare=True), digest=True, progress=progress)  # never a path that lies here
+    try:  # never a path that lies here
+        base = open_base(Ref.parse(named, bare=True), digest=True, hub=hub, progress=progress)
     except Unavailable as error:
         raise type(error)(
             f"{header.label} records {named} as its base, which cannot be had: {error.message}",
             "name one that is at hand: --base FOLDER",
         ) from None
+    if header.record is None or header.record.base is None or header.record.base.revision:
+        return base
+    return replace(base, findings=(*base.findings, _taken(named, base.index.ref)))
+
+
+def _taken(named: str, ref: BaseRef) -> Finding:
+    """Which commit a base is at whose record names none."""
+    return Finding(
+        code="base-commit-chosen",
+        axis="base",
+        level=Verdict.EXACT,
+        message=f"the record names {named} and no commit of it, so it was taken as it is now: {ref}",
+        remedy=f"lorahub record FOLDER --base {ref.repo}@{ref.commit}   (if that is the one it was trained on)",
+    )
 
 
 def named_weights(
