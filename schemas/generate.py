@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from lorahub.manifest.document import Manifest
+from lorahub.manifest.lockfile import Lock
 from lorahub.recipe import Recipe
 from lorahub.recipe_lock import RecipeLock
 from lorahub.records import AdapterRecord
@@ -20,6 +22,8 @@ FOLDER = Path(__file__).parent
 
 MODELS: dict[str, type[BaseModel]] = {
     "adapter": AdapterRecord,
+    "lock": Lock,
+    "manifest": Manifest,
     "recipe": Recipe,
     "recipe-lock": RecipeLock,
     "report": CheckReport,
