@@ -24,6 +24,7 @@ SKIPS = {
     "triton is not installed": "there is none for this platform; its kernels have twins in plain torch",
     "no CUDA device": "the marker gpu; every kernel has a twin that is tested without one",
     "hatchling is not installed": "building a wheel needs it; `make` installs it",
+    "timm is not installed": "the plugin for its models is tested where its framework is; `make` installs it",
     "runs as root, whom permissions do not bind": "a file cannot be made unreadable for root",
     "this file system": "it cannot hold what the test needs: links, case, a hole, a long name",
     "this platform": "the system call that is tested is not there",

@@ -43,7 +43,7 @@ def describe_base(
         repo: its name on the Hub, where ``index`` does not know.
         revision: its commit there.
     """
-    architectures = index.config.get("architectures")
+    architectures = index.config.get("architectures") or [index.config.get("architecture")]  # timm has one
     fields: dict[str, JSON] = {
         "repo_id": repo or index.ref.repo,
         "revision": revision or index.ref.commit,

@@ -1,4 +1,4 @@
-"""The laws every adapter kind and every composition method keeps, as plain functions for plugin authors.
+"""The laws that kinds, composition methods and frameworks keep, as plain functions for plugin authors.
 
     from lorahub.testing import check_kind, check_method
     def test_my_kind():
@@ -10,6 +10,7 @@ Each law runs over the kind's ``example`` deltas on linear, convolution and vect
 ``AssertionError`` that says in a sentence what does not hold, for which delta and shape.  A shape that ``example``
 refuses with ``BaseMismatch`` is left out; a kind that refuses all of them fails.  References are index loops over
 ``delta(W)`` as a black box: the laws know no formula, so a kind also needs a test of its own against one.
+``check_framework`` is told a model: see ``frameworks``.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ from lorahub.testing.changes import (
     weights_are_linear,
 )
 from lorahub.testing.declarations import declarations_are_what_build_does, spellings_lose_nothing
+from lorahub.testing.frameworks import FRAMEWORK_LAWS, FrameworkCase, check_framework
 from lorahub.testing.landing import layouts_land_alike
 from lorahub.testing.methods import METHOD_LAWS, check_method
 
 __all__ = [
+    "FRAMEWORK_LAWS",
     "LAWS",
     "METHOD_LAWS",
     "Case",
+    "FrameworkCase",
     "additive_kinds_ignore_the_weight_and_commute",
     "attached_equals_merged",
     "cases",
+    "check_framework",
     "check_kind",
     "check_method",
     "declarations_are_what_build_does",

@@ -1,0 +1,169 @@
+"""``create_model`` as timm has it, with an adapter: built with its classes, checked before anything is fetched.
+
+The adapter is held against the architecture on the meta device first; only then are pretrained weights loaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary, finalize
+
+from lorahub.adapter import Adapter, save
+from lorahub.attaching import attach
+from lorahub.bases.index import BaseRef
+from lorahub.errors import UsageError
+from lorahub.fetching import Source
+from lorahub.lazy import torch
+from lorahub.merging import merge as merge_into
+from lorahub.merging.job import Job
+from lorahub.merging.preparing import prepare
+from lorahub.opening import recorded_base
+from lorahub.plugins import load_registry
+from lorahub.sources import load
+from lorahub_timm.configs import described, live_config
+from lorahub_timm.framework import Timm
+from lorahub_timm.heads import head_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorahub.engine.changing.merge import Merged
+    from lorahub.live.attached import Live
+
+__all__ = ["create_model", "handle"]
+
+Handle: TypeAlias = "Live | Merged"
+
+_HANDLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+_NOT_OF_THE_WHOLE = frozenset({"features_only", "out_indices", "feature_cls", "checkpoint_path", "device"})
+"""Arguments that do not belong to the model that an adapter was trained on, or that load weights."""
+
+
+def create_model(
+    name: str | None = None,
+    pretrained: bool | None = None,
+    *,
+    adapter: Source | Adapter,
+    weight: float = 1.0,
+    merge: bool = False,
+    num_classes: int | None = None,
+    allow: Collection[str] = (),
+    compat: str | None = None,
+    hub: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model with an adapter: attached, so that it can be weighed, exchanged and taken off, or merged.
+
+    Args:
+        name: what timm calls it, with or without a tag ("vit_base_patch16_224.augreg_in21k", "hf-hub:NS/NAME",
+            "local-dir:FOLDER"); None: the base that the adapter records.
+        pretrained: load the weights that the name stands for; None: unless ``checkpoint_path`` gives others.
+        adapter: a folder, a file, ``ns/name[@SELECTOR]``, or one that is open.
+        weight: what the change is multiplied with.  A head that the base lacks, or has for other classes, is the
+            adapter's in full, and stays when the adapter is taken off: there is no other.
+        merge: change the weights instead.
+        num_classes: None: as many as the adapter's head has, if it brings one.  0: the model without a head; then, and
+            with ``features_only``, changes of modules that such a model leaves out are left out.
+        allow: finding codes to accept; see ``lorahub.check``.
+        compat: "peft" or "strict"; see ``lorahub.load``.
+        hub: path of a folder hub.
+        kwargs: of ``timm.create_model``.
+
+    Returns:
+        The model, as timm returns it; ``handle`` gives what it was attached or merged with.
+
+    Raises:
+        BaseMismatch, Degraded, Incompatible, IntegrityError: see ``lorahub.check``; no weights were loaded.
+        UsageError: no name is given and none is recorded, or the head has another number of classes.
+    """
+    timm: Any = import_module("timm")
+    given = adapter if isinstance(adapter, Adapter) else load(adapter, hub=hub, compat=compat)
+    if given.header is None:
+        raise UsageError("this adapter lies in no folder yet", "save it first: lorahub.adapter.save(adapter, FOLDER)")
+    label = given.header.label
+    full_name = f"hf-hub:{recorded_base(given.header)}" if name is None else name
+    with torch.device("meta"):
+        whole = timm.create_model(full_name, **{key: kwargs[key] for key in kwargs.keys() - _NOT_OF_THE_WHOLE})
+    job = prepare(whole, {label: given}, weights=[weight], allow=allow, compat=compat, hub=hub)
+    job.refuse()
+    count = _classes(whole, job)
+    headless = num_classes == 0 or bool(kwargs.get("features_only"))
+    if count is not None and num_classes not in (None, 0, count):
+        raise UsageError(
+            f"'{label}' brings a head of {count} classes, and the model is to have {num_classes}",
+            f"leave num_classes out, or give num_classes={count}; 0 for the model without a head",
+        )
+    classes = num_classes if num_classes is not None or headless else count
+    if classes is not None:
+        kwargs["num_classes"] = classes
+    loads = not kwargs.get("checkpoint_path") if pretrained is None else pretrained
+    model: nn.Module = timm.create_model(full_name, pretrained=loads, **kwargs)
+    if not headless:
+        _take_head(model, job)
+    place = _what_is_there(model, job) if headless else None
+    source = given if place is None else load(Path(place.name) / "adapter")
+    how: dict[str, Any] = {"weights": [weight], "allow": allow, "compat": compat, "hub": hub}
+    _HANDLES[model] = (merge_into if merge else attach)(model, {label: source}, **how)
+    if place is not None:
+        finalize(model, place.cleanup)
+    return model
+
+
+def handle(model: nn.Module) -> Handle:
+    """What ``create_model`` attached (choose, weigh, exchange, detach) or merged (undo).
+
+    Raises:
+        UsageError: the model is not from there.
+    """
+    try:
+        found: Handle = _HANDLES[model]
+    except KeyError:
+        raise UsageError(
+            "this model was not made by lorahub_timm.create_model", "lorahub.attach gives its own"
+        ) from None
+    return found
+
+
+def _classes(whole: nn.Module, job: Job) -> int | None:
+    """How many classes the adapter's head has, or None where it brings none."""
+    about = described(live_config(whole))
+    heads = head_parameters(about) if about else ()
+    brought = (step for step in job.plan.steps if step.out in heads and any(term.replaces for term in step.terms))
+    return next((step.after.shape[0] for step in brought), None)
+
+
+def _take_head(model: nn.Module, job: Job) -> None:
+    """Put the new head's values into the model, so that no weight mixes them with those that it was built with."""
+    new = [step for step in job.plan.steps if step.before is None or step.before.shape != step.after.shape]
+    if not new:
+        return
+    adapter = next(iter(job.adapters(load_registry()).values()))
+    own = Timm().parameters(model, Timm().index_model(model, BaseRef()))
+    with torch.no_grad():
+        for step in new:
+            for term in step.terms:
+                value = adapter.deltas[term.target].replacement()
+                if value is not None and step.out in own:
+                    own[step.out].copy_(value)
+
+
+def _what_is_there(model: nn.Module, job: Job) -> tempfile.TemporaryDirectory[str] | None:
+    """A folder with the adapter's changes to what this part of the whole model has; None where it has all of it."""
+    index = Timm().index_model(model, BaseRef())
+    gone = {
+        term.target for step in job.plan.steps if index.stored(step.out) not in index.parameters for term in step.terms
+    }
+    if not gone:
+        return None
+    adapter = next(iter(job.adapters(load_registry()).values()))
+    kept = {target: delta for target, delta in adapter.deltas.items() if target not in gone}
+    place = tempfile.TemporaryDirectory(prefix="lorahub-timm-")
+    save(replace(adapter, deltas=MappingProxyType(kept), record=None, header=None), Path(place.name) / "adapter")
+    return place
