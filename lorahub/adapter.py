@@ -264,11 +264,12 @@ def judge_record(
     stale = stale_files(record)
     if not stale:
         return record, []
+    changed = "1 file is not the one" if len(stale) == 1 else f"{len(stale)} files are not those"
     finding = Finding(
         code=_STALE,
         axis="integrity",
         level=Verdict.DEGRADED,
-        message=f"{len(stale)} files are not those that {FILENAME} was written for; its arithmetic is ignored",
+        message=f"{changed} that {FILENAME} was written for; its arithmetic is ignored",
         where=stale,
         remedy=f"fetch the adapter again, or, if you changed it yourself: {_RECORD_ANEW}",
         allowable=True,

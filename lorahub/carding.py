@@ -23,7 +23,7 @@ def card(folder: str | os.PathLike[str], repo: str | None = None, *, write: bool
 
     Args:
         folder: the adapter's folder, with a record.
-        repo: ``ns/name``, where it will be; the record's name by default.
+        repo: ``ns/name``, or ``ns/name/folder``, where it will be; the record's name by default.
         write: put README.md and its picture into the folder.
 
     Raises:
@@ -38,7 +38,8 @@ def card(folder: str | os.PathLike[str], repo: str | None = None, *, write: bool
             f"{folder} has no {FILENAME}, and a card says what stands there", f"lorahub record {folder} --base BASE"
         )
     name = header.record.name or header.label
-    made = make_card(read_card(folder), header, header.record, repo=_repo(repo or name, folder))
+    to = _to(repo or name, folder)
+    made = make_card(read_card(folder), header, header.record, repo=to.repo or "", subfolder=to.subpath)
     if write:
         for picture, content in made.pictures.items():
             atomic_write(folder / picture, content)
@@ -46,9 +47,9 @@ def card(folder: str | os.PathLike[str], repo: str | None = None, *, write: bool
     return made
 
 
-def _repo(name: str, folder: Path) -> str:
-    """``name`` as a repository: of nobody yet where only its own name is known."""
+def _to(name: str, folder: Path) -> Ref:
+    """``name`` as a place on a hub: of nobody yet where only its own name is known."""
     ref = Ref.parse(name if "/" in name else f"NS/{name}")
-    if ref.repo is None or name not in (ref.repo, ref.repo.partition("/")[2]):
+    if ref.repo is None or name not in (str(ref), str(ref).partition("/")[2]) or ref.selector or ref.weight is not None:
         raise UsageError(f"{name!r} is no name on a hub", f"lorahub card {folder} --repo NS/NAME")
-    return ref.repo
+    return ref

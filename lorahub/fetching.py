@@ -73,7 +73,7 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
     """
     if isinstance(source, Ref):
         return source
-    text = os.fspath(source)
+    text = _of_the_hub(os.fspath(source))
     name, equals, place = text.partition("=")
     for head, tail in (("", text), (f"{name}=", place)) if equals else (("", text),):
         clear = Path(tail).is_absolute() or tail.startswith(("./", "../"))
@@ -92,6 +92,16 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
         if "/" in text or "@" in text or ":" in text:
             raise
         raise NotFound(f"there is no file or folder called {printable(text)} here", error.hint) from None
+
+
+def _of_the_hub(text: str) -> str:
+    """A pasted page of the hub that ``HF_ENDPOINT`` names, as the page of that name on huggingface.co."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return f"https://huggingface.co/{text.removeprefix(f'{endpoint}/')}" if _is_below(text, endpoint) else text
+
+
+def _is_below(text: str, endpoint: str) -> bool:
+    return "://" in endpoint and text.startswith(f"{endpoint}/")
 
 
 def _unweighed(path: str) -> str:

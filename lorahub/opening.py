@@ -23,8 +23,8 @@ from lorahub.errors import InvalidRef, LorahubError, NotFound, Unavailable, Usag
 from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.files.raw import open_regular
 from lorahub.findings import Finding
+from lorahub.front_matter import front_matter
 from lorahub.hub.hub import Pin
-from lorahub.hub.readme import front_matter
 from lorahub.names import Ref
 from lorahub.plugins import load_registry
 from lorahub.record_fields import BaseRecord

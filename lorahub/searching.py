@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorahub.errors import UsageError
+from lorahub.errors import Offline, UsageError
 from lorahub.fetching import Source, as_ref
-from lorahub.findings import Finding
+from lorahub.findings import Finding, Verdict
 from lorahub.hub import open_hub
+from lorahub.hub.hub import Standing
 from lorahub.hub.noticed import renamed, superseded
 from lorahub.hub.versions import VersionTag, version_tags
 from lorahub.names import Ref
 
 if TYPE_CHECKING:
-    from lorahub.hub.hub import Listing, Standing
+    from lorahub.hub.hub import Listing
 
 __all__ = ["Versions", "search", "versions"]
 
@@ -69,7 +70,7 @@ class Versions:
 
 
 def versions(ref: Source, *, hub: str | None = None, token: str | None = None) -> Versions:
-    """What versions a repository has, and how it stands, in two requests.
+    """What versions a repository has, and how it stands, in two requests; offline, the versions that are known here.
 
     Args:
         ref: ``ns/name``; a selector or folder behind it is left out.
@@ -83,7 +84,23 @@ def versions(ref: Source, *, hub: str | None = None, token: str | None = None) -
     repo = as_ref(ref).repo
     if repo is None:
         raise UsageError(f"{ref} is a local path, and versions are on a hub", "lorahub versions NS/NAME")
-    standing = open_hub(hub, token=token).standing(repo)
+    opened = open_hub(hub, token=token)
+    try:
+        standing = opened.standing(repo)
+    except Offline:
+        known = opened.versions(repo)  # raises that again, unless the network is switched off and they are known here
+        standing = Standing(repo=repo, tags={each.tag: each.commit for each in known}, branches={})
+        return Versions(versions=tuple(known), standing=standing, findings=(_known_here(repo),))
     said = [renamed(Ref(repo=repo), standing.repo)] if standing.repo != repo else []
     said += [superseded(repo, standing.successor)] if standing.successor else []
     return Versions(versions=tuple(version_tags(standing.tags)), standing=standing, findings=tuple(said))
+
+
+def _known_here(repo: str) -> Finding:
+    return Finding(
+        code="versions-from-cache",
+        axis="policy",
+        level=Verdict.UNVERIFIED,
+        message=f"the network is switched off: these are the versions of {repo} that were known here before",
+        remedy="once with the network: unset HF_HUB_OFFLINE",
+    )

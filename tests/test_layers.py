@@ -16,6 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "findings",
+        "front_matter",
         "hookspecs",
         "lazy",
         "names",

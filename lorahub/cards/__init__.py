@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from lorahub.adapter import AdapterHeader
 from lorahub.cards import block
+from lorahub.cards.authors import author_digest, mark, marked
 from lorahub.cards.body import Facts, render, title_of
 from lorahub.cards.front import FILE, edited, read_front, split
 from lorahub.cards.layers import PICTURE, picture_of
@@ -22,12 +23,13 @@ from lorahub.cards.wanted import wanted
 from lorahub.errors import RecordError
 from lorahub.files.raw import open_regular
 from lorahub.findings import Finding, Verdict
+from lorahub.formats.peft.config import CONFIG
 from lorahub.inspection import inspect
 from lorahub.names import printable
 from lorahub.plugins import load_registry
 from lorahub.records import AdapterRecord
 
-__all__ = ["FILE", "PICTURE", "Card", "make_card", "read_card"]
+__all__ = ["FILE", "PICTURE", "Card", "make_card", "read_card", "replaces"]
 
 LIMIT = 4 << 20
 """Bytes of a README, as much as may be published."""
@@ -74,6 +76,7 @@ def make_card(
     record: AdapterRecord,
     *,
     repo: str,
+    subfolder: str = "",
     picture: str | None = None,
 ) -> Card:
     """The card of an adapter; one made before, or written by hand, is brought up to date.
@@ -83,6 +86,7 @@ def make_card(
         header: the adapter.
         record: its record, as it will be published.
         repo: "ns/name", where it will be.
+        subfolder: the folder within it, "" for its root.
         picture: an SVG to show instead of the one that is made from the headers.
 
     Raises:
@@ -92,7 +96,7 @@ def make_card(
     registry = load_registry()
     header = replace(header, record=record)
     found = inspect(header, registry)
-    usage = usage_of(header, record, repo=repo)
+    usage = usage_of(header, record, repo=repo, subfolder=subfolder)
     drawn, says = (picture, "what the adapter changes") if picture is not None else picture_of(header, record, registry)
     facts = Facts(
         header=header,
@@ -107,17 +111,38 @@ def make_card(
     document = split(existing or "")
     where, before = block.take(document.body, document.body_line)
     have = read_front(document)
-    merged = reconcile(have, wanted(header, record, usage, repo=repo, triggers=found.triggers), before)
+    want = wanted(header, record, usage, repo=repo, triggers=found.triggers)
+    named = header.files.configs.get(CONFIG, {}).get("base_model_name_or_path")
+    merged = reconcile(have, want, before, trained_from=named if isinstance(named, str) else "")
     body = document.body
     if not body.strip() and where is None:
         body = f"{document.newline}# {title_of(facts)}{document.newline}"
-    body = block.place(body, where, render(facts), merged.written, document.newline)
+    author = mark(merged.values, block.around(body, where), merged.written)
+    written = replace(merged.written, author=author)
+    body = block.place(body, where, render(facts), written, document.newline)
     front = edited(document, have, dict(merged.values))
     return Card(
         text=document.changed(front=front, body=body).text(),
         findings=(*merged.findings, *_left(document.body, merged.replaced, document.body_line)),
         pictures={PICTURE: drawn.encode()} if drawn else {},
     )
+
+
+def replaces(new: str, old: str, *, before: str) -> bool:
+    """Whether a README in place of another loses what somebody wrote there.
+
+    It does not where both say the same around our part, or where the new one is an edit of the old.
+
+    Args:
+        new: as it is published.
+        old: as it is there.
+        before: the new one as it was before our part was brought up to date, which remembers what it was made around.
+    """
+    try:
+        theirs = author_digest(old)
+    except RecordError:  # of what cannot be taken apart, everything counts
+        return old.split() != new.split()
+    return theirs not in ("", author_digest(new), marked(before))
 
 
 def _left(body: str, replaced: tuple[str, ...], before: int) -> list[Finding]:

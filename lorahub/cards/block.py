@@ -17,7 +17,7 @@ from lorahub import strict_json
 from lorahub.cards.front import FILE
 from lorahub.errors import RecordError
 
-__all__ = ["Written", "digest", "place", "take"]
+__all__ = ["Written", "around", "digest", "place", "take"]
 
 _LIMIT = 1 << 16
 """Bytes of the note in the opening comment."""
@@ -34,10 +34,12 @@ class Written:
     Attributes:
         keys: metadata key -> digest of the value that was written.
         items: metadata key -> what was added to its list.
+        author: a digest of the author's part as it was then, or "".
     """
 
     keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     items: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    author: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def place(body: str, where: _Place | None, text: str, written: Written, newline:
     """
     inner = f"\n{text.strip()}\n"
     note: dict[str, Any] = {"text": _text_digest(inner)}
+    note |= {"author": written.author} if written.author else {}
     note |= {"keys": dict(sorted(written.keys.items()))} if written.keys else {}
     note |= {"items": {key: list(items) for key, items in sorted(written.items.items())}} if written.items else {}
     spelled = strict_json.compact(note).replace("-", "\\u002d").replace(">", "\\u003e")  # a comment ends at the first
@@ -119,6 +122,11 @@ def place(body: str, where: _Place | None, text: str, written: Written, newline:
         return block + newline
     gap = newline if body.endswith(("\n", "\r")) else newline * 2
     return f"{body}{gap}{block}{newline}"
+
+
+def around(body: str, where: _Place | None) -> str:
+    """The body without our part."""
+    return body if where is None else f"{body[: where.start]}\n{body[where.end :]}"
 
 
 def _line(text: str, at: int) -> int:
@@ -141,8 +149,9 @@ def _note(text: str | None) -> dict[str, Any]:
 
 
 def _written(note: Mapping[str, Any]) -> Written:
-    keys, items = note.get("keys"), note.get("items")
+    keys, items, author = note.get("keys"), note.get("items"), note.get("author")
     return Written(
+        author=author if isinstance(author, str) else "",
         keys={key: value for key, value in keys.items() if isinstance(value, str)} if isinstance(keys, dict) else {},
         items={
             key: tuple(item for item in values if isinstance(item, str))

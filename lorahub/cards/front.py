@@ -1,8 +1,8 @@
 """The metadata at the top of a README, and how to change single values in it while everything else stays as written.
 
-What counts as metadata is what the Hub takes for it: YAML between two lines of ``---`` at the start.  It is read
-strictly and within limits.  Changes are cuts in the text, so order, style and comments of what is not changed stay, and
-the result is read again: a text that would not say what it should is never returned.  Knows no adapter and no key.
+What counts as metadata is said in ``front_matter``.  It is read strictly and within limits.  Changes are cuts in the
+text, so order, style and comments of what is not changed stay, and the result is read again: a text that would not say
+what it should is never returned.  Knows no adapter and no key.
 """
 
 from __future__ import annotations
@@ -17,18 +17,13 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from lorahub import strict_yaml
 from lorahub.cards.yaml_text import entry, scalar
 from lorahub.errors import RecordError
+from lorahub.front_matter import LIMIT, cut
 from lorahub.strict_json import NotStrict
 
-__all__ = ["FILE", "LIMIT", "Document", "edited", "read_front", "split"]
+__all__ = ["FILE", "Document", "edited", "read_front", "split"]
 
 FILE = "README.md"
-LIMIT = 256 << 10
-"""Bytes of metadata."""
 
-_BLOCK = re.compile(r"(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z))")
-"""What the Hub takes for metadata: the opening line, YAML, the closing line."""
-
-_EMPTY = re.compile(r"(\s*---(\r\n|\r|\n))(---[ \t]*(?:\r\n|\n|\Z))")
 _OPENS = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n|\Z)")
 _BREAK = re.compile(r"\r\n|\r|\n")
 _BOM = "\ufeff"
@@ -84,12 +79,9 @@ def split(text: str) -> Document:
     found = _BREAK.search(text)
     newline = found[0] if found else "\n"
     bom, rest = (_BOM, text[1:]) if text.startswith(_BOM) else ("", text)
-    if empty := _EMPTY.match(rest):
-        return Document(
-            head=bom + empty[1], front="", tail=newline + empty[3], body=rest[empty.end() :], newline=newline
-        )
-    if block := _BLOCK.match(rest):
-        return Document(head=bom + block[1], front=block[2], tail=block[3], body=rest[block.end() :], newline=newline)
+    if (parts := cut(text)) is not None:
+        tail = parts.tail if parts.yaml or parts.tail[:1] in "\r\n" else newline + parts.tail  # room for a first key
+        return Document(head=parts.head, front=parts.yaml, tail=tail, body=parts.body, newline=newline)
     if opens := _OPENS.match(rest):
         line = len(_BREAK.findall(rest[: opens.end()])) or 1
         raise RecordError(

@@ -74,7 +74,9 @@ def picture_of(header: AdapterHeader, record: AdapterRecord, registry: Registry)
         values=numbers,
         measure=measure,
     )
-    return svg(picture), f"Which layers {title[:100]} changes: {measure}, {len(rows)} targets by layer"
+    return svg(
+        picture
+    ), f"Which layers {title[:100]} changes: {measure}, {len(rows)} target{'s' * (len(rows) != 1)} by layer"
 
 
 _Drawn = tuple[list[str], list[Section], dict[tuple[str, int, int], float]]

@@ -44,16 +44,24 @@ _Judged: TypeAlias = "tuple[Any, list[Finding]]"
 """A value to write, and what is to be said."""
 
 
-def reconcile(have: Mapping[str, Any], want: Mapping[str, Any], before: Written) -> Reconciled:
+def reconcile(
+    have: Mapping[str, Any], want: Mapping[str, Any], before: Written, *, trained_from: str = ""
+) -> Reconciled:
     """The metadata of a card.
 
     Args:
         have: what stands there.
         want: what should, by the record.
         before: what an earlier card wrote.
+        trained_from: the base as the trainer was given it, which it also wrote into the card.
     """
-    values = dict(have)
+    values = dict(have := _renamed(written := have, want, trained_from))
     findings: list[Finding] = []
+    if have is not written:
+        message = (
+            f"{FILE} gave the base as {_shown(trained_from)}, as the trainer had it: it says {have['base_model']} now"
+        )
+        findings.append(_finding("card-base-replaced", Verdict.UNVERIFIED, message, ""))
     keys: dict[str, str] = {}
     items: dict[str, tuple[str, ...]] = {}
     for key in ORDER:
@@ -79,6 +87,16 @@ def reconcile(have: Mapping[str, Any], want: Mapping[str, Any], before: Written)
         findings=tuple(findings),
         replaced=tuple(dict.fromkeys(text for text in lost if text)),
     )
+
+
+def _renamed(have: Mapping[str, Any], want: Mapping[str, Any], trained_from: str) -> Mapping[str, Any]:
+    """Without the one word for a base that may be a repository's old name, and is a folder's of the trainer's."""
+    if "/" in trained_from or have.get("base_model") != trained_from or not want.get("base_model"):
+        return have
+    tags, derived = have.get("tags"), f"{_DERIVED}adapter:{trained_from}"
+    instead = f"{_DERIVED}adapter:{want['base_model']}"
+    changed = [instead if each == derived else each for each in tags] if isinstance(tags, list) else tags
+    return {**have, "base_model": want["base_model"], **({"tags": changed} if changed != tags else {})}
 
 
 def _empty(value: Any) -> bool:

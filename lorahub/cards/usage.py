@@ -52,6 +52,7 @@ class _Look:
     header: AdapterHeader
     record: AdapterRecord
     repo: str
+    subfolder: str
     version: str
     base: str
     commit: str
@@ -59,9 +60,15 @@ class _Look:
     config: Mapping[str, JSON] = field(default_factory=dict)
 
     @property
-    def tag(self) -> str:
-        """``, revision="v1.2.0"``, or nothing."""
-        return f', revision="v{self.version}"' if self.version else ""
+    def at(self) -> str:
+        """``, subfolder="ink", revision="v1.2.0"``, what there is of it."""
+        return "".join(f", {name}={json.dumps(value)}" for name, value in self.place.items())
+
+    @property
+    def place(self) -> Mapping[str, str]:
+        """Where in the repository it lies, in the words of the frameworks."""
+        said = {"subfolder": self.subfolder, "revision": f"v{self.version}" if self.version else ""}
+        return {name: value for name, value in said.items() if value}
 
     @property
     def base_revision(self) -> str:
@@ -70,7 +77,7 @@ class _Look:
     @property
     def ref(self) -> str:
         """The adapter as lorahub names it."""
-        return f"{self.repo}@{self.version}" if self.version else self.repo
+        return "/".join(filter(None, [f"{self.repo}@{self.version}" if self.version else self.repo, self.subfolder]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +108,14 @@ _CLASSES: Mapping[str, str] = {
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
-def usage_of(header: AdapterHeader, record: AdapterRecord, *, repo: str) -> Usage:
+def usage_of(header: AdapterHeader, record: AdapterRecord, *, repo: str, subfolder: str = "") -> Usage:
     """The framework that loads an adapter, and the lines for it and for lorahub.
 
     Args:
         header: the adapter.
         record: its record.
         repo: "ns/name".
+        subfolder: where in it, "" for its root.
     """
     base = record.base
     config = header.files.configs.get(CONFIG, {})
@@ -115,6 +123,7 @@ def usage_of(header: AdapterHeader, record: AdapterRecord, *, repo: str) -> Usag
         header=header,
         record=record,
         repo=repo,
+        subfolder=subfolder,
         version=record.version or "",
         base=(base.repo_id if base else None) or "",
         commit=(base.revision if base else None) or "",
@@ -154,7 +163,7 @@ def _peft_lines(look: _Look) -> Snippet:
         component = next(iter(look.record.components), "")
         part = component if _NAME.fullmatch(component) else "unet"
         lines = ["from diffusers import DiffusionPipeline", *lines, "", _pipeline(look)]
-        lines += [f'pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, "{look.repo}"{look.tag})']
+        lines += [f'pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, "{look.repo}"{look.at})']
         return Snippet(title="With diffusers and PEFT", language="python", text="\n".join(lines))
     else:
         named = _CLASSES.get(str(look.config.get("task_type")), "")
@@ -162,8 +171,18 @@ def _peft_lines(look: _Look) -> Snippet:
         model = named or (architecture if _NAME.fullmatch(architecture) else "AutoModel")
         loaded = f'{model}.from_pretrained("{look.base or "BASE"}"{look.base_revision})'
         lines = [*lines, f"from transformers import {model}", "", f"base = {loaded}"]
-    lines += [f'model = PeftModel.from_pretrained(base, "{look.repo}"{look.tag})']
+    lines += [f'model = PeftModel.from_pretrained(base, "{look.repo}"{look.at})']
+    if _transformers(look):
+        place = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in look.place.items())
+        options = f", adapter_kwargs={{{place}}}" if place else ""
+        lines += [f'# or, in the base itself: base.load_adapter("{look.repo}"{options})']
     return Snippet(title="With PEFT", language="python", text="\n".join(lines))
+
+
+def _transformers(look: _Look) -> bool:
+    """Whether transformers' own models load it: plain LoRA of theirs, with no part that it replaces."""
+    plain = look.config.get("peft_type") == "LORA" and not look.config.get("modules_to_save")
+    return plain and look.library in {"", "transformers"} and look.config.get("task_type") in _CLASSES
 
 
 def _pipeline(look: _Look) -> str:
@@ -196,7 +215,7 @@ def _any(_look: _Look) -> bool:
 def _diffusers_lines(look: _Look) -> Snippet:
     file = json.dumps(look.header.reading.file)
     lines = ["from diffusers import DiffusionPipeline", "", _pipeline(look)]
-    lines += [f'pipeline.load_lora_weights("{look.repo}", weight_name={file}{look.tag}, adapter_name="default")']
+    lines += [f'pipeline.load_lora_weights("{look.repo}", weight_name={file}{look.at}, adapter_name="default")']
     strength = look.record.strength.recommended if look.record.strength else None
     lines += [f'pipeline.set_adapters("default", {strength:g})'] if strength is not None else []
     return Snippet(title="With diffusers", language="python", text="\n".join(lines))

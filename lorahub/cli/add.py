@@ -16,6 +16,11 @@ __all__ = ["add"]
 @click.argument("refs", metavar="REF...", nargs=-1)
 @click.option("--name", metavar="NAME", help="What the adapter is called here; the last part of REF by default.")
 @click.option("--base", metavar="BASE", help="Set the base: ORG/NAME[@REVISION], or a folder of the project.")
+@click.option(
+    "--verdict",
+    type=click.Choice(("exact", "compatible", "unverified")),
+    help="The worst verdict against the base to accept from now on; compatible where the manifest says none.",
+)
 @click.option("--no-lock", is_flag=True, help="Only write it down, as it is given.")
 @manifest_option
 @offline_option
@@ -25,6 +30,7 @@ def add(
     refs: tuple[str, ...],
     name: str | None,
     base: str | None,
+    verdict: str | None,
     no_lock: bool,
     manifest: str | None,
     offline: bool,
@@ -37,6 +43,7 @@ def add(
       lorahub add --base acme/base
       lorahub add acme/ink                  # newest version, and what is compatible: @~=1.2
       lorahub add sql=acme/sql@1.0:0.5 ./own
+      lorahub add --verdict unverified      # accept adapters whose base nobody recorded
 
     What the policy refuses changes nothing. Comments and order in the file stay as they are. No weights are downloaded.
     """  # noqa: D301 - click takes a backspace for "leave these lines as they are"
@@ -45,6 +52,7 @@ def add(
             *refs,
             base=base,
             name=name,
+            verdict=verdict,
             no_lock=no_lock,
             manifest=manifest,
             hub=hub,

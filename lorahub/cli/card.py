@@ -14,7 +14,7 @@ __all__ = ["card"]
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--repo", metavar="NS/NAME", help="Where it will be on the hub; the record's name by default.")
+@click.option("--repo", metavar="NS/NAME[/FOLDER]", help="Where it will be on the hub; the record's name by default.")
 @click.option("--write", is_flag=True, help="Write README.md and its picture into the folder.")
 @output_options
 def card(folder: str, repo: str | None, write: bool, out: Output) -> None:

@@ -36,4 +36,6 @@ def show_locked(out: Output, locked: Locked, *, document: dict[str, object] | No
     text = changes_text(locked.changes)
     out.answer({**(document or {}), **locked.document()}, text=text, bare=str(locked.path))
     if not locked.changes:
-        out.say(f"{locked.path} is up to date: {len(locked.lock.adapter)} adapters")
+        count = len(locked.lock.adapter)
+        same = f"the same {count} adapter{'s' * (count != 1)}" if count else "no adapters yet"
+        out.say(f"{locked.path} is {'written' if locked.written else 'up to date'}: {same}")

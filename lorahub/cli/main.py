@@ -19,6 +19,8 @@ from lorahub.names import did_you_mean
 
 __all__ = ["main", "make_cli"]
 
+_INTERRUPTED = "Interrupted: nothing half done counts, and the same command again finishes it."
+
 
 class _Row(NamedTuple):
     """One command: its module below ``lorahub.cli`` (the function has the command's name) and its one-line help."""
@@ -126,7 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = make_cli().main(args=raw, prog_name="lorahub", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write(f"{_INTERRUPTED}\n")
         sys.exit(130)
     except click.ClickException as error:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
@@ -147,6 +150,4 @@ def main(arguments: list[str] | None = None) -> None:
             WriteFailed(f"{error.strerror or error}{where}", "check the path, its permissions and the free space")
         )
         sys.exit(WriteFailed.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from lorahub import publishing
@@ -67,6 +69,8 @@ def push(
     pin = pushed.pin
     for name in pushed.skipped:
         out.say(f"skipped: {name}")
+    for name in pushed.others:
+        out.say(f"with it: {name}")
     out.findings(pushed.said)
     for name in pushed.written:
         out.say(f"{'would be written' if dry_run else 'written'}: {folder}/{name}")
@@ -80,6 +84,7 @@ def push(
             "pin": pin.document(),
             "url": pushed.url,
             "pull": pull,
+            "others": list(pushed.others),
             "written": list(pushed.written),
             "skipped": list(pushed.skipped),
             "findings": [finding.document() for finding in pushed.said],
@@ -95,3 +100,8 @@ def push(
         out.say(f"to merge it: hf discussions merge {pin.repo} {number}")
         out.say(f"then, to tag it: lorahub push {ref} {folder} --version {pushed.record.version}")
     out.say(f"to fetch it: {pull}")
+    known = pushed.record.base
+    if known is not None and known.repo_id and not known.weights_digest:
+        to = shlex.quote(folder)
+        out.say("only its base's name is recorded, so every check against it says unverified; for the next version:")
+        out.say(f"  lorahub record {to} --base {known.repo_id}")

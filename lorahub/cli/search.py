@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from lorahub import searching
@@ -77,19 +79,21 @@ def search(
     )
     if not found:
         out.say("nothing found")
-        for line in _else(base, library, tags, text):
+        for line in _else(base, author, library, tags, text):
             out.say(f"  {line}")
     elif len(found) == limit:
         out.say(f"the first {limit}; more with --limit")
 
 
-def _else(base: str | None, library: str | None, tags: tuple[str, ...], text: str) -> list[str]:
+def _else(base: str | None, author: str | None, library: str | None, tags: tuple[str, ...], text: str) -> list[str]:
     """What to try where nothing was found."""
     advice = []
     if base is not None:
-        advice.append(f"adapters whose cards do not name the base: lorahub search {base.rpartition('/')[2]}")
+        name = base.partition("@")[0].rpartition("/")[2]
+        advice.append(f"adapters whose cards do not name the base: lorahub search {shlex.quote(name)}")
     if not (base or library or tags):
-        advice.append(f"adapters that are not tagged lora: lorahub search {text} --library peft".replace("  ", " "))
-    if sum(map(bool, (base, library, tags, text))) > 1:
+        given = [*([text] if text else []), *(["--author", author] if author else []), "--library", "peft"]
+        advice.append(f"adapters that are not tagged lora: lorahub search {shlex.join(given)}")
+    if sum(map(bool, (base, author, library, tags, text))) > 1:
         advice.append("all that is given must hold at once: leave something out")
     return advice or ["look at the spelling, or leave something out"]

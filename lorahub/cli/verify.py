@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from lorahub.cli.locking import manifest_option
@@ -31,5 +33,7 @@ def verify(dest: str | None, manifest: str | None, out: Output) -> int:
         out.say(f"{len(found.files)} files are as they were locked")
         return 0
     out.say(f"{len(wrong)} of {len(found.files)} files are not as they were locked")
-    out.say(f"To install what is locked: move those folders away, then lorahub sync --dest {found.dest}")
+    out.say(
+        f"To install what is locked: move those folders away, then lorahub sync --dest {shlex.quote(str(found.dest))}"
+    )
     return IntegrityError.exit_code

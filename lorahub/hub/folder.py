@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,12 +14,21 @@ from typing import Any
 from lorahub.errors import DigestMismatch, IntegrityError, NotFound, UsageError
 from lorahub.files.atomic import write_failed
 from lorahub.files.raw import CHUNK, open_regular, read_into
+from lorahub.front_matter import front_matter
 from lorahub.hub.cache import Cache
 from lorahub.hub.folder_store import Commit, FolderStore, State
-from lorahub.hub.hub import SORTS, FilePin, Listing, Pin, Progress, Span, Standing, Taken
-from lorahub.hub.publication import DEFAULT_BRANCH, Outcome, Publication, outcome, publication, repo_of
+from lorahub.hub.hub import SORTS, FilePin, Listing, Pin, Progress, Revise, Span, Standing, Taken
+from lorahub.hub.publication import (
+    DEFAULT_BRANCH,
+    Outcome,
+    Publication,
+    current_readme,
+    outcome,
+    publication,
+    repo_of,
+    revised,
+)
 from lorahub.hub.ranges import coalesce, cut, verify_whole
-from lorahub.hub.readme import front_matter
 from lorahub.hub.searches import base_name
 from lorahub.hub.selection import select_adapter
 from lorahub.hub.versions import VersionTag, pick, version_tags
@@ -28,6 +38,8 @@ __all__ = ["FolderHub"]
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
+_NAMES_OF_BASES = {"lorahub.json": ("base", "repo_id"), "adapter_config.json": ("base_model_name_or_path",)}
+"""File -> the keys that lead to the name of the base."""
 
 
 class FolderHub:
@@ -135,7 +147,7 @@ class FolderHub:
         sort: str = "downloads",
         limit: int = 20,
     ) -> list[Listing]:
-        """Repositories by name, by the base that the newest state's PEFT config names, and by its card.
+        """Repositories by name, by the base that the newest state's record or PEFT config names, and by its card.
 
         See ``Hub.search``; nothing is counted here, so the order is that of the names.
         """
@@ -146,14 +158,15 @@ class FolderHub:
         for repo in self._store.repos():
             if text.lower() not in repo.lower() or author not in {None, repo.partition("/")[0]}:
                 continue
-            listing = self._listing(repo)
-            if wanted not in {None, listing.base} or library not in {None, listing.library}:
+            bases = self._bases(repo)
+            listing = self._listing(repo, bases)
+            if wanted not in {None, listing.base, *bases} or library not in {None, listing.library}:
                 continue
             if set(tags) <= set(listing.tags):
                 found.append(listing)
         return found[:limit]
 
-    def _listing(self, repo: str) -> Listing:
+    def _listing(self, repo: str, bases: Sequence[str]) -> Listing:
         stable = [each for each in self.versions(repo) if not each.version.is_prerelease]
         card = self._card(repo)
         words = {name: card[name] for name in ("library_name", "license") if isinstance(card.get(name), str)}
@@ -161,7 +174,7 @@ class FolderHub:
         return Listing(
             repo=repo,
             version=str(stable[0].version) if stable else None,
-            base=self._base(repo),
+            base=bases[0] if bases else None,
             library=printable(words.get("library_name", "")),
             license=printable(words.get("license", "")),
             tags=tuple(printable(tag) for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
@@ -179,6 +192,7 @@ class FolderHub:
         create_pr: bool = False,
         move_tag: bool = False,
         given: Mapping[str, bytes] | None = None,
+        readme: Revise | None = None,
         progress: Progress | None = None,
     ) -> Pin:
         """Publish a folder as one commit; see ``Hub.push``.
@@ -194,9 +208,9 @@ class FolderHub:
         if private:
             raise UsageError(
                 "a folder hub has no private repositories: who may read its folder may read all of it",
-                f"Set the permissions of the folder: chmod -R go= {self.name}",
+                f"Set the permissions of the folder: chmod -R go= {shlex.quote(self.name)}",
             )
-        job = publication(folder, ref, version=version, move_tag=move_tag, given=given)
+        job = self._revised(publication(folder, ref, version=version, move_tag=move_tag, given=given), readme)
         job = replace(job, files={path: replace(file, git=None) for path, file in job.files.items()})
         text = message.encode("utf-8", "replace").decode()
         plan = self._plan(job, text)
@@ -218,6 +232,18 @@ class FolderHub:
         except OSError as error:
             raise write_failed(self._store.root, error) from None
         return plan.pin(job, plan.outcome.said)
+
+    def _revised(self, job: Publication, readme: Revise | None) -> Publication:
+        """The publication as it is once the README that the repository has is known."""
+        state = self._store.state(job.repo, missing_ok=True)
+        theirs = current_readme(job, state.tags, state.branches, lambda at: self._store.commit(job.repo, at).files)
+        if readme is None or theirs is None:
+            return job
+        commit, path, file = theirs
+        with open_regular(self._store.blob(file)) as source:
+            data = source.read() or b""
+        verify_whole(file, data, f"{path} of {job.repo}")
+        return revised(job, readme(commit, data))
 
     def standing(self, repo: str) -> Standing:
         """How the repository stands now; see ``Hub.standing``."""
@@ -260,13 +286,18 @@ class FolderHub:
             return front_matter(self.read(pin, "README.md", length=_CARD_LIMIT).decode("utf-8", "replace"))
         return {}
 
-    def _base(self, repo: str) -> str | None:
-        with suppress(NotFound, IntegrityError, UsageError, ValueError):  # a listing does without what it cannot read
+    def _bases(self, repo: str) -> list[str]:
+        """What the newest state calls its base: the record, then PEFT's config, where it may be a path."""
+        found: list[str] = []
+        with suppress(NotFound, IntegrityError, UsageError):  # a listing does without what it cannot read
             pin = self.resolve(Ref(repo=repo))
-            config = json.loads(self.read(pin, "adapter_config.json", length=_CONFIG_LIMIT))
-            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-            return base if isinstance(base, str) else None
-        return None
+            for path, keys in _NAMES_OF_BASES.items():
+                with suppress(NotFound, IntegrityError, ValueError, RecursionError):
+                    said = json.loads(self.read(pin, path, length=_CONFIG_LIMIT))
+                    for key in keys:
+                        said = said.get(key) if isinstance(said, dict) else None
+                    found += [said] if isinstance(said, str) and said else []
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,7 @@ class HubClient:
         return headers
 
     def ask(self, what: str, call: Callable[[dict[str, str]], T], *, commit: str = "") -> T:
-        """``call(headers)``, whatever it raises said about ``what``, a repository, and the ``commit`` of it.
+        """``call(headers)``, whatever it raises said about ``what``, a repository as a rule, and the ``commit`` of it.
 
         Raises:
             NotFound, AccessDenied, Offline, Unavailable: in place of the client's errors.
@@ -93,7 +93,8 @@ class HubClient:
         """
         headers = self.headers()
         known = any(name.lower() == "authorization" for name in headers)
-        page, here = self.page(what), Path(what).is_dir()
+        page = self.page(what) if "/" in what else self.endpoint  # a search is about no repository
+        here = Path(what).is_dir()
         return typed(lambda: call(headers), what=what, page=page, here=here, anonymous=not known, commit=commit)
 
     def json(self, path: str, params: Params | None = None, *, what: str, commit: str = "") -> tuple[Any, str]:

@@ -30,6 +30,7 @@ class About:
 
     Attributes:
         name: what it is called now.
+        commit: which one; "" where only the repository was asked about.
         files: every path by content; empty where only the repository was asked about.
         private, gated, disabled: as the hub says.
         successor: the repository that the card names as the newer one, or None.
@@ -38,6 +39,7 @@ class About:
 
     name: str
     files: Mapping[str, FilePin]
+    commit: str = ""
     private: bool = False
     gated: bool = False
     disabled: bool = False
@@ -66,34 +68,38 @@ def list_refs(client: HubClient, repo: str, *, pulls: bool) -> tuple[Refs, str]:
     return Refs(tags=tags, branches=branches), _name_in(place) or repo
 
 
-def describe(client: HubClient, repo: str, commit: str = "") -> About:
-    """The repository at a commit with all its files, or without them as its default branch is now.
+def describe(client: HubClient, repo: str, commit: str = "", *, branch: str = "") -> About:
+    """The repository at a commit, or where a branch is now, with all its files; or without them as its default is.
 
     Raises:
         IntegrityError: the answer is about another commit, or lists a file without a proper size and hash.
         AccessDenied: it is disabled, which asking for the repository alone only tells.
         NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
     """
-    path = f"/api/models/{repo}" + (f"/revision/{quote(commit, safe='')}" if commit else "")
-    parameters = {"blobs": "true"} if commit else None
+    at = commit or branch
+    path = f"/api/models/{repo}" + (f"/revision/{quote(at, safe='')}" if at else "")
+    parameters = {"blobs": "true"} if at else None
 
     def call() -> tuple[dict[str, Any], list[tuple[object, object, object, object]]]:
         info, _ = client.json(path, parameters, what=repo, commit=commit)
-        files = [] if not commit else [_fields(file) for file in info["siblings"] or []]
+        files = [] if not at else [_fields(file) for file in info["siblings"] or []]
         return {name: info.get(name) for name in _FIELDS}, files
 
     info, files = client.ask(repo, lambda _: call(), commit=commit)
-    if commit and info["disabled"]:
+    if at and info["disabled"]:
         message = f"{repo} was disabled by the hub or its author"
         found = Finding(code="disabled", axis="policy", level=Verdict.INCOMPATIBLE, message=message)
         raise AccessDenied(message, f"See {client.page(repo)}", (found,))
     if commit and info["sha"] != commit:
         raise IntegrityError(f"{client.name} answers for another commit of {repo} than was asked for")
+    if branch and not _is_commit(branch, info["sha"]):
+        raise IntegrityError(f"{client.name} lists '{printable(branch)}' of {repo} at what is no commit")
     card = info["cardData"] if isinstance(info["cardData"], dict) else {}
     successor = repository(card.get("new_version"))
     return About(
         name=repository(info["id"]) or repo,
         files=dict(_entry(*file, repo) for file in files),
+        commit=info["sha"] if at else "",
         private=bool(info["private"]),
         gated=bool(info["gated"]),
         disabled=bool(info["disabled"]),

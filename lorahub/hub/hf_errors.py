@@ -95,8 +95,26 @@ _STATUSES: Mapping[int, _Row] = {
         "See {page}.  Log in as one who may: hf auth login",
         "access-denied",
     ),
+    402: _Row(
+        AccessDenied,
+        "the plan of the account does not cover this for {what}",
+        "See what it covers, and what is left of it, on {page}/settings",
+        "payment-required",
+    ),
     404: _Row(NotFound, "there is no {what}", "See {page}"),
+    413: _Row(
+        Unavailable,
+        "the hub, or a proxy before it, takes no request of this size for {what}",
+        "Look with --dry-run at what is sent; what is large and no part of the adapter can go elsewhere.",
+        "too-large",
+    ),
     429: _Row(Unavailable, "the hub asks for fewer requests{delay}", "Try again then.", "rate-limited"),
+    507: _Row(
+        AccessDenied,
+        "the storage of the account that owns {what} is full",
+        "Free some, or have it extended, on {page}/settings",
+        "storage-full",
+    ),
 }
 _ANONYMOUS: Mapping[int, _Row] = {
     401: _MISSING,

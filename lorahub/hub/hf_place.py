@@ -5,20 +5,24 @@ Everything is read anew but the files of a commit, which cannot change.  Knows w
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_url
 
 from lorahub.errors import AccessDenied, NotFound, PushRefused
 from lorahub.hub.cache import Refs
+from lorahub.hub.download import patiently, read_range
 from lorahub.hub.hf_client import HubClient
 from lorahub.hub.hf_describing import describe, list_refs
 from lorahub.hub.hf_people import Said, Who, last_commits
 from lorahub.hub.hf_upload import Trouble, trouble
+from lorahub.hub.hub import FilePin
 from lorahub.hub.publication import Listing, Outcome, Publication, differing, outcome
+from lorahub.hub.ranges import verify_whole
 from lorahub.names import printable
 
 __all__ = ["PAUSES", "Place", "wait"]
@@ -78,6 +82,17 @@ class Place:
             self.listings[commit] = held.files
         return self.listings[commit]
 
+    def read(self, commit: str, path: str, file: FilePin) -> bytes:
+        """One small file of a commit, whole and verified."""
+        url = hf_hub_url(self.job.repo, path, revision=commit, endpoint=self.client.endpoint)
+        data = self.client.ask(
+            self.job.repo,
+            lambda headers: patiently(lambda: read_range(url, offset=0, length=file.size, headers=headers)),
+            commit=commit,
+        )
+        verify_whole(file, data, f"{printable(path)} of {self.job.repo}")
+        return data
+
     def test_private(self) -> None:
         """That the repository is private where that was asked for.
 
@@ -93,7 +108,11 @@ class Place:
     def _test_name(self, name: str) -> None:
         if name != self.job.repo:
             now = printable(name)
-            raise PushRefused(f"{self.job.repo} is called {now} now", f"Push there: lorahub push {now} FOLDER")
+            there = "/".join(filter(None, [now, self.job.subpath]))
+            raise PushRefused(
+                f"{self.job.repo} is called {now} now",
+                f"Push there: lorahub push {there} {shlex.quote(str(self.job.folder))}",
+            )
 
     def outcome(self, refs: Refs) -> Outcome:
         """What the push comes to; see ``publication.outcome``."""

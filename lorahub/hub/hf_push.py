@@ -23,8 +23,8 @@ from lorahub.hub.hf_commit import PULL, find_proposal, make_commit, number_of
 from lorahub.hub.hf_people import whoami
 from lorahub.hub.hf_place import PAUSES, Place, wait
 from lorahub.hub.hf_upload import Trouble, trouble
-from lorahub.hub.hub import Pin, Progress
-from lorahub.hub.publication import DEFAULT_BRANCH, Outcome, publication
+from lorahub.hub.hub import Pin, Progress, Revise
+from lorahub.hub.publication import DEFAULT_BRANCH, Outcome, Publication, current_readme, outcome, publication, revised
 from lorahub.names import Ref, printable
 
 __all__ = ["page", "push"]
@@ -45,6 +45,7 @@ def push(
     create_pr: bool = False,
     move_tag: bool = False,
     given: Mapping[str, bytes] | None = None,
+    readme: Revise | None = None,
     progress: Progress | None = None,
 ) -> Pin:
     """Publish a folder; see ``Hub.push``.
@@ -71,8 +72,10 @@ def push(
     )
     return _run(
         place,
+        version=job,
         message=message.strip() or f"Publish {job.tag.removeprefix('v') if job.tag else 'adapter'} with lorahub",
         progress=progress or (lambda _path, _done, _total: None),
+        readme=readme,
         dry_run=dry_run,
     )
 
@@ -85,12 +88,13 @@ def page(client: HubClient, pin: Pin) -> str:
     return "/".join(filter(None, [client.page(pin.repo), "tree", quote(at, safe=""), quote(pin.subfolder)]))
 
 
-def _run(place: Place, *, message: str, progress: Progress, dry_run: bool) -> Pin:
-    """Everything from the first question to the tag."""
-    job = place.job
+def _run(
+    place: Place, *, version: Publication, message: str, progress: Progress, readme: Revise | None, dry_run: bool
+) -> Pin:
+    """Everything from the first question to the tag; ``version`` says which one a pull request is to become."""
     if place.who.role == "read":
         raise AccessDenied(
-            f"the token of {place.who.name} may only read, and publishing to {job.repo} writes",
+            f"the token of {place.who.name} may only read, and publishing to {place.job.repo} writes",
             f"Make one that may write on {place.client.endpoint}/settings/tokens, then: hf auth login",
         )
     refs = _refs(place)
@@ -100,11 +104,17 @@ def _run(place: Place, *, message: str, progress: Progress, dry_run: bool) -> Pi
     if exists:
         place.test_private()
     refs = refs or Refs(tags={}, branches={})
+    if readme is not None and (theirs := current_readme(place.job, refs.tags, refs.branches, place.listing)):
+        place = replace(place, job=revised(place.job, readme(theirs[0], place.read(*theirs))))
+    job = place.job
+    where = "" if exists else f" in a new {'private ' * place.private}repository"
     plan = place.outcome(refs)
+    if place.create_pr:  # what could never be tagged is not proposed
+        outcome(replace(job, tag=version.tag, move_tag=version.move_tag), refs.tags, refs.branches, place.listing)
     if place.create_pr and plan.new and (found := find_proposal(place, plan, refs, frozenset())) is not None:
         return _pin(place, plan, *found, why=f"already proposed as {found[1]}")
     if dry_run or plan.done:
-        would = "proposed as a pull request" if place.create_pr else plan.what
+        would = "proposed as a pull request" if place.create_pr else plan.what + where
         why = plan.said if plan.done else f"would be {would}"
         return _pin(place, plan, _UNKNOWN if plan.new else plan.start or _UNKNOWN, plan.branch, why=why)
     if not exists:
@@ -124,7 +134,6 @@ def _run(place: Place, *, message: str, progress: Progress, dry_run: bool) -> Pi
         commit, _ = make_commit(place, plan, head, refs, message=message, progress=progress)
     for tag, before in plan.tags.items():
         _tag(place, tag, before, commit)
-    where = "" if exists else f" in a new {'private ' * place.private}repository"
     return _pin(place, plan, commit, plan.branch, why=plan.what + where)
 
 

@@ -20,10 +20,26 @@ from lorahub.hub.contents import is_behaviour, is_safetensors
 from lorahub.hub.versions import VersionTag
 from lorahub.names import COMMIT, Ref, check_path, printable
 
-__all__ = ["SORTS", "FilePin", "Holds", "Hub", "Listing", "Pin", "Progress", "Span", "Standing", "Taken", "digest_of"]
+__all__ = [
+    "SORTS",
+    "FilePin",
+    "Holds",
+    "Hub",
+    "Listing",
+    "Pin",
+    "Progress",
+    "Revise",
+    "Span",
+    "Standing",
+    "Taken",
+    "digest_of",
+]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called while bytes move: (file, bytes so far over all files, bytes in all)."""
+
+Revise: TypeAlias = Callable[[str, bytes], Mapping[str, bytes]]
+"""Called with the commit and the content of a file there; what is to be published instead: path -> content."""
 
 Span: TypeAlias = tuple[int, int]
 """Bytes of a file: (offset, how many)."""
@@ -328,6 +344,7 @@ class Hub(Protocol):
         create_pr: bool = False,
         move_tag: bool = False,
         given: Mapping[str, bytes] | None = None,
+        readme: Revise | None = None,
         progress: Progress | None = None,
     ) -> Pin:
         """Publish a folder as one commit, tagged ``v<version>`` if a version is given; ``why`` says what was done.
@@ -344,6 +361,8 @@ class Hub(Protocol):
             create_pr: propose the commit as a pull request, tagging nothing.
             move_tag: let the version mean the new content where it exists with other content.
             given: path -> content that is published in place of what lies there, or beside it.
+            readme: called before anything is written where the repository has a README.md that is not the one that
+                would be published; of the version if that exists already, else of the branch.
             progress: called while bytes move.
 
         Raises:

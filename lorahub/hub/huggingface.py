@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lorahub.hub.cache import Cache, Refs
 from lorahub.hub.download import Ranges, download, patiently, read_range
 from lorahub.hub.hf_client import HubClient, check_token
 from lorahub.hub.hf_describing import describe, list_refs
-from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Span, Standing, Taken
+from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Revise, Span, Standing, Taken
 from lorahub.hub.noticed import moved, renamed, superseded
 from lorahub.hub.ranges import Kept, coalesce, cut, verify_whole
 from lorahub.hub.selection import select_adapter, select_base
@@ -33,6 +33,7 @@ from lorahub.names import Ref, Selector, did_you_mean, printable
 __all__ = ["HuggingFaceHub"]
 
 _SELECT = {"adapter": select_adapter, "base": select_base}
+_MAIN = "refs/heads/main"
 _TRUE = frozenset({"1", "on", "yes", "true"})
 
 
@@ -166,25 +167,28 @@ class HuggingFaceHub:
         create_pr: bool = False,
         move_tag: bool = False,
         given: Mapping[str, bytes] | None = None,
+        readme: Revise | None = None,
         progress: Progress | None = None,
     ) -> Pin:
         """Publish a folder as one commit; see ``Hub.push`` and ``hf_push``."""
         if self._offline:
             raise Offline(f"{ref} cannot be published: the network is switched off", "Unset HF_HUB_OFFLINE.")
-        pin = hf_push.push(
-            self._api,
-            self._client,
-            folder,
-            ref,
-            version=version,
-            message=message,
-            dry_run=dry_run,
-            private=private,
-            create_pr=create_pr,
-            move_tag=move_tag,
-            given=given,
-            progress=progress,
-        )
+        with _needs_network("Push again once it can; a push goes on where it stopped."):
+            pin = hf_push.push(
+                self._api,
+                self._client,
+                folder,
+                ref,
+                version=version,
+                message=message,
+                dry_run=dry_run,
+                private=private,
+                create_pr=create_pr,
+                move_tag=move_tag,
+                given=given,
+                readme=readme,
+                progress=progress,
+            )
         if not dry_run:
             self.trust(pin)  # who publishes a version knows what it is
         return pin
@@ -235,7 +239,8 @@ class HuggingFaceHub:
         if self._offline:
             raise Offline(f"{self.name} cannot be searched: the network is switched off", "Unset HF_HUB_OFFLINE.")
         asked = hf_search.query(text, base=base, author=author, library=library, tags=tags, sort=sort, limit=limit)
-        return hf_search.listings(self._client.pages("/api/models", asked, what="the search"), limit)
+        with _needs_network("Search again once it can."):
+            return hf_search.listings(self._client.pages("/api/models", asked, what="the search"), limit)
 
     # --------------------------------------------------------------------------------------------------- bases
 
@@ -249,7 +254,10 @@ class HuggingFaceHub:
             NotFound: no such repository or revision, or no safetensors in it.
             AccessDenied, Offline, Unavailable, IntegrityError: as ``resolve``.
         """
-        return self._pin(ref if ref.selector is not None else replace(ref, selector="refs/heads/main"), "base")
+        if ref.selector is not None:
+            return self._pin(ref, "base")
+        found = None if self._offline else self._look(ref)
+        return self._pin(replace(ref, selector=_MAIN), "base", known=found)
 
     def pull_base(self, ref: Ref, *, progress: Progress | None = None) -> Path:
         """The folder of a base: safetensors, their index, configs, tokenizer and processor; never a pickle.
@@ -262,7 +270,22 @@ class HuggingFaceHub:
 
     # ---------------------------------------------------------------------------------------------- resolution
 
-    def _pin(self, ref: Ref, holds: Holds) -> Pin:
+    def _look(self, ref: Ref) -> tuple[Refs, list[Finding]] | None:
+        """Where the main branch is now, with its files kept here, in one request; None where there is none."""
+        repo = ref.repo or ""
+        try:
+            about = describe(self._client, repo, branch="main")
+        except NotFound:  # asking for the refs says which is missing, repository or branch
+            return None
+        with suppress(RecordError):  # as in _listing
+            self._cache.remember_listing(self._key, repo, about.commit, about.files)
+        before = self._cache.refs(self._key, repo) or Refs(tags={}, branches={})
+        branches = {**before.branches, "main": about.commit}
+        refs = self._cache.remember_refs(self._key, repo, before.tags, branches)
+        said = [renamed(ref, about.name)] if about.name != repo else []
+        return refs, said + ([superseded(repo, about.successor)] if about.successor else [])
+
+    def _pin(self, ref: Ref, holds: Holds, *, known: tuple[Refs, list[Finding]] | None = None) -> Pin:
         if ref.repo is None:
             raise UsageError(f"{ref} is a local path, not in a hub", "Name a repository: namespace/name")
         selector = Selector.parse(ref.selector) if ref.selector is not None else None
@@ -270,7 +293,7 @@ class HuggingFaceHub:
         if selector is not None and selector.kind == "commit":  # needs no refs
             picked = pick(selector, {}, {})
         else:
-            refs, said = self._refs(ref, selector)
+            refs, said = known or self._refs(ref, selector)
             picked = pick(selector, refs.tags, refs.branches, repo=ref.repo)
             before = refs.known.get(picked.tag or "", picked.commit)
             if picked.tag is not None and before != picked.commit:
@@ -335,6 +358,19 @@ class HuggingFaceHub:
             has = f"of {len(pin.files)} files there is no whole {lost}{', ...' if len(missing) > 5 else ''}"
         message = f"{what} is not in the cache, and the network is switched off ({has})"
         return Offline(message, "Once with the network: leave out --offline, and unset HF_HUB_OFFLINE.")
+
+
+@contextmanager
+def _needs_network(hint: str) -> Iterator[None]:
+    """What is done here cannot be had from a cache, so the hint does not speak of one.
+
+    Raises:
+        Offline: with ``hint``.
+    """
+    try:
+        yield
+    except Offline as error:
+        raise Offline(error.message, hint, error.findings) from None
 
 
 def _from_client_cache(repo: str, path: str, commit: str, file: FilePin, target: Path) -> bool:

@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,17 +32,22 @@ __all__ = [
     "Outcome",
     "Publication",
     "agree",
+    "branch_of",
     "changed",
     "content_of",
+    "current_readme",
     "differing",
     "open_unlinked",
     "outcome",
     "publication",
     "repo_of",
+    "revised",
 ]
 
 DEFAULT_BRANCH = "main"
 _OFF = frozenset({"", "0", "no", "false", "off"})
+_README = "README.md"
+_LARGEST_README = 4 << 20
 
 Listing: TypeAlias = Mapping[str, FilePin]
 """Every file of a commit: path -> content."""
@@ -171,14 +176,13 @@ def publication(
         UsageError: ``ref`` names no repository or no branch, or ``version`` is none that can be published.
         IntegrityError: a file changed while it was read.
     """
-    repo, branch, tag = repo_of(ref), _branch_of(ref), _tag_of(version)
+    repo, branch, tag = repo_of(ref), branch_of(ref), _tag_of(version)
     if move_tag and tag is None:
         raise UsageError("there is no version whose tag could be moved", "Name it: --version 1.0.0")
     if os.environ.get("LORAHUB_DISABLE_PUSH", "").lower() not in _OFF:
         raise PushRefused("publishing is switched off by LORAHUB_DISABLE_PUSH", "Unset it to publish.")
     given = dict(given or {})
-    if leak := sorted(path for path, data in given.items() if secret_in(data)):
-        raise PushRefused(f"{', '.join(leak)} would hold an access token or private key", "Remove it from its sources.")
+    _test_secrets(given)
     found = survey(folder)
     found.demand()
     files = {path: content_of(folder / path) for path in found.files if path not in given}
@@ -199,6 +203,38 @@ def publication(
     )
 
 
+def _test_secrets(given: Mapping[str, bytes]) -> None:
+    if leak := sorted(path for path, data in given.items() if secret_in(data)):
+        raise PushRefused(f"{', '.join(leak)} would hold an access token or private key", "Remove it from its sources.")
+
+
+def current_readme(
+    job: Publication, tags: Mapping[str, str], branches: Mapping[str, str], listing: Callable[[str], Listing]
+) -> tuple[str, str, FilePin] | None:
+    """The README of a repository, where it has one that is not the one to be published: (commit, path, content).
+
+    It is that of the version if that exists already and is to stay, else that of the branch.
+    """
+    taken = [] if job.move_tag else _taken(job, tags)
+    commit = taken[0].commit if taken else branches.get(job.branch) or branches.get(DEFAULT_BRANCH)
+    path = job.at(_README)
+    found = listing(commit).get(path) if commit else None
+    if commit is None or found is None or found.size > _LARGEST_README or agree(found, job.files.get(_README)):
+        return None
+    return commit, path, found
+
+
+def revised(job: Publication, given: Mapping[str, bytes]) -> Publication:
+    """The publication with other content for some of its files.
+
+    Raises:
+        PushRefused: that content holds a token or a key.
+    """
+    _test_secrets(given)
+    files = {**job.files, **{path: content_of(data) for path, data in given.items()}}
+    return replace(job, given={**job.given, **given}, files=dict(sorted(files.items())))
+
+
 def repo_of(ref: Ref) -> str:
     """The repository that ``ref`` names.
 
@@ -210,7 +246,12 @@ def repo_of(ref: Ref) -> str:
     return ref.repo
 
 
-def _branch_of(ref: Ref) -> str:
+def branch_of(ref: Ref) -> str:
+    """The branch that ``ref`` names to push to.
+
+    Raises:
+        UsageError: it names a version or a commit, which are no branches.
+    """
     if ref.selector is None:
         return DEFAULT_BRANCH
     selector = Selector.parse(ref.selector)
@@ -243,7 +284,7 @@ def outcome(
     Raises:
         PushRefused: the version exists with other content, or names would clash.
     """
-    taken = [each for each in version_tags(tags) if job.tag is not None and each.version == Version(job.tag)]
+    taken = _taken(job, tags)
     if taken:
         before = listing(taken[0].commit)
         after = _over(job, before)
@@ -285,6 +326,11 @@ def outcome(
         branch=job.branch,
         what=f"published as {tag}" if tag else f"published on branch {job.branch}",
     )
+
+
+def _taken(job: Publication, tags: Mapping[str, str]) -> list[VersionTag]:
+    """The tags that mean the version already."""
+    return [each for each in version_tags(tags) if job.tag is not None and each.version == Version(job.tag)]
 
 
 def _wanted(

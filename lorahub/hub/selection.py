@@ -108,7 +108,11 @@ def _inside(listing: Mapping[str, FilePin], subfolder: str, repo: str) -> dict[s
     inside = {p.removeprefix(f"{subfolder}/"): pin for p, pin in listing.items() if p.startswith(f"{subfolder}/")}
     if not inside:
         folders = {path.rpartition("/")[0] for path in listing} | {path for path in listing if is_weights(path)}
-        raise NotFound(f"{repo} holds no '{printable(subfolder)}'", did_you_mean(subfolder, sorted(folders)).strip())
+        near = did_you_mean(subfolder, sorted(folders)).strip()
+        has = ", ".join(
+            map(printable, sorted(filter(None, {*adapter_folders(listing), *filter(is_weights, listing)}))[:8])
+        )
+        raise NotFound(f"{repo} holds no '{printable(subfolder)}'", near or (f"It holds {has}." if has else ""))
     return inside
 
 

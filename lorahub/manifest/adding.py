@@ -33,6 +33,7 @@ def add(
     *refs: Source,
     base: Source | None = None,
     name: str | None = None,
+    verdict: str | None = None,
     no_lock: bool = False,
     manifest: str | os.PathLike[str] | None = None,
     hub: str | None = None,
@@ -47,6 +48,7 @@ def add(
         refs: adapters: ``[NAME=]ns/name[@SELECTOR][/path][:WEIGHT]`` or a folder of the project.
         base: what they are for; replaces the one that the manifest names.
         name: what the one adapter is called; None takes the reference's own name, or its last part.
+        verdict: the worst that is accepted from now on, "exact", "compatible" or "unverified"; None leaves it.
         no_lock: only write them down, as they are given.
         manifest: its file or folder; None takes the nearest ``lorahub.toml``, or makes one here.
         hub: path of a folder hub; None takes ``LORAHUB_HUB``, else Hugging Face.
@@ -59,11 +61,13 @@ def add(
         Degraded, BaseMismatch, Incompatible: see ``lorahub.lock``; nothing was written.
         NotFound, AccessDenied, Offline, Unavailable: it cannot be had from here.
     """
-    if not refs and base is None:
+    if not refs and base is None and verdict is None:
         raise UsageError("nothing was given to add", "lorahub add NS/NAME, or lorahub add --base ORG/NAME")
     if name is not None and len(refs) != 1:
         raise UsageError("--name is for one adapter", "name several as NAME=NS/NAME")
     path, text = _manifest(manifest)
+    if verdict is not None:
+        text = editing.with_verdict(text, verdict)
     if base is not None:
         text = editing.with_base(text, _from_manifest(as_ref(base, bare=True), path))
     for each in refs:

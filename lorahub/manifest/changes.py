@@ -48,7 +48,7 @@ def changes(old: Lock | None, new: Lock, why: Mapping[str, str]) -> Iterator[Cha
     verdicts = [{each.name: each.verdict for each in lock.adapter} if lock else {} for lock in (old, new)]
     for name, verdict in verdicts[1].items():
         if name in verdicts[0] and verdicts[0][name] != verdict and before.get(name) == after.get(name):
-            yield Change(name=name, what="checked", before=str(verdicts[0][name]), after=str(verdict))
+            yield Change(name=name, what="checked", before=_word(verdicts[0][name]), after=_word(verdict))
 
 
 def _rows(lock: Lock | None) -> dict[str, str]:
@@ -111,3 +111,7 @@ def _changed(project: Project, locked: LockedAdapter) -> bool:
     except LorahubError:  # not there, or no adapter any more
         return True
     return {path: file.sha256 for path, file in chosen.files.items()} != {f.path: f.sha256 for f in locked.file}
+
+
+def _word(verdict: Verdict | None) -> str:
+    return "not checked" if verdict is None else str(verdict)

@@ -298,7 +298,7 @@ class Manifest(RecipePart):
         except ValidationError as error:
             made = document.get("compositions")
             models = dict.fromkeys(made if isinstance(made, dict) else (), Composition) | dict(_MODELS)
-            raise ManifestError(explain(where, "a manifest", error, models), _hint(document)) from None
+            raise ManifestError(explain(where, "a manifest", error, models), _hint(document, error)) from None
         except (TypeError, ValueError) as error:  # no TOML; a date or NaN, which no field holds
             raise ManifestError(f"{where}: {error}", _HINT) from None
 
@@ -331,8 +331,16 @@ _MODELS: Mapping[str, type[RecipePart]] = {"": Manifest, "<rule>": BaseEntry, "<
 """The last telling word of a key path -> the model there."""
 
 
-def _hint(document: Mapping[str, Any]) -> str:
+_COMPOSITION = (
+    'a composition of adapters that [adapters] names reads: adapters = ["ink", "sql"], weights = [0.7, 0.3], '
+    'method = "linear"'
+)
+
+
+def _hint(document: Mapping[str, Any], error: ValidationError) -> str:
     version = document.get("schema_version")
+    if any(each["loc"][:1] == ("compositions",) and "adapters" in each["loc"] for each in error.errors()):
+        return _COMPOSITION
     if not isinstance(version, str) or version.startswith("1."):
         return _HINT
     return f"it says version {printable(version[:20])}: pip install --upgrade lorahub-core"

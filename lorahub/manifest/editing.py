@@ -14,7 +14,7 @@ from lorahub import strict_json, strict_toml
 from lorahub.errors import ManifestError
 from lorahub.manifest.document import FILENAME, LIMIT
 
-__all__ = ["with_adapter", "with_base", "without_adapter"]
+__all__ = ["with_adapter", "with_base", "with_verdict", "without_adapter"]
 
 _HEADER = re.compile(r"\s*\[")
 _COMMENT = re.compile(r"[ \t]+#[^\"']*$")
@@ -59,6 +59,20 @@ def with_base(text: str, ref: str) -> str:
         lines, end = _lines(text)
         guesses = iter(_joined([*lines[:at], line, *lines[at:]], end) for at in _places_at_top(lines))
     return _first(guesses, {**document, "base": ref}, f"the top of {FILENAME}: {line}")
+
+
+def with_verdict(text: str, verdict: str) -> str:
+    """The manifest with a policy that accepts no worse verdict than this.
+
+    Raises:
+        ManifestError: its text is laid out so that this has to be done by hand; the hint is what to write.
+    """
+    document, line = _read(text), _line("verdict", verdict)
+    policy = document.get("policy", {})
+    policy = dict(policy) if isinstance(policy, dict) else {}
+    guesses = _replaced(text, "policy", "verdict", line) if "verdict" in policy else _inserted(text, line, "policy")
+    wanted = {**document, "policy": {**policy, "verdict": verdict}}
+    return _first(guesses, wanted, f"[policy] of {FILENAME}: {line}")
 
 
 def _first(guesses: Iterator[str], wanted: Mapping[str, Any], where: str) -> str:
@@ -119,15 +133,15 @@ def _sections(lines: Sequence[str], table: str) -> Iterator[tuple[int, int]]:
     yield from ((head + 1, end) for head, end in zip(heads, ends, strict=True) if wanted.match(lines[head]))
 
 
-def _inserted(text: str, line: str) -> Iterator[str]:
+def _inserted(text: str, line: str, table: str = "adapters") -> Iterator[str]:
     """Behind the last key of the table, or in a table of its own at the end."""
     lines, end = _lines(text)
-    for first, behind in _sections(lines, "adapters"):
+    for first, behind in _sections(lines, table):
         filled = [at for at in range(first, behind) if lines[at].strip() and not lines[at].lstrip().startswith("#")]
         at = filled[-1] + 1 if filled else first
         yield _joined([*lines[:at], line, *lines[at:]], end)
     gap = [""] if lines and lines[-1].strip() else []
-    yield _joined([*lines, *gap, "[adapters]", line], end)
+    yield _joined([*lines, *gap, f"[{table}]", line], end)
 
 
 def _places_at_top(lines: Sequence[str]) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ class Installing:
         self.done[name] = "installed" if condition == "absent" else "replaced"
 
     def _demand_free(self, name: str, condition: Condition) -> None:
-        if condition in {"changed", "foreign"}:
+        if condition in {"changed", "foreign", "theirs"}:
             raise self.dest.refuse(name, condition)
 
     def _remove(self, name: str) -> None:
@@ -135,7 +136,7 @@ class Installing:
                 level=Verdict.UNVERIFIED,
                 message=f"{name} is not locked any more, and its folder was changed since it was installed: it stays",
                 where=(name,),
-                remedy=f"remove it if nobody needs it: rm -r {self.dest.root / name}",
+                remedy=f"remove it if nobody needs it: rm -r {shlex.quote(str(self.dest.root / name))}",
             )
         )
 

@@ -28,14 +28,16 @@ class Locked:
     Attributes:
         path: where the lock lies.
         lock: what it says.
-        changes: what it says otherwise than before; nothing: the file was not touched.
+        changes: what it says otherwise than before of adapters, bases and compositions.
         findings: what there is to say of what was looked at.
+        written: whether the file was written: a range that changed and means the same version is no change.
     """
 
     path: Path
     lock: Lock
     changes: tuple[Change, ...]
     findings: tuple[Finding, ...] = ()
+    written: bool = False
 
     def document(self) -> dict[str, Any]:
         """The outcome as JSON-ready values."""
@@ -116,7 +118,7 @@ def relock(
     if old is not None and _same(old, new):
         return Locked(path=project.lock_path, lock=old, changes=(), findings=tuple(job.findings))
     new.save(project.lock_path)
-    return Locked(path=project.lock_path, lock=new, changes=told, findings=tuple(job.findings))
+    return Locked(path=project.lock_path, lock=new, changes=told, findings=tuple(job.findings), written=True)
 
 
 def _demand_known(manifest: Manifest, upgrade: bool | Collection[str]) -> None:

@@ -20,9 +20,9 @@ from lorahub.errors import IntegrityError, LorahubError, NotFound
 from lorahub.files.digest import file_digest
 from lorahub.files.raw import open_regular
 from lorahub.findings import Finding
+from lorahub.front_matter import front_matter
 from lorahub.hub.contents import survey
 from lorahub.hub.hub import FilePin, Hub, Pin
-from lorahub.hub.readme import front_matter
 from lorahub.hub.selection import Selection, select_adapter
 from lorahub.hub.versions import pick
 from lorahub.manifest.lockfile import LockedAdapter, LockedFile

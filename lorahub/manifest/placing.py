@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ STATE = ".lorahub"
 Files: TypeAlias = Mapping[str, tuple[int, str]]
 """Path -> (size, sha256)."""
 
-Condition: TypeAlias = Literal["absent", "right", "ours", "changed", "foreign"]
+Condition: TypeAlias = Literal["absent", "right", "ours", "theirs", "changed", "foreign"]
 """How a folder is: not there; as it should be; another state that we installed; that, changed since; not from us."""
 
 
@@ -111,7 +112,14 @@ class Dest:
             present <= set(files) and all(_is(place / path, *files[path]) for path in present)
             for files in note.states.values()
         )
-        return "ours" if ours else "changed"
+        if not ours:
+            return "changed"
+        return "theirs" if self._other(note) is not None else "ours"
+
+    def _other(self, note: Installed) -> Path | None:
+        """The manifest that installed a folder here, where it is another one and still there."""
+        theirs, own = self.root / note.manifest, self.root / self.manifest
+        return theirs if note.manifest != self.manifest and theirs.exists() and not _same(theirs, own) else None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -183,11 +191,17 @@ class Dest:
 
     def refuse(self, name: str, condition: Condition) -> WriteFailed:
         """The error for a folder that may not be replaced."""
-        place = self.root / name
+        place, note = self.root / name, self.installed(name)
+        if condition == "theirs" and note is not None:
+            return WriteFailed(
+                f"{place} is what {os.path.normpath(self.root / note.manifest)} has installed there, and this manifest "
+                "locks something else under that name; nothing in it was touched",
+                "install into a folder of its own: lorahub sync --dest DIR; or give it another name in the manifest",
+            )
         why = "was changed since it was installed" if condition == "changed" else "is not from lorahub sync"
         return WriteFailed(
             f"{place} {why}, and it is not what is locked; nothing in it was touched",
-            f"move it away, or remove it if nobody needs it: rm -r {place}; then: lorahub sync",
+            f"move it away, or remove it if nobody needs it: rm -r {shlex.quote(str(place))}; then: lorahub sync",
         )
 
     @staticmethod
@@ -254,3 +268,10 @@ def _flush(folder: Path) -> None:
             finally:
                 os.close(handle)
         flush_folder(Path(root))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False

@@ -41,13 +41,12 @@ def judge(name: str, findings: Sequence[Finding], policy: Policy) -> Verdict:
 
 def _way_on(verdict: Verdict, stopping: Sequence[Finding]) -> str:
     """What to do about what is refused, and the line of the policy that accepts it."""
-    if verdict is Verdict.UNVERIFIED:
-        accept = f'verdict = "{verdict}"'
-    else:
-        codes = sorted({each.code for each in stopping if each.level is verdict and each.allowable})
-        accept = f"allow = [{_listed(codes)}]" if codes else ""
     ways = [next((each.remedy for each in stopping if each.remedy), "")]
-    ways += [f"to accept it, in [policy] of {FILENAME}: {accept}"] if accept else []
+    if verdict is Verdict.UNVERIFIED:
+        line = f'verdict = "{verdict}"'
+        ways.append(f"to accept such: lorahub add --verdict {verdict}   (which is {line} in [policy] of {FILENAME})")
+    elif codes := sorted({each.code for each in stopping if each.level is verdict and each.allowable}):
+        ways.append(f"to accept it, in [policy] of {FILENAME}: allow = [{_listed(codes)}]")
     return "; or ".join(filter(None, ways))
 
 

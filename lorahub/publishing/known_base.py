@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorahub.adapter import AdapterHeader
 from lorahub.errors import InvalidRef
-from lorahub.hub.readme import front_matter
+from lorahub.front_matter import front_matter
 from lorahub.names import COMMIT, Ref, printable
 from lorahub.records import BaseRecord
 

@@ -18,7 +18,9 @@ from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.files.atomic import atomic_write
 from lorahub.findings import Finding, Verdict
 from lorahub.hub import open_hub
+from lorahub.hub.publication import branch_of
 from lorahub.publishing.readiness import ready
+from lorahub.publishing.their_readme import TheirReadme
 
 if TYPE_CHECKING:
     from lorahub.hub.hub import Pin
@@ -34,6 +36,7 @@ class Pushed:
     Attributes:
         pin: the exact state; of a pull request, with ``refs/pr/N`` as its branch.
         skipped: what stayed behind.
+        others: files that were published beside the adapter's own: those of further adapters below the folder.
         record: as it was published.
         written: files that were written into the folder, or would be: the record, the card and its picture.
         url: where people look at it, or "".
@@ -43,6 +46,7 @@ class Pushed:
     pin: Pin
     skipped: tuple[str, ...]
     record: AdapterRecord
+    others: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     url: str = ""
     said: tuple[Finding, ...] = ()
@@ -69,7 +73,7 @@ def push(
 
     A folder as a trainer left it will do: the record is made from what its files say.  The version, and the name and
     licence where the record has none, are written into ``lorahub.json``; README.md is made, or our part of it brought
-    up to date.
+    up to date; where the folder has none and the repository has, it is made around that one.
 
     Args:
         folder: the adapter's folder; a record in it must be up to date.
@@ -96,8 +100,10 @@ def push(
     folder, to = Path(folder), as_ref(ref)
     if to.repo is None:
         raise UsageError(f"{ref} is not a name on a hub", "lorahub push NS/NAME FOLDER --version 1.0.0")
+    branch_of(to)  # that it is one, before anything else is said
     found = ready(folder, to, version=version, base=base, license_=license, card=card, hub=hub, progress=progress)
     opened = open_hub(hub, token=token)
+    theirs = TheirReadme(ready=found, to=to, card=card)
     pin = opened.push(
         folder,
         to,
@@ -108,17 +114,20 @@ def push(
         create_pr=create_pr,
         move_tag=move_tag,
         given=found.given,
+        readme=theirs,
         progress=lambda _file, done, total: progress(done, total),
     )
-    changed = {path: data for path, data in found.given.items() if _content(folder / path) != data}
+    given = {**found.given, **theirs.given}
+    changed = {path: data for path, data in given.items() if _content(folder / path) != data}
     failed = () if dry_run else _write(folder, changed)
     return Pushed(
         pin=pin,
         skipped=found.skipped,
+        others=tuple(sorted({*found.files, *given} - pin.files.keys())),
         record=found.record,
         written=tuple(sorted(changed)),
         url=opened.page(pin),
-        said=(*pin.said, *found.said, *failed),
+        said=(*pin.said, *theirs.said, *failed),
     )
 
 

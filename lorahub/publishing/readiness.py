@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,8 +17,9 @@ from lorahub.errors import LorahubError, PushRefused, RecordError, UsageError
 from lorahub.fetching import Progress, Source
 from lorahub.files.finite import not_finite
 from lorahub.findings import Finding, Verdict
+from lorahub.front_matter import front_matter
 from lorahub.hub.contents import survey
-from lorahub.hub.readme import front_matter
+from lorahub.hub.selection import adapter_folders
 from lorahub.names import Ref, as_version, printable
 from lorahub.plugins import load_registry
 from lorahub.publishing.known_base import named_base
@@ -39,10 +40,16 @@ class Ready:
         record: its record, complete.
         given: file -> content that the folder does not hold, or not so: the record, the card and its picture.
         skipped: what stays behind.
+        files: every file that goes, but for ``given``.
+        header: the adapter as it lies there.
+        readme: the folder's README, or None.
         said: what there is to say of it all the same.
     """
 
     record: AdapterRecord
+    header: AdapterHeader
+    readme: str | None
+    files: tuple[str, ...]
     given: Mapping[str, bytes]
     skipped: tuple[str, ...]
     said: tuple[Finding, ...] = ()
@@ -109,12 +116,19 @@ def ready(
     try:
         header = open_header(folder, load_registry())
     except LorahubError as error:
+        if (inside := adapter_folders(surveyed.files)) and not faults.found:
+            each = f"lorahub push {to}/{inside[0]} {shlex.quote(str(folder / inside[0]))}"
+            raise PushRefused(
+                f"{folder} is no adapter itself but holds {len(inside)}: {', '.join(map(printable, inside[:8]))}",
+                f"Push each by itself: {each}",
+            ) from None
         if not faults.found:
             raise
         faults.add("no-adapter", error.message, error.hint)
         faults.demand(folder)
         raise AssertionError from None  # not reached
-    faults.found += [each for each in header.findings if each.code in RECORD_FINDINGS]
+    anew = f"lorahub record {shlex.quote(str(folder))}   (writes the record anew, where it was you who changed them)"
+    faults.found += [replace(each, remedy=anew) for each in header.findings if each.code in RECORD_FINDINGS]
     _test_numbers(header, faults)
     readme = _readme(folder, faults)
     record = _record(header, readme, faults, to=to, base=base, hub=hub, progress=progress)
@@ -130,7 +144,15 @@ def ready(
             faults.found += [each for each in made.findings if each.level >= Verdict.DEGRADED]
             said = tuple(each for each in made.findings if each.level < Verdict.DEGRADED)
     faults.demand(folder)
-    return Ready(record=record, given=MappingProxyType(given), skipped=surveyed.skipped, said=said)
+    return Ready(
+        record=record,
+        header=header,
+        readme=readme,
+        files=tuple(surveyed.files),
+        given=MappingProxyType(given),
+        skipped=surveyed.skipped,
+        said=said,
+    )
 
 
 def _plain(version: str | None) -> str | None:
@@ -211,7 +233,8 @@ def _no_base(local: str, where: str, folder: Path, to: Ref, faults: _Faults) -> 
     faults.add(
         "base-unknown",
         "nothing says which base the adapter was made for, so nobody could check it against one",
-        f"{again}; for one that is in no repository: lorahub record {place} --base FOLDER",
+        f"{again}; for one that cannot be had from here, base_model: NS/NAME between two lines of --- in "
+        f"{folder / cards.FILE}; for one that is in no repository: lorahub record {place} --base FOLDER",
         option="--base NS/NAME",
     )
 
@@ -265,7 +288,7 @@ def _card(
     readme: str | None, header: AdapterHeader, record: AdapterRecord, to: Ref, faults: _Faults
 ) -> cards.Card | None:
     try:
-        return cards.make_card(readme, header, record, repo=to.repo or "")
+        return cards.make_card(readme, header, record, repo=to.repo or "", subfolder=to.subpath)
     except RecordError as error:
         faults.add("card-unclear", error.message, f"{error.hint}; or leave README.md alone: --no-card".lstrip("; "))
         return None

@@ -335,6 +335,26 @@ def test_the_lines_for_peft_are_python(made: Made) -> None:
         compile(text, "card", "exec")
 
 
+def test_an_adapter_in_a_folder_of_a_repository_is_loaded_from_there(ink: AdapterHeader) -> None:
+    text = make_card(None, ink, AdapterRecord.from_json(RECORD), repo="acme/zoo", subfolder="pets/ink").text
+    assert 'from_pretrained(base, "acme/zoo", subfolder="pets/ink", revision="v1.2.0")' in text
+    assert 'load_adapter("acme/zoo", adapter_kwargs={"subfolder": "pets/ink", "revision": "v1.2.0"})' in text
+    assert "lorahub pull acme/zoo@1.2.0/pets/ink" in text
+
+
+def test_transformers_own_line_is_given_where_it_loads_all_of_it(tmp_path: Path) -> None:
+    tensors = peft_tensors()
+    plain = write(tmp_path / "a", "adapter_model.safetensors", tensors, adapter_config=PEFT)
+    headed = write(
+        tmp_path / "b", "adapter_model.safetensors", tensors, adapter_config=PEFT | {"modules_to_save": ["score"]}
+    )
+    shown = [
+        ".load_adapter(" in make_card(None, each, AdapterRecord.from_json(RECORD), repo="acme/ink").text
+        for each in (plain, headed)
+    ]
+    assert shown == [True, False]
+
+
 def test_the_picture_shows_every_layer_and_is_the_same_bytes_each_time(made: Made, ink: AdapterHeader) -> None:
     card = made()
     picture = card.pictures[PICTURE]

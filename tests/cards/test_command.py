@@ -54,7 +54,7 @@ def test_the_repository_is_the_records_or_of_nobody_yet(ink: AdapterHeader) -> N
     assert "lorahub pull acme/pen@1.2.0" in lorahub.card(recorded(ink, name="acme/pen")).text
 
 
-@pytest.mark.parametrize("repo", ["acme/ink@1.0", "./ink", "acme/ink/folder", "a b/c"])
+@pytest.mark.parametrize("repo", ["acme/ink@1.0", "./ink", "acme/ink:0.5", "a b/c"])
 def test_what_is_no_repository_is_refused(ink: AdapterHeader, repo: str) -> None:
     with pytest.raises((UsageError, InvalidRef)):
         lorahub.card(recorded(ink), repo)

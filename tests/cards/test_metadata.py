@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cards.making import BASE, Made
+from cards.making import BASE, PEFT, RECORD, Made, peft_tensors, write
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorahub.cards import make_card
 from lorahub.cards.front import edited, read_front, split
 from lorahub.cards.yaml_text import entry
 from lorahub.errors import RecordError
 from lorahub.findings import Verdict
+from lorahub.records import AdapterRecord
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -273,3 +276,16 @@ def test_a_change_of_some_values_leaves_the_lines_of_the_others(old: dict[str, A
         assert entry(key, value) in text
     for key in old:
         assert f"# after {key}" in text
+
+
+def test_the_folder_that_a_trainer_took_for_the_base_gives_way_to_the_recorded_name(tmp_path: Path) -> None:
+    config = PEFT | {"base_model_name_or_path": "base"}
+    ink = write(tmp_path / "ink", "adapter_model.safetensors", peft_tensors(), adapter_config=config)
+    readme = "---\nbase_model: base\ntags:\n- base_model:adapter:base\n- lora\n---\n\n# Ink\n"
+    card = make_card(readme, ink, AdapterRecord.from_json(RECORD), repo="acme/ink")
+    data = ModelCard(card.text).data
+    assert data.base_model == "acme/base"
+    assert data.tags[:2] == ["base_model:adapter:acme/base", "lora"]
+    assert [each.code for each in card.findings] == ["card-base-replaced"]
+    again = make_card(card.text, ink, AdapterRecord.from_json(RECORD), repo="acme/ink")
+    assert (again.text, again.findings) == (card.text, ())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorahub.cli.main import main
 from lorahub.files.writer import save_file
 
 Cli = Callable[..., Any]
@@ -344,3 +345,16 @@ def test_a_finding_of_the_plan_is_told_once(lorahub: Cli, base: Path, make_adapt
     run = lorahub("merge", make_adapter("other", target_modules=["gone"]), "--base", base, "--plan")
     assert (run.out + run.err).count("target-unlisted") == 1
     assert "verdict: unverified" in run.out
+
+
+def test_an_interruption_ends_with_a_line_and_no_traceback(monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorahub.searching.versions", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["versions", "acme/ink"])
+    assert stop.value.code == 130
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.strip().startswith("Interrupted")

@@ -54,7 +54,7 @@ def test_a_second_look_costs_the_resolving_alone_and_by_commit_nothing(double: D
     first = at(adapter, "acme/base")
     double.log.clear()
     assert at(adapter, "acme/base") == first
-    assert double.paths() == ["/api/models/acme/base/refs"]
+    assert double.paths() == ["/api/models/acme/base/revision/main"]
     double.log.clear()
     assert at(adapter, f"acme/base@{commit}") == first
     assert double.log == []

@@ -550,3 +550,17 @@ def test_nothing_here_imports_torch_and_the_folder_hub_no_client():
 def test_a_repository_name_never_becomes_another_path(hub):
     with pytest.raises(InvalidRef):
         hub.versions("../../etc")
+
+
+def test_search_knows_the_base_by_the_name_that_was_recorded_and_by_the_path_it_was_trained_from(hub, make_adapter):
+    record = json.dumps({"schema_version": "1.0", "base": {"repo_id": "acme/named"}}).encode()
+    config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/data/base"}).encode()
+    hub.push(make_adapter(files={"lorahub.json": record, "adapter_config.json": config}), INK, version="1.0.0")
+    (found,) = hub.search(base="acme/named")
+    assert found.base == "acme/named"
+
+
+@pytest.mark.parametrize("record", [b"[]", b'{"base": 3}', b"\xff", b"[" * 100_000])
+def test_search_does_without_a_record_that_is_none(hub, make_adapter, record):
+    hub.push(make_adapter(files={"lorahub.json": record}), INK, version="1.0.0")
+    assert [found.base for found in hub.search()] == ["acme/base"]

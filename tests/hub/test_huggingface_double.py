@@ -17,6 +17,7 @@ from lorahub.errors import (
     AccessDenied,
     DigestMismatch,
     IntegrityError,
+    InvalidRef,
     LorahubError,
     NotFound,
     Offline,
@@ -25,6 +26,7 @@ from lorahub.errors import (
     UsageError,
     WriteFailed,
 )
+from lorahub.fetching import as_ref
 from lorahub.hub.cache import Cache, pin_of
 from lorahub.hub.huggingface import HuggingFaceHub
 from lorahub.names import Ref
@@ -496,6 +498,21 @@ def test_a_base_is_described_without_a_byte_of_it(double, hub):
     assert hub.base_pin(Ref.parse("acme/base")).digest() != pins[0].digest()
 
 
+def test_a_base_by_its_branch_is_one_request_and_known_offline_from_then_on(double, hub, offline):
+    commit = double.repo("acme/base").commit(BASE)
+    pin = hub.base_pin(Ref.parse("acme/base"))
+    assert (pin.commit, pin.branch, double.paths()) == (commit, "main", ["/api/models/acme/base/revision/main"])
+    assert offline.base_pin(Ref.parse("acme/base")).files == pin.files
+
+
+def test_what_is_missing_of_a_base_is_told_apart(double, hub):
+    double.repo("acme/base").commit(BASE, branch="trunk")
+    with pytest.raises(NotFound, match="nothing that 'refs/heads/main' could mean"):
+        hub.base_pin(Ref.parse("acme/base"))
+    with pytest.raises(NotFound, match="there is no acme/none"):
+        hub.base_pin(Ref.parse("acme/none"))
+
+
 def test_a_base_is_pulled_without_pickles_and_code(double, hub, offline):
     repo = double.repo("acme/base")
     commit = repo.commit(BASE, tag="v0.1")
@@ -511,3 +528,12 @@ def test_a_base_is_no_adapter(double, hub):
     double.repo("acme/base").commit(BASE)
     with pytest.raises(NotFound, match="base model"):
         hub.resolve(Ref.parse("acme/base"))
+
+
+def test_a_page_of_the_hub_that_the_environment_names_can_be_pasted(double, repo, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", double.endpoint)
+    for page in (f"{double.endpoint}/acme/ink/tree/v1.0.0", f"{double.endpoint}/acme/ink/blob/v1.0.0/x.safetensors"):
+        assert (as_ref(page).repo, as_ref(page).selector) == ("acme/ink", "v1.0.0")
+    monkeypatch.setenv("HF_ENDPOINT", "https://other.example")
+    with pytest.raises(InvalidRef, match="only pages of"):
+        as_ref(f"{double.endpoint}/acme/ink/tree/v1.0.0")

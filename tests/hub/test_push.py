@@ -201,12 +201,21 @@ def test_there_must_be_something_to_propose_a_change_to(double, hub, make_adapte
     assert double.writes() == []
 
 
+def test_a_version_that_exists_with_other_content_is_not_proposed(double, hub, make_adapter):
+    hub.push(make_adapter(), INK, version="1.0.0")
+    double.log.clear()
+    with pytest.raises(PushRefused, match=r"has v1\.0\.0 already"):
+        hub.push(make_adapter(seed=1), INK, version="1.0.0", create_pr=True)
+    assert double.writes() == []
+    assert hub.push(make_adapter(seed=1), INK, version="1.1.0", create_pr=True).branch == "refs/pr/1"
+
+
 # -------------------------------------------------------------------------------------------------------- dry runs
 
 
 def test_a_dry_run_sends_no_write_and_refuses_what_the_push_would(double, hub, make_adapter):
     planned = hub.push(make_adapter(), INK, version="1.0.0", dry_run=True)
-    assert planned.why == "would be published as v1.0.0"
+    assert planned.why == "would be published as v1.0.0 in a new repository"
     assert set(planned.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert double.writes() == []
     hub.push(make_adapter(), INK, version="1.0.0")

@@ -147,6 +147,20 @@ def test_everything_that_is_wrong_is_said_at_once_without_a_request(double, trai
     assert contents(folder) == before
 
 
+def test_a_version_is_no_branch_and_that_is_said_first(double, trained):
+    with pytest.raises(UsageError, match="no branch to push to"):
+        lorahub.push(trained(), "acme/ink@1.0.0", hub=double.endpoint)
+    assert double.log == []
+
+
+def test_a_folder_of_adapters_says_how_to_push_each(double, trained, tmp_path):
+    trained("zoo/ink")
+    trained("zoo/pen")
+    with pytest.raises(PushRefused, match="holds 2: ink, pen") as caught:
+        lorahub.push(tmp_path / "zoo", "acme/zoo", version="1.0.0", hub=double.endpoint)
+    assert f"lorahub push acme/zoo/ink {tmp_path / 'zoo' / 'ink'}" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "number", [b"\x80\x7f", b"\x80\xff", b"\xc0\x7f", b"\x81\xff"], ids=["inf", "-inf", "nan", "-nan"]
 )
@@ -181,6 +195,17 @@ def test_the_readme_names_the_base_where_the_config_has_only_a_path(double, trai
     assert push(double, trained(base_model_name_or_path="/data/base")).record.base.repo_id == "acme/base"
 
 
+def test_a_base_that_cannot_be_had_is_named_in_the_readme_as_the_refusal_says(double, trained):
+    folder = trained(base_model_name_or_path="", files={"README.md": None})
+    with pytest.raises(PushRefused) as caught:
+        push(double, folder, license="mit")
+    (found,) = caught.value.findings
+    assert found.code == "base-unknown"
+    assert f"base_model: NS/NAME between two lines of --- in {folder / 'README.md'}" in found.remedy
+    (folder / "README.md").write_text("---\nbase_model: gone/base\n---\n")
+    assert push(double, folder, license="mit").record.base.repo_id == "gone/base"
+
+
 def test_a_licence_is_asked_for_and_can_be_given(double, trained):
     folder = trained(files={"README.md": None})
     with pytest.raises(PushRefused) as caught:
@@ -205,6 +230,7 @@ def test_a_stale_record_is_refused(double, trained):
     with pytest.raises(PushRefused) as caught:
         push(double, folder, version="1.1.0")
     assert "record-stale" in codes(caught)
+    assert f"lorahub record {folder} " in caught.value.findings[0].remedy
 
 
 def test_a_record_that_is_none_is_refused_and_kept(double, trained):
@@ -249,6 +275,13 @@ def test_the_command_says_where_it_is_and_how_to_fetch_it(double, trained, envir
     said = json.loads(run(environment, "push", "acme/ink", folder, "--version", "1.0.0", "--json").stdout)
     assert (said["pin"]["commit"], said["pin"]["why"]) == (commit, "already published as v1.0.0")
     assert environment["HF_TOKEN"] not in done.stdout + done.stderr
+
+
+def test_a_base_that_is_only_named_is_told_with_the_command_that_pins_it(double, trained, environment):
+    folder = trained("my out")
+    arguments = ["push", "acme/ink", str(folder), "--version", "1.0.0"]
+    done = run(environment, *arguments)
+    assert f"lorahub record '{folder}' --base acme/base" in done.stderr
 
 
 def test_a_refusal_is_a_list_with_commands_and_no_traceback(double, trained, environment):

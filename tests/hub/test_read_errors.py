@@ -219,6 +219,14 @@ def unreachable(cache, endpoint: str) -> LorahubError:
     return failure(HuggingFaceHub(api=HfApi(endpoint=endpoint, token=False), cache=cache))
 
 
+@pytest.mark.parametrize(("status", "code"), [(402, "payment-required"), (413, "too-large"), (507, "storage-full")])
+def test_a_refusal_for_room_or_money_says_so(double, repo, hub, status, code):
+    double.fault(Status(status), "/refs", times=None)
+    error = failure(hub)
+    assert [each.code for each in error.findings] == [code]
+    assert error.hint
+
+
 def test_an_address_where_nobody_answers_is_offline(double, cache):
     with socket.socket() as taken:  # bound, not listening: nobody else answers there either
         taken.bind(("127.0.0.1", 0))

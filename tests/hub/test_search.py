@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lorahub.cli.main import main
 from lorahub.errors import Offline, Unavailable, UsageError
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.hub import Listing
+from lorahub.hub.huggingface import HuggingFaceHub
 from lorahub.names import Ref
 
 WEIGHTS = {"adapter_model.safetensors": b"w" * 900, "adapter_config.json": b"{}"}
@@ -176,6 +178,25 @@ def test_an_answer_without_end_is_cut_off(double, filled, monkeypatch):
         lorahub.search("ink")
 
 
+def test_what_needs_the_network_does_not_send_people_to_the_cache(cache, make_adapter):
+    with socket.socket() as taken:  # bound, not listening
+        taken.bind(("127.0.0.1", 0))
+        hub = HuggingFaceHub(endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}", token=TOKEN, cache=cache)
+        with pytest.raises(Offline) as searched:
+            hub.search("ink")
+        with pytest.raises(Offline) as pushed:
+            hub.push(make_adapter(), Ref(repo="acme/ink"))
+    assert "HF_HUB_OFFLINE" not in searched.value.hint + pushed.value.hint
+    assert "Push again" in pushed.value.hint
+
+
+def test_a_search_that_meets_a_login_page_names_the_hub_and_no_repository(double, filled):
+    double.fault(Swap(b"<html>log in</html>"), "/api/models")
+    with pytest.raises(Unavailable) as caught:
+        lorahub.search("ink")
+    assert f"open {double.endpoint} in" in caught.value.hint
+
+
 def test_offline_nothing_is_asked(filled, offline):
     with pytest.raises(Offline):
         offline.search("ink")
@@ -231,6 +252,7 @@ def test_nothing_found_says_what_to_try(filled, run):
     assert "lorahub search none" in err
     assert json.loads(run("search", "nothing-like-it", "--json")[1]) == []
     assert "--library peft" in run("search", "nothing-like-it")[2]
+    assert "lorahub search 'no name' --author bob --library peft" in run("search", "no name", "--author", "bob")[2]
 
 
 def test_the_orders_of_the_command_line_are_those_of_the_hub():
@@ -250,3 +272,16 @@ def test_gated_adapters_are_marked(double, filled, run, tmp_path: Path):
     assert "gated" in run("search", "ink")[1]
     double.fault(Edit(lambda found: [each.update(gated="manual") for each in found]), "/api/models")
     assert all(each.gated for each in lorahub.search("ink"))
+
+
+def test_versions_that_are_known_here_are_listed_offline_and_said_to_be_those(double, filled, run, hub, make_adapter):
+    hub.push(make_adapter(), Ref(repo="acme/fresh"), version="1.2.0")
+    assert run("versions", "acme/fresh", "-q")[1].split() == ["1.2.0"]
+    double.log.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        code, out, err = run("versions", "acme/fresh")
+        assert run("versions", "acme/ink")[0] == 6
+    assert (code, double.log) == (0, [])
+    assert "1.2.0" in out
+    assert "versions-from-cache" in err

@@ -196,3 +196,10 @@ def test_a_manifest_has_one_fingerprint_however_it_is_written() -> None:
     )
     assert one.fingerprint() == other.fingerprint()
     assert one.fingerprint() != Manifest.from_text('base = "a/b@main"\n[adapters]\nink = "acme/ink"').fingerprint()
+
+
+@pytest.mark.parametrize("adapters", ['["ink:0.5"]', "{ ink = 0.5 }"])
+def test_a_composition_that_is_written_otherwise_is_told_how_one_reads(adapters: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_text(f'[adapters]\nink = "acme/ink"\n[compositions.mix]\nadapters = {adapters}\n')
+    assert 'weights = [0.7, 0.3], method = "linear"' in caught.value.hint

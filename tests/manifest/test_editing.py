@@ -7,7 +7,7 @@ import difflib
 import pytest
 
 from lorahub.errors import ManifestError
-from lorahub.manifest.editing import with_adapter, with_base, without_adapter
+from lorahub.manifest.editing import with_adapter, with_base, with_verdict, without_adapter
 
 TEXT = """\
 # our adapters
@@ -44,6 +44,11 @@ def changed(before: str, after: str) -> list[str]:
         (lambda: without_adapter(TEXT, "ink"), ['- ink = "acme/ink@~=1.2"  # stays at 1']),
         (lambda: without_adapter(TEXT, "sql"), ['- "sql" = { ref = "acme/sql@1.0", weight = 0.5 }']),
         (lambda: without_adapter(TEXT, "own"), ["- [adapters.own]", '- ref = "./own"']),
+        (lambda: with_verdict(TEXT, "exact"), ['- verdict = "unverified"', '+ verdict = "exact"']),
+        (
+            lambda: with_verdict(TEXT.replace('verdict = "unverified"\n', "").replace("[policy]\n", ""), "exact"),
+            ["- [policy]", '- verdict = "unverified"', "+ [policy]", '+ verdict = "exact"'],
+        ),
         (
             lambda: with_base(TEXT, "./base"),
             ['- base = "acme/base@main"   # pinned on purpose', '+ base = "./base"   # pinned on purpose'],

@@ -180,8 +180,8 @@ def test_an_adapter_whose_base_nobody_recorded_is_refused_by_default(team: Team)
     assert "base-unrecorded" in {each.code for each in refused.value.findings}
     assert 'verdict = "unverified"' in refused.value.hint
     assert not team.lock.exists()
-    team.write(f'{team.manifest.read_text()}[policy]\nverdict = "unverified"\n')
-    said = {each.code: each.where for each in lorahub.lock().findings}
+    said = {each.code: each.where for each in lorahub.add(verdict="unverified").findings}  # as the hint says
+    assert '[policy]\nverdict = "unverified"\n' in team.manifest.read_text()
     assert said["base-unrecorded"] == ("wild",)
     assert entries(team)["wild"]["verdict"] == "unverified"
 
@@ -347,3 +347,11 @@ def test_a_manifest_that_another_changes_meanwhile_is_not_overwritten(
     with pytest.raises(WriteFailed, match="was changed by another meanwhile"):
         lorahub.remove("own")
     assert locked.manifest.read_text().endswith('own = "./own"\n# theirs\n')
+
+
+def test_a_lock_that_only_follows_its_manifest_is_written_and_says_so(locked: Team) -> None:
+    locked.write(locked.manifest.read_text().replace("~=1.2", ">=1.2"))
+    before = locked.lock.read_bytes()
+    found = lorahub.lock()
+    assert (found.changes, found.written, locked.lock.read_bytes() != before) == ((), True, True)
+    assert not lorahub.lock().written

@@ -169,6 +169,15 @@ def test_a_folder_that_somebody_changed_is_left_to_them(locked: Team) -> None:
     assert (ink / "notes.md").exists()
 
 
+def test_a_command_in_a_hint_names_a_folder_with_a_space_as_one(locked: Team, tmp_path: Path) -> None:
+    place = tmp_path / "what is served"
+    lorahub.sync(dest=place)
+    (place / "ink" / "adapter_model.safetensors").write_bytes(b"other")
+    with pytest.raises(WriteFailed) as refused:
+        lorahub.sync(dest=place)
+    assert f"rm -r '{place / 'ink'}'" in refused.value.hint
+
+
 def test_a_missing_file_comes_back_and_a_changed_one_is_refused(locked: Team) -> None:
     ink = lorahub.sync()["ink"]
     (ink / "adapter_config.json").unlink()
@@ -187,6 +196,20 @@ def test_another_manifest_in_the_same_folder_keeps_what_is_its(locked: Team, tmp
     lorahub.sync(manifest=other, dest=serve)
     lorahub.sync(dest=serve)
     assert sorted(path.name for path in serve.iterdir()) == [".lorahub", "ink", "other", "own", "sql"]
+
+
+def test_another_manifest_does_not_replace_what_the_first_one_serves(locked: Team, tmp_path: Path) -> None:
+    lorahub.sync(dest=tmp_path / "served")
+    before = {path: path.read_bytes() for path in (tmp_path / "served" / "ink").iterdir()}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "lorahub.toml").write_text('[adapters]\nink = "acme/sql@1"\n')
+    with pytest.raises(WriteFailed, match=r"lorahub\.toml has installed there") as refused:
+        lorahub.sync(manifest=other, dest=tmp_path / "served")
+    assert "--dest" in refused.value.hint
+    assert {path: path.read_bytes() for path in (tmp_path / "served" / "ink").iterdir()} == before
+    locked.manifest.unlink()  # nobody claims it any more
+    assert lorahub.sync(manifest=other, dest=tmp_path / "served").done["ink"] == "replaced"
 
 
 def test_a_file_of_the_project_that_is_not_the_locked_one_is_refused(locked: Team) -> None:
