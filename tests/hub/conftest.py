@@ -52,7 +52,7 @@ def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Double]:
     for name in _UNSET:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lorahub.hub.download.PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("lorahub.hub.huggingface.download.PAUSES", (0.0, 0.0, 0.0))
     close_session()
     with Double() as double:
         yield double

@@ -421,7 +421,7 @@ def test_a_full_disk_is_said_to_be_one(repo, hub, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorahub.hub.download._fetch", full)
+    monkeypatch.setattr("lorahub.hub.huggingface.download._fetch", full)
     with pytest.raises(WriteFailed, match="No space left"):
         hub.pull(pin)
 

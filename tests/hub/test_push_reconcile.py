@@ -23,7 +23,7 @@ def no_pauses(monkeypatch):
     """The pauses that were made, none of them waited for: ours, and the client's own."""
     made: list[float] = []
     clock = SimpleNamespace(sleep=made.append, monotonic=time.monotonic, time=time.time, perf_counter=time.perf_counter)
-    monkeypatch.setattr("lorahub.hub.hf_place.time", clock)
+    monkeypatch.setattr("lorahub.hub.huggingface.place.time", clock)
     monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
     return made
 

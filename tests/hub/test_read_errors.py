@@ -17,8 +17,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import close_session
 
 from lorahub.errors import AccessDenied, IntegrityError, LorahubError, NotFound, Offline, Unavailable, UsageError
-from lorahub.hub.hf_errors import TRANSPORT, typed
 from lorahub.hub.huggingface import HuggingFaceHub
+from lorahub.hub.huggingface.errors import TRANSPORT, typed
 from lorahub.names import Ref
 
 INK = {
@@ -130,7 +130,7 @@ def test_what_passes_is_waited_for_on_every_read(double, repo, hub, status, part
 )
 def test_the_delay_that_the_server_names_is_kept_to(double, repo, hub, monkeypatch, status, headers, seconds):
     waited: list[float] = []
-    monkeypatch.setattr("lorahub.hub.download.time.sleep", waited.append)
+    monkeypatch.setattr("lorahub.hub.huggingface.download.time.sleep", waited.append)
     double.fault(Status(status, headers), "/refs")
     whole(hub)
     assert waited[0] == seconds

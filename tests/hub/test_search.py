@@ -172,7 +172,7 @@ def test_an_answer_that_is_no_list_is_a_typed_error(double, filled, body):
 
 
 def test_an_answer_without_end_is_cut_off(double, filled, monkeypatch):
-    monkeypatch.setattr("lorahub.hub.hf_client._LARGEST_ANSWER", 1000)
+    monkeypatch.setattr("lorahub.hub.huggingface.client._LARGEST_ANSWER", 1000)
     double.fault(Swap(b"[" + b" " * 100_000 + b"]"), "/api/models")
     with pytest.raises(Unavailable):
         lorahub.search("ink")

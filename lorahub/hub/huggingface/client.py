@@ -18,8 +18,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from lorahub.errors import UsageError
-from lorahub.hub.download import patiently
-from lorahub.hub.hf_errors import typed
+from lorahub.hub.huggingface.download import patiently
+from lorahub.hub.huggingface.errors import typed
 from lorahub.names import printable
 
 __all__ = ["HubClient", "check_token"]

@@ -15,12 +15,12 @@ from huggingface_hub import HfApi, hf_hub_url
 
 from lorahub.errors import AccessDenied, NotFound, PushRefused
 from lorahub.hub.cache import Refs
-from lorahub.hub.download import patiently, read_range
-from lorahub.hub.hf_client import HubClient
-from lorahub.hub.hf_describing import describe, list_refs
-from lorahub.hub.hf_people import Said, Who, last_commits
-from lorahub.hub.hf_upload import Trouble, trouble
 from lorahub.hub.hub import FilePin
+from lorahub.hub.huggingface.client import HubClient
+from lorahub.hub.huggingface.describing import describe, list_refs
+from lorahub.hub.huggingface.download import patiently, read_range
+from lorahub.hub.huggingface.people import Said, Who, last_commits
+from lorahub.hub.huggingface.upload import Trouble, trouble
 from lorahub.hub.publication import Listing, Outcome, Publication, differing, outcome
 from lorahub.hub.ranges import verify_whole
 from lorahub.names import printable

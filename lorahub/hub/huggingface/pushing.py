@@ -18,12 +18,12 @@ from huggingface_hub import HfApi
 
 from lorahub.errors import AccessDenied, LorahubError, NotFound, PushRefused, UsageError
 from lorahub.hub.cache import Refs
-from lorahub.hub.hf_client import HubClient
-from lorahub.hub.hf_commit import PULL, find_proposal, make_commit, number_of
-from lorahub.hub.hf_people import whoami
-from lorahub.hub.hf_place import PAUSES, Place, wait
-from lorahub.hub.hf_upload import Trouble, trouble
 from lorahub.hub.hub import Pin, Progress, Revise
+from lorahub.hub.huggingface.client import HubClient
+from lorahub.hub.huggingface.commit import PULL, find_proposal, make_commit, number_of
+from lorahub.hub.huggingface.people import whoami
+from lorahub.hub.huggingface.place import PAUSES, Place, wait
+from lorahub.hub.huggingface.upload import Trouble, trouble
 from lorahub.hub.publication import DEFAULT_BRANCH, Outcome, Publication, current_readme, outcome, publication, revised
 from lorahub.names import Ref, printable
 

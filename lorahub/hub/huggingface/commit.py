@@ -1,4 +1,4 @@
-"""One commit on the Hub, made exactly once and read back, or a pull request likewise; see ``hf_push``."""
+"""One commit on the Hub, made exactly once and read back, or a pull request likewise; see ``pushing``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 from lorahub.errors import IntegrityError, PushRefused
 from lorahub.hub.cache import Refs
-from lorahub.hub.hf_people import Said, is_commit
-from lorahub.hub.hf_place import PAUSES, Place, wait
-from lorahub.hub.hf_upload import Trouble, Upload, missing_xet, trouble
 from lorahub.hub.hub import Progress
+from lorahub.hub.huggingface.people import Said, is_commit
+from lorahub.hub.huggingface.place import PAUSES, Place, wait
+from lorahub.hub.huggingface.upload import Trouble, Upload, missing_xet, trouble
 from lorahub.hub.publication import Outcome, agree, differing
 from lorahub.names import printable
 

@@ -24,9 +24,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported at
 )
 
 from lorahub.errors import AccessDenied, LorahubError, PushRefused
-from lorahub.hub.hf_client import HubClient
-from lorahub.hub.hf_errors import TRANSPORT, UNREACHED, stated_delay, status_of
 from lorahub.hub.hub import Progress
+from lorahub.hub.huggingface.client import HubClient
+from lorahub.hub.huggingface.errors import TRANSPORT, UNREACHED, stated_delay, status_of
 from lorahub.hub.publication import Publication, changed, content_of, open_unlinked
 from lorahub.names import printable
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorahub.errors import Unavailable, UsageError
-from lorahub.hub.hf_describing import repository
 from lorahub.hub.hub import SORTS, Listing
+from lorahub.hub.huggingface.describing import repository
 from lorahub.hub.searches import base_name
 from lorahub.names import printable
 

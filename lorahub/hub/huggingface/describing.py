@@ -15,8 +15,8 @@ from urllib.parse import quote
 from lorahub.errors import AccessDenied, IntegrityError, InvalidRef, RecordError
 from lorahub.findings import Finding, Verdict
 from lorahub.hub.cache import Refs
-from lorahub.hub.hf_client import HubClient
 from lorahub.hub.hub import FilePin
+from lorahub.hub.huggingface.client import HubClient
 from lorahub.names import COMMIT, Ref, printable
 
 __all__ = ["About", "describe", "list_refs", "repository"]

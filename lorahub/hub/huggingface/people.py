@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from lorahub.errors import AccessDenied
-from lorahub.hub.hf_client import HubClient
+from lorahub.hub.huggingface.client import HubClient
 from lorahub.names import COMMIT, printable
 
 __all__ = ["Said", "Who", "is_commit", "last_commits", "whoami"]

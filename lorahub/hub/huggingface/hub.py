@@ -18,12 +18,12 @@ from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 
 from lorahub.errors import IntegrityError, NotFound, Offline, RecordError, UsageError
 from lorahub.findings import Finding
-from lorahub.hub import hf_push, hf_search
 from lorahub.hub.cache import Cache, Refs
-from lorahub.hub.download import Ranges, download, patiently, read_range
-from lorahub.hub.hf_client import HubClient, check_token
-from lorahub.hub.hf_describing import describe, list_refs
 from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Revise, Span, Standing, Taken
+from lorahub.hub.huggingface import pushing, searching
+from lorahub.hub.huggingface.client import HubClient, check_token
+from lorahub.hub.huggingface.describing import describe, list_refs
+from lorahub.hub.huggingface.download import Ranges, download, patiently, read_range
 from lorahub.hub.noticed import moved, renamed, superseded
 from lorahub.hub.ranges import Kept, coalesce, cut, verify_whole
 from lorahub.hub.selection import select_adapter, select_base
@@ -170,11 +170,11 @@ class HuggingFaceHub:
         readme: Revise | None = None,
         progress: Progress | None = None,
     ) -> Pin:
-        """Publish a folder as one commit; see ``Hub.push`` and ``hf_push``."""
+        """Publish a folder as one commit; see ``Hub.push`` and ``pushing``."""
         if self._offline:
             raise Offline(f"{ref} cannot be published: the network is switched off", "Unset HF_HUB_OFFLINE.")
         with _needs_network("Push again once it can; a push goes on where it stopped."):
-            pin = hf_push.push(
+            pin = pushing.push(
                 self._api,
                 self._client,
                 folder,
@@ -195,7 +195,7 @@ class HuggingFaceHub:
 
     def page(self, pin: Pin) -> str:
         """Where people look at a state, or at a pull request; see ``Hub.page``."""
-        return hf_push.page(self._client, pin)
+        return pushing.page(self._client, pin)
 
     def trust(self, pin: Pin) -> None:
         """The version of ``pin`` means its commit from now on; see ``Hub.trust``."""
@@ -238,9 +238,9 @@ class HuggingFaceHub:
         """Model repositories, page after page; see ``Hub.search``."""
         if self._offline:
             raise Offline(f"{self.name} cannot be searched: the network is switched off", "Unset HF_HUB_OFFLINE.")
-        asked = hf_search.query(text, base=base, author=author, library=library, tags=tags, sort=sort, limit=limit)
+        asked = searching.query(text, base=base, author=author, library=library, tags=tags, sort=sort, limit=limit)
         with _needs_network("Search again once it can."):
-            return hf_search.listings(self._client.pages("/api/models", asked, what="the search"), limit)
+            return searching.listings(self._client.pages("/api/models", asked, what="the search"), limit)
 
     # --------------------------------------------------------------------------------------------------- bases
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]  # at first use
 
 from lorahub.errors import IntegrityError
-from lorahub.hub.hf_errors import TRANSPORT, UNREACHED, stated_delay, status_of
+from lorahub.hub.huggingface.errors import TRANSPORT, UNREACHED, stated_delay, status_of
 
 __all__ = ["PAUSES", "Ranges", "download", "patiently", "read_range"]
 
