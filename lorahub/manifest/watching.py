@@ -30,7 +30,7 @@ __all__ = ["Row", "Standings", "State", "outdated"]
 State: TypeAlias = Literal[
     "current",
     "newer-in-range",
-    "newer-major",
+    "newer-outside",
     "tag-moved",
     "commit-gone",
     "renamed",
@@ -208,7 +208,7 @@ def _states(hub: Hub, standing: Standing, locked: LockedAdapter, named: str | No
     stable = [each for each in version_tags(standing.tags) if not each.version.is_prerelease]
     newest = stable[0] if stable else None
     if newest and locked.version and newest.version > Version(locked.version) and (not now or now.tag != newest.tag):
-        found["newer-major"] = f"{printable(newest.tag)} is there, which {locked.requested} does not mean"
+        found["newer-outside"] = f"{printable(newest.tag)} is there, which {locked.requested} does not mean"
     if standing.gated:
         found["gated"] = "its authors grant access to its files"
     return found, _short(now.tag or "", now.commit) if now is not None else ""

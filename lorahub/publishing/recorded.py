@@ -41,7 +41,7 @@ def record(
     Args:
         folder: the adapter's folder.
         base: the base it was trained on; None keeps what an earlier record says, and brings the rest up to date.
-        base_repo: what a local base is called on the Hub.
+        base_repo: what a local base is called on the Hub; without ``base``, the name of one that is not at hand.
         base_revision: its commit there, 40 hex digits.
         compat: "peft" or "strict": whose result counts where PEFT's is not the declared one; recorded where it matters.
         hub: path of a folder hub.
@@ -104,7 +104,23 @@ def drafted(
         )
         described = recording.keep_name(described, header.record)
     elif base_repo or base_revision:
-        raise UsageError(
-            "a name for the base was given, but no base", "name it too: --base FOLDER or --base NS/NAME@COMMIT"
-        )
+        described = _by_name(header.record, base_repo, base_revision)
     return recording.make_record(header, registry, base=described, plan=planned, fields=fields or {})
+
+
+def _by_name(earlier: AdapterRecord | None, repo: str | None, revision: str | None) -> BaseRecord:
+    """A base that is not at hand, by its name alone; a check will say that its weights were never recorded.
+
+    Raises:
+        UsageError: a commit of what, or the record knows more already.
+        RecordError: it is no repository, or no commit.
+    """
+    if not repo:
+        raise UsageError("a commit of the base was given, but no repository", "name it too: --base-repo NS/NAME")
+    if earlier is not None and earlier.base is not None and earlier.base.weights_digest:
+        raise UsageError(
+            f"the record knows the base by its weights already ({earlier.base.repo_id or 'without a name'}), and a name "
+            "alone would forget them",
+            f"give the base itself: --base FOLDER --base-repo {repo}, or --base {repo}",
+        )
+    return BaseRecord.checked(repo_id=repo, **({"revision": revision} if revision else {}))

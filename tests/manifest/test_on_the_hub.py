@@ -169,10 +169,10 @@ def test_newer_versions_are_told_apart_by_the_range(served: Team, double: Double
     newer(served, double, 3, "v2.0.0")
     newer(served, double, 4, "v3.0.0rc1")
     (row,) = lorahub.outdated().rows
-    assert (row.states, row.newest) == (("newer-in-range", "newer-major"), "v1.3.0")
+    assert (row.states, row.newest) == (("newer-in-range", "newer-outside"), "v1.3.0")
     assert any("v2.0.0" in note for note in row.notes)
     lorahub.lock(upgrade=True)
-    assert states() == ("newer-major",)
+    assert states() == ("newer-outside",)
 
 
 def test_a_branch_that_went_on_is_newer_in_range(served: Team, double: Double) -> None:

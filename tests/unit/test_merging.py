@@ -34,6 +34,21 @@ def test_without_a_record_the_base_must_be_named(adapter: Path) -> None:
     assert "--base" in refused.value.hint
 
 
+def test_a_base_that_is_gone_is_recorded_by_its_name_and_never_in_place_of_its_weights(
+    adapter: Path, tmp_path: Path
+) -> None:
+    by_name = lorahub.record(adapter, base_repo="acme/gone", base_revision="b" * 40).base
+    assert by_name is not None
+    assert (by_name.repo_id, by_name.revision, by_name.weights_digest) == ("acme/gone", "b" * 40, None)
+    report = lorahub.check(adapter, tmp_path / "base.safetensors")
+    assert "base-weights-unrecorded" in {each.code for each in report.findings}
+    lorahub.record(adapter, tmp_path / "base.safetensors")
+    with pytest.raises(UsageError, match="would forget them"):
+        lorahub.record(adapter, base_repo="acme/other")
+    with pytest.raises(UsageError, match="no repository"):
+        lorahub.record(adapter, base_revision="b" * 40)
+
+
 def test_the_recorded_base_is_asked_for_by_name_and_never_taken_from_a_folder_that_lies_here(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
