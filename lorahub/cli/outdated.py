@@ -21,8 +21,8 @@ __all__ = ["outdated"]
 def outdated(manifest: str | None, offline: bool, hub: str | None, out: Output) -> int:
     """Say how everything that is locked stands on its hub now; changes nothing.
 
-    States: current, newer-in-range (lock --upgrade takes it), newer-outside, tag-moved, commit-gone, renamed, superseded,
-    gated, disabled, private-or-gone, local, unknown. Exit 6 only where nothing could be asked.
+    States: current, newer-in-range (lock --upgrade takes it), newer-outside, tag-moved, commit-gone, renamed,
+    superseded, gated, disabled, private-or-gone, local, unknown. Exit 6 only where nothing could be asked.
     """
     with out.progress("asking", unit="steps") as progress:
         found = watching.outdated(manifest=manifest, hub=hub, local_files_only=offline, progress=progress)

@@ -14,7 +14,7 @@ __all__ = ["record"]
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @base_option
-@click.option("--base-repo", metavar="NS/NAME", help="What a local base is called on the Hub; alone: a base that is gone.")
+@click.option("--base-repo", metavar="NS/NAME", help="What a local base is called on the Hub; alone: one that is gone.")
 @click.option("--base-revision", metavar="COMMIT", help="Its commit there, 40 hex digits.")
 @click.option("--name", help="The adapter's name.")
 @click.option("--license", "license_", metavar="SPDX", help="Licence of the adapter, as apache-2.0.")

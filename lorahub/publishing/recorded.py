@@ -119,8 +119,8 @@ def _by_name(earlier: AdapterRecord | None, repo: str | None, revision: str | No
         raise UsageError("a commit of the base was given, but no repository", "name it too: --base-repo NS/NAME")
     if earlier is not None and earlier.base is not None and earlier.base.weights_digest:
         raise UsageError(
-            f"the record knows the base by its weights already ({earlier.base.repo_id or 'without a name'}), and a name "
-            "alone would forget them",
+            f"the record knows the base by its weights already ({earlier.base.repo_id or 'without a name'}), "
+            "and a name alone would forget them",
             f"give the base itself: --base FOLDER --base-repo {repo}, or --base {repo}",
         )
     return BaseRecord.checked(repo_id=repo, **({"revision": revision} if revision else {}))
