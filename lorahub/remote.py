@@ -66,7 +66,7 @@ def open_remote(
     files = PinnedFiles(hub, pin, cost)
     where = Path(str(pin))
     names = _near(pin)
-    texts = {name: files.whole(name) for name in names if _is_config(pin, name)}
+    texts = {name: files.parts(name, (0, _most(pin, name)))[0] for name in names if _is_config(name)}
     configs: dict[str, Mapping[str, JSON]] = {}
     for name, text in texts.items():
         if name != FILENAME and (config := as_config(text, PurePosixPath(str(where), name))) is not None:
@@ -96,9 +96,13 @@ def _near(pin: Pin) -> list[str]:
     return sorted(name for name in pin.files if "/" not in name)
 
 
-def _is_config(pin: Pin, name: str) -> bool:
-    limit = LIMIT if name == FILENAME else LARGEST
-    return name.endswith(".json") and rule_for(name).role == "behaviour" and pin.files[name].size <= limit
+def _is_config(name: str) -> bool:
+    return name.endswith(".json") and rule_for(name).role == "behaviour"
+
+
+def _most(pin: Pin, name: str) -> int:
+    """Bytes of a config that are read: all, or one more than it may have, which is refused as in a folder."""
+    return min(pin.files[name].size, 1 + (LIMIT if name == FILENAME else LARGEST))
 
 
 def _stale(record: AdapterRecord, pin: Pin, texts: Mapping[str, bytes]) -> tuple[str, ...]:

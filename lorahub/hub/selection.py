@@ -133,7 +133,10 @@ def _plain_weights(paths: Collection[str]) -> set[str]:
 
 def _check(files: Mapping[str, FilePin], limits: Mapping[str, int], place: str) -> None:
     if hostile := [f"'{printable(path)}' {problem}" for path in files if (problem := path_problem(path))]:
-        raise UnsafePath(f"{place} lists files that must not be written: {'; '.join(hostile[:5])}")
+        raise UnsafePath(
+            f"{place} lists files that must not be written: {'; '.join(hostile[:5])}",
+            "Nothing was fetched.  Ask its author to rename them, or take another adapter.",
+        )
     if large := [path for path, pin in files.items() if pin.size > limits[path]]:
         sizes = "; ".join(f"{path} has {files[path].size:,} bytes, at most {limits[path]:,}" for path in large[:5])
         raise IntegrityError(f"{place} lists files larger than such files may be: {sizes}")

@@ -261,6 +261,16 @@ def test_a_config_that_is_not_what_the_hub_lists_is_refused(double: Double, look
         look(files)
 
 
+def test_a_config_over_the_limit_is_refused_as_in_a_folder(double: Double, look: Any) -> None:
+    files = peft()
+    files["adapter_config.json"] = files["adapter_config.json"].ljust(3 << 20)
+    with pytest.raises(IntegrityError, match="1,048,577 bytes are more than the 1,048,576 allowed"):
+        look(files)
+    assert double.bytes_of("adapter_config.json") == (1 << 20) + 1
+    with pytest.raises(IntegrityError, match="1,048,577 bytes are more than the 1,048,576 allowed"):
+        sources.inspect(str(fetching.pull("acme/ink", hub=double.endpoint).folder))
+
+
 def test_a_hub_that_sends_too_little_is_an_integrity_failure(double: Double, look: Any) -> None:
     data = kohya()
     double.fault(Status(206, body=data[:5]), "style", where="hub", times=None)

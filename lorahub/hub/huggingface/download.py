@@ -93,7 +93,10 @@ def _fetch(
                 return
         for chunk in response.iter_bytes(_CHUNK):
             if file.tell() + len(chunk) > size:
-                raise IntegrityError(f"the hub sends more than the {size:,} bytes that it listed")
+                raise IntegrityError(
+                    f"the hub sends more than the {size:,} bytes that it listed",
+                    "Try again; if it stays so, something on the way answers in its place: a login page, a proxy.",
+                )
             file.write(chunk)
             arrived(file.tell())
 
