@@ -209,12 +209,13 @@ def _inspected(
 ) -> subprocess.CompletedProcess[str]:
     """``inspect`` in a process of its own that runs ``watch`` first and prints ``TOLD`` as its last line."""
     script = (
-        f"import sys, resource\nTOLD = ''\n{watch}\n"
+        f"import os, sys\nTOLD = ''\n{watch}\n"
         "from lorahub.cli.main import main\n"
         "try:\n    main(['inspect', 'acme/ink@1.0.0'])\n"
         "except SystemExit as stop:\n"
-        "    print('END', stop.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 'evil_code' in sys.modules,"
-        " TOLD, sep='|')\n"
+        "    lines = open('/proc/self/status').read().splitlines() if os.path.exists('/proc/self/status') else []\n"
+        "    peak = [line.split()[1] for line in lines if line.startswith('VmHWM')]\n"  # its own, not its parent's
+        "    print('END', stop.code, *peak or [0], 'evil_code' in sys.modules, TOLD, sep='|')\n"
     )
     return subprocess.run(
         [sys.executable, "-c", script],
@@ -260,6 +261,8 @@ def test_bombs_in_a_config_take_little_memory(
     done = _inspected(environment, double, project, "")
     ended = done.stdout.splitlines()[-1].split("|")
     assert ended[1] in {"0", "3", "4", "5"}, done.stderr
+    if not int(ended[2]):
+        pytest.skip("this platform does not tell how much memory a process took at most")
     assert int(ended[2]) < 400 * 1024
 
 
