@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import Dispute
+from lorahub.deltas.starting import Starting
 from lorahub.findings import Finding
 from lorahub.lazy import torch
 
@@ -290,6 +291,7 @@ class Kind:
         dissolve: the inverse of ``build`` for writing: parameter name to delta -> (tensors by slot, options), or
             None where these deltas are not of this kind.
         spellings: one per format that can carry it.
+        starting: how its training begins, where it can be trained.
     """
 
     name: str
@@ -301,6 +303,7 @@ class Kind:
     build: Callable[[Group, Mapping[str, torch.Tensor]], Mapping[str, Delta]]
     dissolve: Callable[[Mapping[str, Delta]], tuple[dict[str, torch.Tensor], dict[str, JSON]] | None]
     spellings: tuple[Spelling, ...] = ()
+    starting: Starting | None = None
 
     def slot(self, name: str) -> Slot:
         """The slot of that name; of ``many`` by the name of any of them."""
