@@ -85,7 +85,7 @@ def test_the_core_is_called_lorahub_core_and_carries_its_licence(core: zipfile.Z
 
 def test_the_core_brings_two_commands_of_one_function(core: zipfile.ZipFile) -> None:
     scripts = entry_points(core)["console_scripts"]
-    assert scripts == {"lorahub": "lorahub.cli.main:main", "lorahub-core": "lorahub.cli.main:main"}
+    assert scripts == {"lorahub": "lorahub.__main__:main", "lorahub-core": "lorahub.__main__:main"}
 
 
 def test_torch_is_an_extra_and_no_framework_is_required(core: zipfile.ZipFile) -> None:

@@ -91,7 +91,7 @@ def push(
             "dry_run": dry_run,
         },
         text="\n".join(lines),
-        bare=None if dry_run else pin.commit,
+        bare=pin.why if dry_run else pin.commit,
     )
     if dry_run:
         return

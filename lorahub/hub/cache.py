@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -177,17 +177,29 @@ class Cache:
 
     def remember_refs(self, hub: str, repo: str, tags: Mapping[str, str], branches: Mapping[str, str]) -> Refs:
         """Keep what a hub listed, for when it cannot be asked; a version that is known already stays where it was."""
-        old = self.refs(hub, repo)
-        seen = {each.tag: each.commit for each in version_tags(tags)}
-        refs = Refs(tags=dict(tags), branches=dict(branches), known=seen | dict(old.known if old else {}))
-        if refs != old:
-            self._write_refs(hub, repo, refs)
+        with self._held(hub, repo):
+            old = self.refs(hub, repo)
+            seen = {each.tag: each.commit for each in version_tags(tags)}
+            refs = Refs(tags=dict(tags), branches=dict(branches), known=seen | dict(old.known if old else {}))
+            if refs != old:
+                self._write_refs(hub, repo, refs)
         return refs
 
     def trust(self, hub: str, repo: str, tag: str, commit: str) -> None:
         """From now on the version ``tag`` is known to be ``commit``."""
-        old = self.refs(hub, repo) or Refs(tags={}, branches={})
-        self._write_refs(hub, repo, replace(old, tags={**old.tags, tag: commit}, known={**old.known, tag: commit}))
+        with self._held(hub, repo):
+            old = self.refs(hub, repo) or Refs(tags={}, branches={})
+            self._write_refs(hub, repo, replace(old, tags={**old.tags, tag: commit}, known={**old.known, tag: commit}))
+
+    @contextmanager
+    def _held(self, hub: str, repo: str) -> Iterator[None]:
+        """What is known of the refs is read and replaced by one process at a time: no version is forgotten."""
+        place = self._repo(hub, repo)
+        with ExitStack() as held:
+            with suppress(OSError, NotImplementedError):  # as for refs, and on a file system without locks
+                place.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(place / f".{_REFS}.lock"))
+            yield
 
     def _write_refs(self, hub: str, repo: str, refs: Refs) -> None:
         place = self._repo(hub, repo) / _REFS

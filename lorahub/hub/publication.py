@@ -290,16 +290,17 @@ def outcome(
         after = _over(job, before)
         others = differing(before, after)
         if not others:
+            opens = job.branch not in branches
             return Outcome(
                 start=taken[0].commit,
                 new=False,
-                opens=False,
+                opens=opens,
                 files=before,
                 deleted=(),
                 tags={},
                 tag=taken[0].tag,
                 branch=job.branch,
-                what=f"published as {taken[0].tag}",
+                what=f"published as {taken[0].tag}" + (f", on a new branch {job.branch}" if opens else ""),
             )
         if not job.move_tag:
             raise PushRefused(

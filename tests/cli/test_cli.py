@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorahub.__main__ import main as lorahub_entry
 from lorahub.cli.main import main
 from lorahub.files.writer import save_file
 
@@ -345,6 +346,20 @@ def test_a_finding_of_the_plan_is_told_once(lorahub: Cli, base: Path, make_adapt
     run = lorahub("merge", make_adapter("other", target_modules=["gone"]), "--base", base, "--plan")
     assert (run.out + run.err).count("target-unlisted") == 1
     assert "verdict: unverified" in run.out
+
+
+def test_an_interruption_while_the_command_line_is_loaded_is_no_traceback(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "lorahub.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lorahub.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        lorahub_entry()
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_an_interruption_ends_with_a_line_and_no_traceback(monkeypatch, capsys):

@@ -1,6 +1,6 @@
-"""One process of several that merge into a sharded model; run by test_sharding.py, one for each rank.
+"""Processes that merge into a sharded model; run by test_sharding.py, and forked once everything is imported.
 
-Builds the same model twice, shards one of them, merges an adapter into both and says how they compare.
+Each builds the same model twice, shards one of them, merges an adapter into both and says how they compare.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -154,5 +155,29 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
+def start(folder: Path, rank: int, world: int, jobs: Mapping[str, Any]) -> int:
+    """Fork one rank, which says what it has to say in a file of its own; its process."""
+    if child := os.fork():
+        return child
+    try:
+        said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        main(folder, rank, world, jobs)
+    except BaseException:  # noqa: BLE001 - a fork must not go on with what its parent does
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def together(folder: Path, world: int, jobs: Mapping[str, Any]) -> list[int]:
+    """Run one group of ranks: the exit code of each."""
+    folder.mkdir()
+    ranks = [start(folder, rank, world, jobs) for rank in range(world)]
+    return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), json.loads(sys.argv[2]))
+    groups = json.loads(sys.argv[2])
+    codes = {name: together(Path(sys.argv[1]) / name, *group) for name, group in groups.items()}
+    sys.stdout.write(json.dumps(codes))

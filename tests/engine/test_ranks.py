@@ -84,14 +84,14 @@ from lorahub.engine.writing.ranks import Ranks
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.errors import LorahubError
 
-folder, world, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+root = Path(sys.argv[1])
 base = doubles.World({f"m.{n}.weight": doubles.weights(8 + n, 8, seed=n) for n in range(8)})
 adapter = {f"m.{n}.weight": doubles.lora(8 + n, 8, seed=n) for n in range(6)}
-files = base.save(folder / "base", shards=6)
-base.stream(files, folder / "expected", adapter, companions={"config.json": b"{}"})
+files = base.save(root / "base", shards=6)
+base.stream(files, root / "expected", adapter, companions={"config.json": b"{}"})
 
 
-def start(rank, *, dies=0, spoiled=False, patience=20.0):
+def start(folder, rank, world, *, dies=0, spoiled=False, patience=20.0):
     child = os.fork()
     if child:
         return child
@@ -121,9 +121,9 @@ def start(rank, *, dies=0, spoiled=False, patience=20.0):
     os._exit(0)
 
 
-def run(**options):
-    children = [start(rank, **{name: value.get(rank, 0) for name, value in options.items() if name != "patience"},
-                      **({"patience": options["patience"]} if "patience" in options else {})) for rank in range(world)]
+def run(folder, world, *, patience=20.0, **options):
+    of_rank = [{name: value.get(rank, 0) for name, value in options.items()} for rank in range(world)]
+    children = [start(folder, rank, world, patience=patience, **of_rank[rank]) for rank in range(world)]
     for child in children:
         os.waitpid(child, 0)
     found = []
@@ -134,45 +134,50 @@ def run(**options):
     return {"said": found, "out": (folder / "out").exists()}
 
 
-results = []
-if what == "together":
-    results.append(run())
-elif what == "killed":  # one after the other: each rank dies once, and all start again after it
-    for rank in range(world):
-        results.append(run(dies={rank: 2 if rank else 7}, patience=2.0))
-    results.append(run())
-elif what == "spoiled":
-    results.append(run(spoiled={rank: True for rank in range(world)}))
-    results.append(run())
-print(json.dumps(results))
+def results(folder, world, what):
+    folder.mkdir()
+    if what == "together":
+        yield run(folder, world)
+    elif what == "killed":  # one after the other: each rank dies once, and all start again after it
+        for rank in range(world):
+            yield run(folder, world, dies={rank: 2 if rank else 7}, patience=2.0)
+        yield run(folder, world)
+    elif what == "spoiled":
+        yield run(folder, world, spoiled={rank: True for rank in range(world)})
+        yield run(folder, world)
+
+
+asked = [("together", 2), ("together", 3), ("together", 4), ("killed", 3), ("spoiled", 2)]
+print(json.dumps({f"{what} {world}": list(results(root / f"{what} {world}", world, what)) for what, world in asked}))
 """
 """Ranks as processes of their own, forked from one that has imported everything."""
 
 
-@pytest.fixture
-def start(run_script, tmp_path):
-    """``start(WORLD, WHAT)``: what each start of that many ranks came to."""
-    (tmp_path / "work").mkdir()
-    return lambda world, what: run_script(RANKS, tmp_path / "work", str(world), what)
+@pytest.fixture(scope="module")
+def started(run_script, tmp_path_factory):
+    """``started(WHAT, WORLD)``: what each start of that many ranks came to, and where they worked."""
+    root = tmp_path_factory.mktemp("ranks")
+    found = run_script(RANKS, root)
+    return lambda what, world: (found[f"{what} {world}"], root / f"{what} {world}")
 
 
 def _demand_complete(tools, folder: Path) -> None:
-    assert tools.contents(folder / "out") == tools.contents(folder / "expected")
+    assert tools.contents(folder / "out") == tools.contents(folder.parent / "expected")
     assert not any(is_partial(path.name) for path in folder.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_several_ranks_write_the_bytes_that_one_process_does(tools, start, tmp_path, world):
-    (result,) = start(world, "together")
-    _demand_complete(tools, tmp_path / "work")
+def test_several_ranks_write_the_bytes_that_one_process_does(tools, started, world):
+    (result,), folder = started("together", world)
+    _demand_complete(tools, folder)
     assert result["said"][0]["changed"] == 6  # rank 0 tells of all
     assert sum(each["changed"] for each in result["said"][1:]) <= 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, start, tmp_path):
-    *killed, last = start(3, "killed")
+def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, started):
+    (*killed, last), folder = started("killed", 3)
     for rank, result in enumerate(killed):
         assert result["said"][rank] is None  # it died
         others = [said for number, said in enumerate(result["said"]) if number != rank]
@@ -181,18 +186,18 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_next_run_goes_on(tools, s
         assert not result["out"]
     assert last["out"]
     assert last["said"][0]["resumed"] > 0
-    _demand_complete(tools, tmp_path / "work")
+    _demand_complete(tools, folder)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-def test_a_rank_that_fails_tells_the_others_why(tools, start, tmp_path):
-    failed, again = start(2, "spoiled")
+def test_a_rank_that_fails_tells_the_others_why(tools, started):
+    (failed, again), folder = started("spoiled", 2)
     errors = sorted(said["error"] for said in failed["said"])
     assert errors == ["NotFinite", "RankFailed"]
     assert any("failed: NotFinite" in said["message"] for said in failed["said"] if said["error"] == "RankFailed")
     assert not failed["out"]
     assert again["out"]
-    _demand_complete(tools, tmp_path / "work")
+    _demand_complete(tools, folder)
 
 
 def test_the_folder_of_a_failed_run_is_known_as_unfinished(tmp_path):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,42 +47,37 @@ def write_adapter(folder: Path, *, dora: bool = False) -> str:
     return str(folder)
 
 
-def run(folder: Path, world: int, jobs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Start one process a rank and give back what each found."""
-    folder.mkdir()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), json.dumps(jobs)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("two")
+def groups(run_script: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """``groups(NAME)``: what each rank of that group found; all groups are forked from one process, one by one."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this platform cannot fork")
+    folder = tmp_path_factory.mktemp("groups")
     adapter, dora = write_adapter(folder / "lora"), write_adapter(folder / "dora", dora=True)
-    return run(
-        folder / "ranks",
-        2,
-        {
-            "fsdp": {"way": "fsdp", "adapter": adapter},
-            "tensor-parallel": {"way": "tensor-parallel", "adapter": adapter},
-            "rows of dora": {"way": "fsdp", "adapter": dora},
-            "columns of dora": {"way": "refused", "adapter": dora},
-        },
-    )
+    jobs = {
+        "fsdp": {"way": "fsdp", "adapter": adapter},
+        "tensor-parallel": {"way": "tensor-parallel", "adapter": adapter},
+        "rows of dora": {"way": "fsdp", "adapter": dora},
+        "columns of dora": {"way": "refused", "adapter": dora},
+    }
+    given = {
+        "two": (2, jobs),
+        "four": (4, {"both": {"way": "both", "adapter": adapter}}),
+        "broken": (2, {"broken": {"way": "broken"}}),
+    }
+    codes = run_script(SCRIPT.read_text(), folder, json.dumps(given))
+
+    def found(name: str) -> list[Any]:
+        said = "\n".join((folder / name / f"said-{rank}").read_text() for rank in range(given[name][0]))
+        assert codes[name] == [0] * given[name][0], said
+        return [json.loads((folder / name / f"rank-{rank}.json").read_text()) for rank in range(given[name][0])]
+
+    return found
+
+
+@pytest.fixture
+def two(groups: Callable[[str], list[Any]]) -> list[Any]:
+    return groups("two")
 
 
 WEIGHTS = sorted(f"block.{name}.weight" for name in SHAPES)
@@ -122,17 +116,16 @@ def test_dora_over_parts_of_rows_is_refused_by_name_and_changes_nothing(two):
         assert found["changed"] == []
 
 
-def test_strided_shards_of_two_dimensions_are_those_of_the_whole_merge(tmp_path):
-    adapter = write_adapter(tmp_path / "lora")
-    for found in run(tmp_path / "ranks", 4, {"both": {"way": "both", "adapter": adapter}}):
+def test_strided_shards_of_two_dimensions_are_those_of_the_whole_merge(groups):
+    for found in groups("four"):
         assert found["both"]["changed"] == WEIGHTS
         assert found["both"]["unlike"] == {}
         assert found["both"]["left"] == []
 
 
-def test_a_rank_that_breaks_down_is_noticed(tmp_path):
+def test_a_rank_that_breaks_down_is_noticed(groups):
     with pytest.raises(AssertionError, match="rank 1 breaks down as it was asked to"):
-        run(tmp_path / "ranks", 2, {"broken": {"way": "broken"}})
+        groups("broken")
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])

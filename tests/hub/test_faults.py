@@ -187,7 +187,14 @@ def job(request: pytest.FixtureRequest, double: Double, monkeypatch: pytest.Monk
     return jobs[request.param]()
 
 
-JOBS = pytest.mark.parametrize("job", ["push", "first push", "pull", "lock and sync"], indirect=True)
+NAMES = ("push", "first push", "pull", "lock and sync")
+JOBS = pytest.mark.parametrize("job", NAMES, indirect=True)
+PAIRS = [
+    pytest.param(job, kind, id=f"{kind}-{job}", marks=[] if (row + column) % 2 else [pytest.mark.slow])
+    for row, job in enumerate(NAMES)
+    for column, kind in enumerate(KINDS)
+]
+"""Every job with every kind of fault; by default each job with every other one, so that every kind meets two jobs."""
 
 
 def clean(job: Job, double: Double, root: Path) -> list[str]:
@@ -222,8 +229,7 @@ def walked(job: Job, double: Double, root: Path, faults: list[Fault]) -> list[st
     return found
 
 
-@JOBS
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("job", "kind"), PAIRS, indirect=["job"])
 def test_a_fault_at_any_request_leaves_nothing_wrong(job: Job, kind: str, double: Double, tmp_path: Path) -> None:
     requests = clean(job, double, tmp_path / "clean")
     found = []

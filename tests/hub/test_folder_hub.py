@@ -152,6 +152,14 @@ def test_the_same_content_under_a_new_version_is_a_tag_on_the_same_commit(hub, m
     assert hub.resolve(Ref.parse("acme/ink@1.0.1")).tag == "v1.0.1"
 
 
+def test_a_version_that_exists_is_put_on_the_branch_that_is_asked_for(hub, make_adapter):
+    folder, dev = make_adapter(), Ref.parse("acme/ink@dev")
+    first = hub.push(folder, INK, version="1.0.0")
+    assert hub.push(folder, dev, version="1.0.0").why == "published as v1.0.0, on a new branch dev"
+    assert hub.resolve(dev).commit == first.commit
+    assert hub.push(folder, dev, version="1.0.0").why == "already published as v1.0.0"
+
+
 @pytest.mark.parametrize("version", ["1.0.0", "v1.0.0", "1.0", "1"])
 def test_a_published_version_never_changes(hub, tmp_path, make_adapter, version):
     hub.push(make_adapter(seed=1), INK, version="1.0.0")

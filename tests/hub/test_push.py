@@ -108,6 +108,18 @@ def test_a_branch_is_made_from_main_and_main_stays(double, hub, make_adapter):
     assert hub.push(make_adapter(seed=1), Ref.parse("acme/ink@dev")).why == "already published on branch dev"
 
 
+def test_a_version_that_exists_is_put_on_the_branch_that_is_asked_for(double, hub, make_adapter):
+    folder, dev = make_adapter(), Ref.parse("acme/ink@dev")
+    first = hub.push(folder, INK, version="1.0.0")
+    planned = hub.push(folder, dev, version="1.0.0", dry_run=True)
+    assert (planned.commit, planned.why) == (first.commit, "would be published as v1.0.0, on a new branch dev")
+    assert set(double.repo("acme/ink").branches) == {"main"}
+    assert hub.push(folder, dev, version="1.0.0").why == "published as v1.0.0, on a new branch dev"
+    assert double.repo("acme/ink").branches == {"main": first.commit, "dev": first.commit}
+    assert hub.push(folder, dev, version="1.0.0").why == "already published as v1.0.0"
+    assert commits(double) == 1
+
+
 def test_given_content_counts_in_place_of_the_folders(double, hub, make_adapter):
     folder = make_adapter()
     hub.push(folder, INK, given={"README.md": b"# Given\n", "lorahub.json": b"{}"})

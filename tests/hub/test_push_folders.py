@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub.double import TOKEN
 from hub.trained import CARD, LAYER, trained_folder, weights
 
 import lorahub
+from lorahub.cli.main import main
 from lorahub.errors import LorahubError, PushRefused, UsageError
 from lorahub.publishing import Pushed
 from lorahub.records import AdapterRecord
@@ -284,6 +286,22 @@ def test_a_base_that_is_only_named_is_told_with_the_command_that_pins_it(double,
     assert f"lorahub record '{folder}' --base acme/base" in done.stderr
 
 
+def test_a_quiet_dry_run_says_what_would_be(double, trained, monkeypatch, capsys):
+    monkeypatch.setenv("LORAHUB_HUB", double.endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(SystemExit) as stop:
+        main(["push", "acme/ink", str(trained()), "--version", "1.0.0", "--dry-run", "-q"])
+    assert stop.value.code == 0
+    assert capsys.readouterr() == ("would be published as v1.0.0 in a new repository\n", "")
+    assert double.writes() == []
+
+
+def test_the_hub_is_told_which_version_asks(double, trained):
+    push(double, trained())
+    asked = {each.headers["user-agent"].partition(";")[0] for each in double.log if each.where != "cdn"}
+    assert asked == {f"lorahub/{lorahub.__version__}"}
+
+
 def test_a_refusal_is_a_list_with_commands_and_no_traceback(double, trained, environment):
     folder = trained(files={"README.md": b"x", ".env": b"KEY=1"})
     done = run(environment, "push", "acme/ink", folder)
@@ -295,7 +313,7 @@ def test_a_refusal_is_a_list_with_commands_and_no_traceback(double, trained, env
 
 
 def test_a_proposal_says_how_to_merge_it(double, trained, environment):
-    assert run(environment, "push", "acme/ink", trained(), "--version", "1.0.0").returncode == 0
+    push(double, trained())
     done = run(environment, "push", "acme/ink", trained("two", seed=1), "--version", "1.1.0", "--create-pr")
     assert done.returncode == 0, done.stderr
     assert "hf discussions merge acme/ink 1" in done.stderr

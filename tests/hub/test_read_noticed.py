@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
 
 import pytest
 from hub.double import TOKEN, Edit, card
@@ -13,7 +15,7 @@ from lorahub.cli.main import main
 from lorahub.errors import AccessDenied, Degraded, DigestMismatch, NotFound, Offline, UsageError, WriteFailed
 from lorahub.fetching import pull, resolve
 from lorahub.findings import Verdict
-from lorahub.hub.cache import pin_of
+from lorahub.hub.cache import Cache, pin_of
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.huggingface import HuggingFaceHub
 from lorahub.names import Ref
@@ -97,6 +99,30 @@ def test_a_version_that_was_deleted_and_made_anew_is_still_known(repo):
     repo.commit(INK | {"README.md": b"moved"}, "v1.2.0")
     with pytest.raises(Degraded, match="tag-moved"):
         pull("acme/ink")
+
+
+def test_of_versions_that_several_learn_of_at_once_none_is_forgotten(cache, monkeypatch):
+    """Each reads what is known, and only then may another: without that, the last to write forgets the others'."""
+    between = Barrier(2)
+
+    def slowly(self, hub, repo):
+        known = refs(self, hub, repo)
+        with suppress(BrokenBarrierError):  # where nobody else may read now, nobody comes
+            between.wait(0.2)
+        return known
+
+    refs = Cache.refs
+    monkeypatch.setattr(Cache, "refs", slowly)
+    learners = [
+        Thread(target=Cache(cache.root).trust, args=("hub", "acme/ink", tag, commit * 40))
+        for tag, commit in (("v1", "a"), ("v2", "b"))
+    ]
+    for learner in learners:
+        learner.start()
+    for learner in learners:
+        learner.join()
+    monkeypatch.undo()
+    assert cache.refs("hub", "acme/ink").known == {"v1": "a" * 40, "v2": "b" * 40}
 
 
 def test_branches_and_tags_that_are_no_versions_may_move(repo):

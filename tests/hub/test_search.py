@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
 import pytest
 from hub.double import TOKEN, Edit, Status, Swap, card
+from huggingface_hub import HfApi
 
 import lorahub
 from lorahub.cli.main import main
@@ -15,6 +17,7 @@ from lorahub.errors import Offline, Unavailable, UsageError
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.hub import Listing
 from lorahub.hub.huggingface import HuggingFaceHub
+from lorahub.hub.huggingface.client import HubClient
 from lorahub.names import Ref
 
 WEIGHTS = {"adapter_model.safetensors": b"w" * 900, "adapter_config.json": b"{}"}
@@ -107,10 +110,33 @@ def test_pages_are_followed_as_far_as_the_limit_and_no_further(double, filled):
     assert len(double.log) == 6
 
 
-def test_a_next_page_elsewhere_is_not_followed_so_no_token_goes_there(double, filled):
-    away = '<https://elsewhere.example/api/models?page=2>; rel="next"'
-    double.fault(lambda asked, answer: _with_header(answer(), "Link", away), "/api/models")
-    assert len(lorahub.search(base="org/base")) == 3
+def test_a_next_page_elsewhere_is_asked_of_the_same_hub_so_nothing_is_lost_and_no_token_goes_there(double, filled):
+    def of_the_server_it_stands_for(asked, answer):
+        reply = answer()
+        link = reply.headers.get("Link", "")
+        return _with_header(reply, "Link", re.sub("<https?://[^/]+", "<https://elsewhere.example", link))
+
+    double.site.page_size = 1
+    double.fault(of_the_server_it_stands_for, "/api/models", times=None)
+    assert len(set(names(lorahub.search(base="org/base")))) == 3
+    assert len(double.log) == 3  # here, and one to another name could not have been answered
+
+
+@pytest.mark.parametrize(
+    ("after", "asked"),
+    [
+        ("https://huggingface.co/api/models?cursor=x&a=%2F", "https://mirror.example/hf/api/models?cursor=x&a=%2F"),
+        ("http://mirror.example/hf/api/models?cursor=x", "https://mirror.example/hf/api/models?cursor=x"),
+        ("/hf/api/models?cursor=x", "https://mirror.example/hf/api/models?cursor=x"),
+        ("//elsewhere.example/api/models?cursor=x", "https://mirror.example/hf/api/models?cursor=x"),
+        ("?cursor=x", "https://mirror.example/hf/api/models?cursor=x"),
+        ("https://mirror.example/hf/api/models?cursor=1", ""),  # the page that it is on
+        ("", ""),
+    ],
+)
+def test_a_mirror_is_asked_for_the_next_page_below_its_own_path(after, asked):
+    client = HubClient(HfApi(endpoint="https://mirror.example/hf"))
+    assert client._next("https://mirror.example/hf/api/models?cursor=1", after) == asked
 
 
 def test_a_next_page_that_is_the_same_again_does_not_go_on_for_ever(double, filled):

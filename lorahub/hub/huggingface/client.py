@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, final
 from urllib.parse import quote, urljoin, urlsplit
@@ -22,7 +23,7 @@ from lorahub.hub.huggingface.download import patiently
 from lorahub.hub.huggingface.errors import typed
 from lorahub.names import printable
 
-__all__ = ["HubClient", "check_token"]
+__all__ = ["HubClient", "check_token", "own_version"]
 
 T = TypeVar("T")
 Params = Mapping[str, "str | list[str]"]
@@ -31,6 +32,15 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _TIMEOUT = 30.0
 _LARGEST_ANSWER = 64 << 20
 _TOKEN = re.compile(r"[!-~]+")
+
+
+@cache
+def own_version() -> str | None:
+    """The version of lorahub for the user agent, or None where it is run from its source and not installed."""
+    try:
+        return metadata.version("lorahub-core")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_token(token: str) -> str:
@@ -77,7 +87,7 @@ class HubClient:
             UsageError: the token is none.
             AccessDenied: one is demanded, and there is none.
         """
-        build = partial(build_hf_headers, token=self._api.token, library_name="lorahub")
+        build = partial(build_hf_headers, token=self._api.token, library_name="lorahub", library_version=own_version())
         headers = dict(typed(build, what=self.name, page=self.endpoint))
         for name, value in headers.items():
             if name.lower() == "authorization":
@@ -127,10 +137,17 @@ class HubClient:
             url, given = self._next(url, after), {}
 
     def _next(self, url: str, after: str) -> str:
-        """The address of the next page, or "" where there is none, or one of another server."""
-        place = urljoin(url, after) if after else ""
-        there, here = urlsplit(place), urlsplit(self.endpoint)
-        return place if (there.scheme, there.netloc) == (here.scheme, here.netloc) and place != url else ""
+        """The address of the next page at the endpoint, or "" where there is none.
+
+        A mirror passes on addresses of the server it stands for, which lack the path that it has itself before
+        theirs.  Their path and query are asked of the mirror, so no page is lost and the token goes nowhere else.
+        """
+        if not after:
+            return ""
+        there, here = urlsplit(urljoin(url, after)), urlsplit(self.endpoint)
+        path = there.path if there.path.startswith(f"{here.path}/") else f"{here.path}{there.path}"
+        place = there._replace(scheme=here.scheme, netloc=here.netloc, path=path).geturl()
+        return place if place != url else ""
 
 
 def _get(url: str, headers: Mapping[str, str], params: Params | None) -> tuple[Any, str, str]:

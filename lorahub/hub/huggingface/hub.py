@@ -21,7 +21,7 @@ from lorahub.findings import Finding
 from lorahub.hub.cache import Cache, Refs
 from lorahub.hub.hub import FilePin, Holds, Listing, Pin, Progress, Revise, Span, Standing, Taken
 from lorahub.hub.huggingface import pushing, searching
-from lorahub.hub.huggingface.client import HubClient, check_token
+from lorahub.hub.huggingface.client import HubClient, check_token, own_version
 from lorahub.hub.huggingface.describing import describe, list_refs
 from lorahub.hub.huggingface.download import Ranges, download, patiently, read_range
 from lorahub.hub.noticed import moved, renamed, superseded
@@ -57,7 +57,7 @@ class HuggingFaceHub:
         cache: Cache | None = None,
     ) -> None:
         token = check_token(token) if token is not None else None
-        self._api = api or HfApi(endpoint=endpoint, token=token, library_name="lorahub")
+        self._api = api or HfApi(endpoint=endpoint, token=token, library_name="lorahub", library_version=own_version())
         self._client = HubClient(self._api)
         self._cache = cache or Cache.default()
         self._offline = local_files_only or constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""What headers and configuration tell of a base, held against what timm builds: for models of every file of timm."""
+"""What headers and configuration tell of a base, held against what timm builds."""
 
 from __future__ import annotations
 
@@ -24,23 +24,19 @@ from lorahub_timm.configs import described, live_config
 from lorahub_timm.families import FAMILIES, family_of
 from lorahub_timm.fused import parts_of
 
-ONE_OF_EACH = (
-    *("beit_base_patch16_224", "lambda_resnet26rpt_256", "resnet50_clip", "cait_xxs24_224", "coat_tiny", "convit_tiny"),
-    *("convmixer_768_32", "convnext_atto", "cpubone_nano", "crossvit_tiny_240", "csatv2", "cspresnet50", "davit_tiny"),
-    *("deit_tiny_distilled_patch16_224", "densenet121", "dla34", "dpn68", "edgenext_xx_small", "efficientformer_l1"),
-    *("efficientformerv2_s0", "efficientnet_cc_b0_4e", "mixnet_s", "efficientvit_b0", "efficientvit_m0"),
-    *("eva02_tiny_patch14_224", "eva02_base_patch14_224", "fasternet_t0", "fastvit_t8", "focalnet_tiny_srf"),
-    *("gcvit_xxtiny", "ghostnet_050", "hgnetv2_b0", "hiera_tiny_224", "hrnet_w18_small", "inception_next_atto"),
-    *("levit_128s", "levit_conv_128s", "lowformer_b0", "test_mambaout", "test_maxvit", "test_coatnet"),
-    *("maxvit_tiny_tf_224", "caformer_s18", "mixer_s32_224", "mobilenetv4_conv_small", "mobilevit_xxs"),
-    *("mobilevitv2_050", "mvitv2_tiny", "nest_tiny", "nextvit_small", "test_nfnet", "pit_ti_224", "pvt_v2_b0"),
-    *("regnetx_002", "repvit_m0_9", "res2net50_14w_8s", "resnest14d", "test_resnet", "resnetv2_50", "rexnet_100"),
-    *("sam2_hiera_tiny", "selecsls42", "sequencer2d_s", "shvit_s1", "skresnet18", "starnet_s050", "swiftformer_xs"),
-    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "tiny_vit_5m_224"),
-    *("tnt_s_legacy_patch16_224", "tresnet_m", "twins_svt_small", "visformer_tiny", "test_vit", "test_vit_relpos"),
-    *("vit_base_patch16_siglip_224", "vit_small_r26_s32_224", "samvit_base_patch16", "vitamin_small_224"),
-    *("volo_d1_224", "ese_vovnet19b_dw", "xception41", "xcit_nano_12_p8_224", "naflexvit_base_patch16_gap"),
+SOME_OF_EACH_FAMILY = (
+    *("beit_base_patch16_224", "caformer_s18", "cait_xxs24_224", "coat_tiny", "convit_tiny", "convnext_atto"),
+    *("crossvit_tiny_240", "davit_tiny", "deit_tiny_distilled_patch16_224", "densenet121", "efficientformer_l1"),
+    *("efficientnet_cc_b0_4e", "eva02_base_patch14_224", "eva02_tiny_patch14_224", "fastvit_t8", "gcvit_xxtiny"),
+    *("hiera_tiny_224", "levit_128s", "levit_conv_128s", "maxvit_tiny_tf_224", "mixnet_s"),
+    *("mobilenetv4_conv_small", "mobilevit_xxs", "naflexvit_base_patch16_gap", "nest_tiny", "pit_ti_224"),
+    *("pvt_v2_b0", "resnet50_clip", "sam2_hiera_tiny", "samvit_base_patch16", "swin_tiny_patch4_window7_224"),
+    *("swinv2_cr_tiny_224", "swinv2_tiny_window8_256", "test_coatnet", "test_mambaout", "test_maxvit"),
+    *("test_vit", "test_vit_relpos", "tiny_vit_5m_224", "tnt_s_legacy_patch16_224", "twins_svt_small"),
+    *("visformer_tiny", "vit_base_patch16_siglip_224", "vit_small_r26_s32_224", "vitamin_small_224"),
+    "volo_d1_224",
 )
+"""Of every family, and of the many architectures that are of none; the slow walk takes all that there are."""
 
 
 def essence(index: BaseIndex) -> BaseIndex:
@@ -90,7 +86,7 @@ def judge(name: str) -> None:
             assert framework.targets(files, "attention") == framework.targets(live, "attention")
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", SOME_OF_EACH_FAMILY)
 def test_headers_and_a_meta_model_give_the_same_index(name: str) -> None:
     judge(name)
 

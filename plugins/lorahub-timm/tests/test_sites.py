@@ -32,6 +32,23 @@ WALKED = (
     *("convnext_atto", "test_coatnet", "vit_base_patch16_siglip_224", "twins_svt_small", "nextvit_small"),
 )
 FEW_OF_EACH_FILE = [name for file in timm.list_modules() for name in spread(timm.list_models(module=file), 4)]
+SLOWER = frozenset(
+    {
+        *(
+            "davit_tiny",
+            "gcvit_xxtiny",
+            "levit_128s",
+            "maxvit_tiny_pm_256",
+            "mvitv2_tiny",
+            "nextvit_small",
+            "pvt_v2_b0",
+        ),
+        *("swin_s3_tiny_224", "swinv2_cr_tiny_224", "tiny_vit_5m_224", "tnt_s_legacy_patch16_224", "twins_svt_small"),
+        "vit_base_patch16_siglip_224",
+    }
+)
+"""Those that are left to the slow walk, for time: of what looks into its projection, and of both ways, some stay."""
+
 ROWS = 2
 
 
@@ -65,7 +82,9 @@ def weighs(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), torch.nn.Parameter)
 
 
-@pytest.mark.parametrize("name", WALKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOWER else []) for name in WALKED]
+)
 def test_weights_with_a_site_are_used_by_calling_their_modules(name: str) -> None:
     judge(name)
 

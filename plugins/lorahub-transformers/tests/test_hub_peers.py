@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,30 @@ PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), local).push_to
 """
 
 
+SERVES = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    sys.argv = json.loads(line)
+    said, trouble = io.StringIO(), ""
+    with contextlib.redirect_stdout(said):
+        try:
+            exec(sys.argv[0], {"__name__": "__main__"})
+        except BaseException:
+            trouble = traceback.format_exc()
+    print(json.dumps([said.getvalue(), trouble]), flush=True)
+"""
+"""Runs one script after another, so that the peers are imported once; they read at import which Hub is theirs."""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Double]:
+    with Double() as double:
+        yield double
+    assert not [each for each in double.log if each.where == "cdn" and "authorization" in each.headers]
+
+
 @pytest.fixture
-def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def double(hub: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Double]:
     """A Hub, and no variable of the one who runs the tests."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
@@ -111,36 +133,37 @@ def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
     close_session()
-    with Double() as double:
-        yield double
-        close_session()
-    assert not [each for each in double.log if each.where == "cdn" and "authorization" in each.headers]
+    yield hub
+    close_session()
 
 
-@pytest.fixture
-def run(double: Double, tmp_path: Path) -> Callable[..., str]:
-    """``run(SCRIPT, *arguments)``: what a process prints that has the double as its Hub."""
-    environment = os.environ | {
-        "HF_ENDPOINT": double.endpoint,
+@pytest.fixture(scope="module")
+def run(hub: Double, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """``run(SCRIPT, *arguments)``: what a script prints in a process that has the double as its Hub."""
+    theirs = {"HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"}
+    environment = {name: value for name, value in os.environ.items() if name not in theirs} | {
+        "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVES], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
 
-    def start(script: str, *arguments: str | Path) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        def start(script: str, *arguments: str | Path) -> str:
+            asked.write(json.dumps([script, *map(str, arguments)]) + "\n")
+            asked.flush()
+            said, trouble = json.loads(answers.readline())
+            assert not trouble, trouble
+            return str(said)
 
-    return start
+        yield start
+        asked.close()
 
 
 @pytest.fixture
