@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, final
 from lorahub.deltas import locon, loha, lokr
 from lorahub.deltas.cut import Cuts, then
 from lorahub.deltas.delta import ALL, Delta, Index, take
-from lorahub.deltas.dora import lengths
+from lorahub.deltas.dora import lengths, ratio
 from lorahub.deltas.factors import scale_of
 from lorahub.deltas.kind import JSON, Group, Kind, Slot, TensorRef, Touch
 from lorahub.errors import NotLocal, UnsupportedKind
@@ -54,8 +54,10 @@ class Decomposed(Delta):
         """
         moved = weight + self.inner().delta(weight)
         found, wanted = lengths(moved, self.axis).detach(), self.magnitude.reshape(-1).to(weight)
-        factor = torch.where(wanted == found, 1.0, wanted / found)
-        return moved * factor.reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())]) - weight
+        return (
+            moved * ratio(wanted, found).reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
+            - weight
+        )
 
     def kept(self, rows: Index, cols: Index) -> torch.Tensor:
         """The lengths that a cut leaves.

@@ -10,7 +10,7 @@ PEFT's ``lora_A`` is ``down``, ``lora_B`` is ``up``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -21,7 +21,7 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Delta", "Index", "LowRank", "take"]
+__all__ = ["Around", "Delta", "Index", "LowRank", "Route", "take"]
 
 Index: TypeAlias = "slice | tuple[int, ...]"
 """Which rows or columns: a slice, or positions in order (a permutation or a selection)."""
@@ -47,12 +47,43 @@ class LowRank:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a changed weight gives, by what the untouched one gives: ``factor * (W inputs(x) + scale * up @ down x)``.
+
+    Attributes:
+        factor: along the axis of the outputs, [out]; of an embedding [in]; None: 1.
+        low: what is added before the factor, or None.
+        inputs: what the module's input becomes, or None.
+        change: what acts beside the weight, as ``Delta.delta``, or None.
+    """
+
+    factor: torch.Tensor | None = None
+    low: LowRank | None = None
+    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to find the way around a weight, anew at each call, for the delta's tensors change in training.
+
+    Attributes:
+        of: from what gives the untouched weight, logical orientation and stored dtype, to what is done instead.
+        enters: that is to change the module's inputs, and nothing else.
+    """
+
+    of: Callable[[Callable[[], torch.Tensor]], Around]
+    enters: bool = False
+
+
 class Delta(ABC):
     """One adapter's change to one parameter.  Subclasses are frozen dataclasses and final.
 
     Class attributes:
         kind: the registered name, as ``lora``.
         additive: the change does not look at the weight's values; such deltas commute and add.
+        drops: while it trains, inputs of its own path may be dropped (PEFT's ``lora_dropout``).
         reads: names of sibling parameters of the same module whose values the change needs, passed by keyword.
     """
 
@@ -60,6 +91,7 @@ class Delta(ABC):
 
     kind: ClassVar[str]
     additive: ClassVar[bool]
+    drops: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -106,6 +138,15 @@ class Delta(ABC):
         up, down = low.up.to(y), low.down.to(y)
         inputs = x if site.op == "embedding" else x.to(y.dtype)
         return site.outer(site.inner(inputs, up, down) * low.scale, up, down)
+
+    def around(self, site: Site) -> Route | None:
+        """How training avoids the changed weight, which would be rounded as the weight is and kept for the way back.
+
+        Whether there is a way follows from delta and site alone.  Through what it gives, gradients flow to the
+        delta's tensors.  A change that does not look at the weight can always act beside it.  None: the changed weight
+        has to be made.
+        """
+        return Route(lambda _: Around(change=self.delta)) if self.additive and site.op != "bias" else None
 
     def expert(self, position: int) -> Delta:
         """The change of one matrix of a stack, for kinds that say so in ``Touch.stacks``.

@@ -9,12 +9,13 @@ the untouched base, as in PEFT since 0.21.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import peft_lora
-from lorahub.deltas.delta import Delta, Index, take
+from lorahub.deltas.beginning import scaled, stands
+from lorahub.deltas.delta import Around, Delta, Index, LowRank, Route, take
 from lorahub.deltas.factors import (
     FACTORS,
     dissolve_factors,
@@ -26,12 +27,16 @@ from lorahub.deltas.factors import (
 )
 from lorahub.deltas.fit import covers, expect_shape
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
+from lorahub.deltas.lora_starting import PLAIN_SETTINGS, plain_factors
+from lorahub.deltas.starting import Ground, Started, Starting
 from lorahub.errors import CannotCarry, IntegrityError, NotLocal
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from lorahub.bases.site import Site
 
 __all__ = ["DORA", "DoRA"]
 
@@ -45,6 +50,12 @@ def lengths(weight: torch.Tensor, axis: int) -> torch.Tensor:
         weight.contiguous(), dim=[dim for dim in range(weight.dim()) if dim != axis]
     )
     return norm
+
+
+def ratio(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """``wanted / found``; 1 where both are zero.  Equal lengths give exactly 1, and gradients all the same."""
+    empty = (wanted == 0) & (found == 0)
+    return torch.where(empty, 1.0, wanted / torch.where(empty, 1.0, found))
 
 
 @final
@@ -67,6 +78,7 @@ class DoRA(Delta):
 
     kind: ClassVar[str] = "dora"
     additive: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
 
     def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
         """``W' - W``.
@@ -78,8 +90,35 @@ class DoRA(Delta):
         moved = weight + product(self.up, self.down, self.scale, weight)
         found = lengths(moved, self.axis).detach()
         wanted = lengths(weight, self.axis) if self.magnitude is None else self.magnitude.to(weight)
-        factor = torch.where(wanted == found, 1.0, wanted / found)
-        return moved * factor.reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())]) - weight
+        return (
+            moved * ratio(wanted, found).reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
+            - weight
+        )
+
+    def around(self, site: Site) -> Route | None:
+        """Outputs times magnitude over length, behind LoRA; where the lengths are those of what a module gives."""
+        if self.axis != (1 if site.op == "embedding" else 0) or site.op == "bias":
+            return None
+        return Route(self._around)
+
+    def _around(self, read: Callable[[], torch.Tensor]) -> Around:
+        """The lengths come from products of the factors' size: the sum with the weight is never made."""
+        weight = read()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        low = LowRank(self.up.flatten(1), self.down.flatten(1), self.scale)
+        with torch.no_grad():
+            own = weight.flatten(1).to(wide)
+            up, down = low.up.to(own), low.down.to(own) * self.scale
+            if self.axis == 0:
+                along, across = up, own @ down.mT
+                square = (up @ (down @ down.mT)).mul_(up).sum(1)
+            else:
+                along, across = down.mT, own.mT @ up
+                square = ((up.mT @ up) @ down).mul_(down).sum(0)
+            plain = torch.linalg.vector_norm(own, dim=1 - self.axis)
+            found = plain.square().add_(across.mul_(along).sum(1), alpha=2).add_(square).clamp_min_(0).sqrt_()
+        wanted = plain if self.magnitude is None else self.magnitude.to(own)
+        return Around(factor=ratio(wanted, found), low=low)
 
     def region(self, rows: Index, cols: Index) -> Self:
         """Whole vectors only: any rows for axis 0, any columns for axis 1.
@@ -196,6 +235,20 @@ def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict
     return {**tensors, "magnitude": stored}, {**options, "axis": weight.axis}
 
 
+def start(ground: Ground) -> Started:
+    """LoRA's factors, and the lengths that the weight has.
+
+    Raises:
+        UsageError: it cannot stand there.
+    """
+    stands(ground, "DoRA", {})
+    axis = 1 if ground.role == "embedding" else 0
+    magnitude = lengths(ground.weight().to(ground.device), axis).to(torch.float32)
+    if ones := len(ground.shape) - 2:
+        magnitude = magnitude.reshape(1, -1, *(1,) * ones).clone()  # a view would not be a leaf's own memory
+    return Started(trained={**plain_factors(ground), "magnitude": magnitude}, options={**scaled(ground), "axis": axis})
+
+
 DORA = Kind(
     name="dora",
     title="DoRA",
@@ -220,6 +273,7 @@ DORA = Kind(
             when=peft_lora.whole,
         ),
     ),
+    starting=Starting(settings=PLAIN_SETTINGS, start=start),
 )
 
 

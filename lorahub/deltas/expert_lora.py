@@ -18,6 +18,7 @@ from lorahub.deltas.delta import ALL, Delta, Index, take
 from lorahub.deltas.factors import scale_of
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
 from lorahub.deltas.lora import LoRA
+from lorahub.deltas.lora_starting import EXPERT_STARTING
 from lorahub.deltas.stacks import COLUMNS, ROWS
 from lorahub.errors import BaseMismatch, NotLocal
 from lorahub.hookspecs import hookimpl
@@ -199,6 +200,7 @@ EXPERT_LORA = Kind(
             when=peft_lora.whole,
         ),
     ),
+    starting=EXPERT_STARTING,
 )
 
 

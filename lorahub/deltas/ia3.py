@@ -14,15 +14,19 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
-from lorahub.deltas.delta import Delta, Index, take
+from lorahub.deltas.beginning import stands
+from lorahub.deltas.delta import Around, Delta, Index, Route, take
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.patterns import full_match
-from lorahub.errors import BaseMismatch, CannotCarry, IntegrityError
+from lorahub.deltas.starting import Ground, Setting, Started, Starting
+from lorahub.errors import BaseMismatch, CannotCarry, IntegrityError, UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from lorahub.bases.site import Site
 
 __all__ = ["IA3", "Gain"]
 
@@ -52,6 +56,19 @@ class Gain(Delta):
         if weight.dim() != self.gain.dim() or weight.shape[self.axis] != self.gain.shape[self.axis]:
             raise BaseMismatch(f"an ia3 gain {list(self.gain.shape)} was given a weight {list(weight.shape)}")
         return weight * (self.gain.to(weight) - 1)
+
+    def around(self, site: Site) -> Route | None:
+        """Outputs times the gain, or inputs; so too a bias, which is its own output."""
+        last = 1 if site.op == "embedding" else 0
+        if self.axis == last:
+            return Route(lambda _: Around(factor=self.gain.reshape(-1)))
+        if site.op == "embedding" or site.groups > 1:
+            return None
+
+        def inputs(x: torch.Tensor) -> torch.Tensor:
+            return (x * self.gain.to(x.device).reshape(-1, *(1 for _ in site.kernel))).to(x.dtype)
+
+        return Route(lambda _: Around(inputs=inputs), enters=True)
 
     def region(self, rows: Index, cols: Index) -> Self:
         """The gain along its own axis; the other is broadcast."""
@@ -213,6 +230,45 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
     return {"feedforward_modules": list(feedforward), "init_ia3_weights": True}
 
 
+_WHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding": "no tool knows a gain on the rows of a table",
+        "experts": "a gain is for one weight, and no stack of experts",
+    }
+)
+
+
+def start(ground: Ground) -> Started:
+    """Gains of one: on the inputs of feed-forward modules, on the outputs of all others.
+
+    Raises:
+        UsageError: it cannot stand there, or ``feedforward_modules`` is no list of names and no pattern.
+    """
+    stands(ground, "(IA)³", _WHERE)
+    given = ground.settings["feedforward_modules"]
+    try:
+        feedforward = bool(_stated(given, ground.module))
+    except IntegrityError as error:
+        raise UsageError(error.message) from None
+    if feedforward and ground.groups > 1:
+        raise UsageError(
+            f"(IA)³ cannot stand on the inputs of {ground.module}, because its weight has {ground.shape[1]} columns "
+            f"for {ground.shape[1] * ground.groups} inputs in {ground.groups} groups",
+            "leave it out of feedforward_modules: a gain on outputs can stand there",
+        )
+    size = ground.shape[1 if feedforward else 0]
+    if ground.role == "conv":
+        gain = torch.ones(1, size, *(1 for _ in ground.shape[2:]), device=ground.device)
+    else:
+        gain = torch.ones((1, size) if feedforward else (size, 1), device=ground.device)
+    return Started(trained={"gain": gain}, options={"feedforward": feedforward})
+
+
+_FEEDFORWARD = Setting(
+    default=[],
+    says="Ends of the names of modules, or a pattern, whose inputs are multiplied; of all others, the outputs are.",
+)
+
 IA3 = Kind(
     name="ia3",
     title="(IA)³",
@@ -233,6 +289,7 @@ IA3 = Kind(
             config=config,
         ),
     ),
+    starting=Starting(settings={"feedforward_modules": _FEEDFORWARD}, start=start),
 )
 
 

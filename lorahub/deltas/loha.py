@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
+from lorahub.deltas.beginning import RANKS, flag, kaiming, rank, scaled, stands, zeros
 from lorahub.deltas.cut import Cuts, columns, cut, then
 from lorahub.deltas.delta import Delta, Index, LowRank
 from lorahub.deltas.factors import scale_of
 from lorahub.deltas.fit import bind_slots, expect_matrix
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.peft_config import INERT, USED, alpha_over_rank, alphas_and_ranks, stated_rank
+from lorahub.deltas.starting import Ground, Setting, Started, Starting
 from lorahub.deltas.tucker import core_dims, core_fits, core_shape, core_times
-from lorahub.errors import BaseMismatch
+from lorahub.errors import BaseMismatch, UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 from lorahub.shapes import ShapeMisfit
@@ -217,6 +219,40 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
     return {**alphas_and_ranks(groups, ranks), "use_effective_conv2d": cores, "init_weights": True}
 
 
+_WHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding": "no tool has LoHa on embeddings, so nothing would load it",
+        "experts": "its factors are those of one weight, and no stack of experts",
+    }
+)
+
+
+def start(ground: Ground) -> Started:
+    """PEFT's: ``w2_b`` of zeros, Kaiming uniform everything else.
+
+    Raises:
+        UsageError: it cannot stand there.
+    """
+    stands(ground, "LoHa", _WHERE)
+    (out, width, *kernel), r = ground.shape, rank(ground)
+    trained = {}
+    if flag(ground, "use_effective_conv2d") and math.prod(kernel) > 1:  # PEFT keeps pointwise ones flat
+        if len(kernel) > 2:
+            raise UsageError(f"{ground.module}: use_effective_conv2d has cores for one and two dimensions only")
+        for side in ("1", "2"):
+            trained[f"w{side}_a"] = kaiming(ground, r, out)
+            trained[f"w{side}_b"] = kaiming(ground, r, width)
+            trained[f"t{side}"] = kaiming(ground, r, r, *core_shape(tuple(kernel)))
+    else:
+        for side in ("1", "2"):
+            trained[f"w{side}_a"] = kaiming(ground, out, r)
+            trained[f"w{side}_b"] = kaiming(ground, r, width * math.prod(kernel))
+    trained["w2_b"] = zeros(ground, *trained["w2_b"].shape)
+    return Started(trained=trained, options=scaled(ground))
+
+
+_EFFECTIVE = Setting(default=False, says="Beside kernels, a core of rank r and a factor for each axis.")
+
 LOHA = Kind(
     name="loha",
     title="LoHa",
@@ -240,6 +276,7 @@ LOHA = Kind(
             config=config,
         ),
     ),
+    starting=Starting(settings={**RANKS, "use_effective_conv2d": _EFFECTIVE}, start=start),
 )
 
 

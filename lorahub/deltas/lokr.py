@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
-from lorahub.deltas import peft_lokr
+from lorahub.deltas import lokr_starting, peft_lokr
 from lorahub.deltas.cut import Cuts, cut, positions, then
 from lorahub.deltas.delta import ALL, Delta, Index, LowRank
 from lorahub.deltas.factors import scale_of
@@ -335,6 +335,7 @@ LOKR = Kind(
             config=peft_lokr.config,
         ),
     ),
+    starting=lokr_starting.STARTING,
 )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import peft_lora
 from lorahub.deltas.delta import Delta, Index, LowRank, take
+from lorahub.deltas.departed import Departed
 from lorahub.deltas.factors import (
     FACTORS,
     dissolve_factors,
@@ -26,6 +27,7 @@ from lorahub.deltas.factors import (
 from lorahub.deltas.fit import expect_shape
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
+from lorahub.deltas.lora_starting import LORA_STARTING
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 
@@ -52,6 +54,7 @@ class LoRA(Delta):
 
     kind: ClassVar[str] = "lora"
     additive: ClassVar[bool] = True
+    drops: ClassVar[bool] = True
 
     def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
         """See ``product``; the weight gives shape, dtype and device only."""
@@ -102,17 +105,28 @@ def touches(group: Group) -> tuple[Touch, ...]:
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:
-    """The delta of the weight or the named parameter, and the bias's as a full difference with the same scale."""
+    """The delta of the weight or the named parameter, and the bias's as a full difference with the same scale.
+
+    Factors that began as part of the weight come with what they were then; no file holds that apart.
+    """
     scale = scale_of(group)
-    deltas: dict[str, Delta] = {group.parameter: LoRA(tensors["up"], tensors["down"], scale)}
+    up, down = tensors["up"], tensors["down"]
+    deltas: dict[str, Delta] = {group.parameter: LoRA(up, down, scale)}
+    if "from_up" in tensors:
+        deltas = {group.parameter: Departed(up, down, tensors["from_up"], tensors["from_down"], scale)}
     if "bias" in tensors:
         deltas["bias"] = Full(tensors["bias"], scale)
     return deltas
 
 
 def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict[str, JSON]] | None:
-    """The inverse of ``build``: a LoRA on the weight, alone or with a full difference of equal scale on the bias."""
+    """The inverse of ``build``: a LoRA on the weight, alone or with a full difference of equal scale on the bias.
+
+    One that counts from where it began becomes plain LoRA of twice the rank.
+    """
     weight, bias = deltas.get("weight"), deltas.get("bias")
+    if isinstance(weight, Departed):
+        weight = LoRA(*weight.stacked(), weight.scale)
     if not isinstance(weight, LoRA) or not deltas.keys() <= {"weight", "bias"}:
         return None
     tensors, options = dissolve_factors(weight.up, weight.down, weight.scale)
@@ -127,7 +141,12 @@ LORA = Kind(
     name="lora",
     title="LoRA",
     source="https://arxiv.org/abs/2106.09685",
-    slots=(*FACTORS, Slot(name="bias", dims="out", optional=True)),
+    slots=(
+        *FACTORS,
+        Slot(name="bias", dims="out", optional=True),
+        Slot(name="from_down", dims="r in *k", optional=True),
+        Slot(name="from_up", dims="out r *1", optional=True),
+    ),
     deltas=(LoRA, Full),
     touches=touches,
     build=build,
@@ -145,6 +164,7 @@ LORA = Kind(
             alike=peft_lora.alike,
         ),
     ),
+    starting=LORA_STARTING,
 )
 
 

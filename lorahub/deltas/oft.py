@@ -13,19 +13,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
-from lorahub.deltas.delta import Delta, Index
+from lorahub.deltas.beginning import flag, number, stands, whole, zeros
+from lorahub.deltas.delta import Around, Delta, Index, Route
 from lorahub.deltas.fit import expect_matrix
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Slot, Spelling, Touch
-from lorahub.deltas.peft_oft import FIELDS, RULES, config, disputed, options, size_of_blocks, turned
+from lorahub.deltas.peft_oft import (
+    FIELDS,
+    MOST_TERMS,
+    RULES,
+    adjusted,
+    config,
+    disputed,
+    options,
+    size_of_blocks,
+    turned,
+)
 from lorahub.deltas.rotation import all_columns, block_size, blockwise, cayley, neumann, number_of_blocks, skew
-from lorahub.errors import BaseMismatch
+from lorahub.deltas.starting import Ground, Setting, Started, Starting
+from lorahub.errors import BaseMismatch, UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from lorahub.bases.site import Site
 
 __all__ = ["OFT", "Turn"]
 
@@ -73,6 +88,22 @@ class Turn(Delta):
         turned = self.turned or (self.mirrored and weight.dim() > 2)
         return blockwise(flat, blocks if turned else blocks.transpose(1, 2)).reshape(weight.shape)
 
+    def around(self, site: Site) -> Route | None:
+        """Of a linear layer the inputs are turned instead of the weight: ``x (W R^T)^T`` is ``(x R) W^T``."""
+        if site.op != "linear":
+            return None
+
+        def inputs(x: torch.Tensor) -> torch.Tensor:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            blocks = self._blocks(self.angles.to(x.device, wide))
+            if self.turned:
+                blocks = blocks.transpose(1, 2)
+            # the rotation itself rather than the difference from it: one product, and nothing to add
+            blocks = blocks + torch.eye(blocks.shape[-1], dtype=wide, device=x.device)
+            return turn(x.to(wide), blocks).to(x.dtype)
+
+        return Route(lambda _: Around(inputs=inputs), enters=True)
+
     def _blocks(self, angles: torch.Tensor) -> torch.Tensor:
         """``R - I`` of every stored block."""
         b = block_size(angles.shape[1])
@@ -119,6 +150,15 @@ class Turn(Delta):
         angles = torch.randn((1 if form == 2 else n, numbers), generator=generator, device=generator.device) * 0.4
         series = RULES["0.18.0"](5) if form in (1, 2) else None
         return cls(angles, series, shared=form == 2, limit=0.75 if form == 3 else None, turned=way == 1)
+
+
+def turn(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[..., n * b]`` times the block-diagonal matrix of ``blocks`` ``[n, b, b]``; one block serves for all."""
+    n, b = blocks.shape[:2]
+    if n == 1:
+        return (x.reshape(*x.shape[:-1], -1, b) @ blocks[0]).reshape(x.shape)
+    parts = x.reshape(-1, n, b).transpose(0, 1)
+    return torch.bmm(parts, blocks).transpose(0, 1).reshape(x.shape)
 
 
 def angles_shape(shape: tuple[int, ...], r: int) -> tuple[int, int]:
@@ -172,6 +212,67 @@ def dissolve(deltas: Mapping[str, Delta]) -> tuple[dict[str, torch.Tensor], dict
     return None
 
 
+_WHERE: Mapping[str, str] = MappingProxyType({"experts": "it turns the inputs of one weight, and no stack of experts"})
+
+
+def start(ground: Ground) -> Started:
+    """Angles of zero.
+
+    Raises:
+        UsageError: it cannot stand there, or the settings contradict each other.
+    """
+    stands(ground, "OFT", _WHERE)
+    features = math.prod(ground.shape[1:])
+    if features < 2:
+        raise UsageError(f"OFT cannot stand on {ground.module}, because there is nothing to turn in one dimension")
+    n, b = _blocks_of(ground, features)
+    shared = flag(ground, "block_share")
+    limit = number(ground, "eps") if flag(ground, "coft") else None
+    if limit is not None and limit <= 0:
+        raise UsageError(f"{ground.module}: eps should be above zero, not {limit}")
+    terms = whole(ground, "num_cayley_neumann_terms", least=1)
+    if terms > MOST_TERMS:
+        raise UsageError(f"{ground.module}: num_cayley_neumann_terms should be {MOST_TERMS} at most, not {terms}")
+    series: JSON = [*RULES["0.18.0"](terms)] if flag(ground, "use_cayley_neumann") else None
+    return Started(
+        trained={"angles": zeros(ground, 1 if shared else n, b * (b - 1) // 2)},
+        options={"series": series, "shared": shared, "limit": limit, "turned": ground.role == "embedding"},
+    )
+
+
+def _blocks_of(ground: Ground, features: int) -> tuple[int, int]:
+    """How many blocks of which size: the number or the size that was asked for, or what divides and is nearest."""
+    n, b = (whole(ground, name, least=0) for name in ("r", "oft_block_size"))
+    if (n == 0) == (b == 0):
+        raise UsageError(
+            f"{ground.module}: OFT takes r, the number of blocks, or oft_block_size, and the other is 0; not r={n} and "
+            f"oft_block_size={b}",
+            "for blocks of 32: r=0, oft_block_size=32",
+        )
+    if b:
+        b = adjusted(features, b)
+        return features // b, b
+    n = adjusted(features, n)
+    if features // n < 2:
+        raise UsageError(
+            f"{ground.module}: {n} blocks of {features} inputs are too small to turn", "choose a smaller r"
+        )
+    return n, features // n
+
+
+STARTING = Starting(
+    settings={
+        "r": Setting(default=0, says="The number of blocks; 0: as oft_block_size gives."),
+        "oft_block_size": Setting(default=32, says="The size of the blocks; 0: as r gives."),
+        "block_share": Setting(default=False, says="One block serves for all."),
+        "coft": Setting(default=False, says="Bound the angles by eps."),
+        "eps": Setting(default=6e-5, says="The bound on the length of all angles, with coft."),
+        "use_cayley_neumann": Setting(default=True, says="Turn by a series instead of the exact Cayley transform."),
+        "num_cayley_neumann_terms": Setting(default=5, says="How many terms of the series."),
+    },
+    start=start,
+)
+
 OFT = Kind(
     name="oft",
     title="OFT",
@@ -195,6 +296,7 @@ OFT = Kind(
             disputed=disputed,
         ),
     ),
+    starting=STARTING,
 )
 
 

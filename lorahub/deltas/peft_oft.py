@@ -18,7 +18,7 @@ from lorahub.deltas.peft_values import PLACES, integer, number, switch
 from lorahub.deltas.rotation import block_size
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["FIELDS", "RULES", "config", "disputed", "options", "size_of_blocks", "turned"]
+__all__ = ["FIELDS", "MOST_TERMS", "RULES", "adjusted", "config", "disputed", "options", "size_of_blocks", "turned"]
 
 
 def series_since_0_18(terms: int) -> tuple[float, ...]:
@@ -36,7 +36,7 @@ def series_before_0_18(terms: int) -> tuple[float, ...]:
 RULES = MappingProxyType({"0.18.0": series_since_0_18, "0.17.0": series_before_0_18})
 """A PEFT version -> how it turns ``num_cayley_neumann_terms`` into a series; PEFT warns of the change, and no more."""
 
-_MOST_TERMS = 64
+MOST_TERMS = 64
 _OTHERS = ("mirrored", "scaled")
 
 
@@ -90,7 +90,7 @@ def options(config: Mapping[str, JSON], module: str, slots: Mapping[str, TensorR
     if shared and angles.shape[0] != 1:
         raise IntegrityError(f"{module}: block_share is true, and {angles.key} has {angles.shape[0]} blocks")
     terms = integer(config, "num_cayley_neumann_terms", 5)
-    if not terms <= _MOST_TERMS:
+    if not terms <= MOST_TERMS:
         raise IntegrityError(f"num_cayley_neumann_terms should be a small number, not {terms}")
     rule = RULES["0.17.0" if _before_0_18(config.get("peft_version")) else "0.18.0"]
     series: JSON = [*rule(terms)] if switch(config, "use_cayley_neumann", True) else None
@@ -187,10 +187,10 @@ def _blocks_field(groups: Mapping[str, Group], *, shared: bool) -> tuple[str, in
             return "oft_block_size", next(b for _, b in sizes)
     else:
         for b in _likely(size for _, size in sizes):
-            if all(_adjusted(n * own, b) == own for n, own in sizes):
+            if all(adjusted(n * own, b) == own for n, own in sizes):
                 return "oft_block_size", b
         for r in _likely(n for n, _ in sizes):
-            if all(_adjusted(n * own, r) == n for n, own in sizes):
+            if all(adjusted(n * own, r) == n for n, own in sizes):
                 return "r", r
     found = ", ".join(f"{n} blocks of {b}" for n, b in sorted(sizes))
     raise CannotCarry(f"PEFT has one oft_block_size or r for all modules, and none gives these: {found}")
@@ -202,7 +202,7 @@ def _likely(sizes: Iterable[int]) -> Iterable[int]:
     return [*own, *range(1, 2 * own[-1] + 1)]
 
 
-def _adjusted(features: int, wanted: int) -> int:
+def adjusted(features: int, wanted: int) -> int:
     """What PEFT 0.21.2 makes of a block size or number that need not divide the inputs."""
     if wanted >= features:
         return features

@@ -49,6 +49,8 @@ class Ground:
         weight: gives the untouched numbers, logical orientation, float32 at least; only for kinds that look at them.
         settings: of the kind, complete, with what holds for this module alone (its rank, its alpha) in place.
         generator: whatever is drawn at random is drawn from it, in the order of the grounds.
+        inputs: gives what the module was given while batches ran, [n, in * prod(k)], for starts that look at it; None
+            where none ran.
     """
 
     component: str = ""
@@ -61,6 +63,7 @@ class Ground:
     weight: Callable[[], torch.Tensor]
     settings: Mapping[str, JSON]
     generator: torch.Generator
+    inputs: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,18 @@ which use the first rows and columns.  PEFT's ``vera_lambda_b`` is ``gain``, ``v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import projections
+from lorahub.deltas.beginning import number, rank, stands, whole, zeros
 from lorahub.deltas.delta import Delta, Index, take
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.peft_config import INERT, stated_rank
+from lorahub.deltas.starting import Ground, Setting, Started, Starting
+from lorahub.errors import UsageError
 from lorahub.hookspecs import hookimpl
 from lorahub.lazy import torch
 
@@ -45,6 +48,7 @@ class VeRA(Delta):
 
     kind: ClassVar[str] = "vera"
     additive: ClassVar[bool] = True
+    drops: ClassVar[bool] = True
 
     def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
         """See ``projected``; the weight gives shape, dtype and device only."""
@@ -142,6 +146,53 @@ def config(groups: Mapping[str, Group]) -> dict[str, JSON]:
     return projections.config(groups, "vera_dropout")
 
 
+_WHERE: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("conv", "embedding", "experts"), "its shared projections are those of matrices [out, in]")
+)
+
+
+def start(ground: Ground) -> Started:
+    """Gains of zero around ``d_initial``.
+
+    Raises:
+        UsageError: it stands on linear layers only.
+    """
+    stands(ground, "VeRA", _WHERE)
+    mix = torch.full((rank(ground),), number(ground, "d_initial"), device=ground.device)
+    return Started(trained={"gain": zeros(ground, ground.shape[0]), "mix": mix}, options={"rank": rank(ground)})
+
+
+def shared(grounds: Sequence[Ground]) -> dict[str, torch.Tensor]:
+    """The two projections, as large as the largest of the layers, drawn as PEFT draws them.
+
+    Raises:
+        UsageError: ranks or seeds differ between modules, or the rank is beyond reason.
+    """
+    ranks = {rank(ground) for ground in grounds}
+    seeds = {whole(ground, "projection_prng_key", least=0) for ground in grounds}
+    if len(ranks) != 1 or len(seeds) != 1:
+        raise UsageError(
+            "all modules of a VeRA share their projections, so they have one r and one projection_prng_key"
+        )
+    ((r,), (key,)) = ranks, seeds
+    out, inputs = (max(ground.shape[axis] for ground in grounds) for axis in (0, 1))
+    up, down = projections.drawn(out, inputs, key, r, r)
+    return {"up": up.to(grounds[0].device), "down": down.to(grounds[0].device)}
+
+
+STARTING = Starting(
+    settings={
+        "r": Setting(default=256, says="The rank: how many directions the two projections pass on."),
+        "d_initial": Setting(default=0.1, says="What the inner gains begin with."),
+        "projection_prng_key": Setting(default=0, says="The seed from which the shared projections are drawn."),
+        "dropout": Setting(
+            default=0.0, says="The chance of an input of the projections to be dropped while it trains."
+        ),
+    },
+    start=start,
+    shared=shared,
+)
+
 VERA = Kind(
     name="vera",
     title="VeRA",
@@ -172,6 +223,7 @@ VERA = Kind(
             complete=projections.complete,
         ),
     ),
+    starting=STARTING,
 )
 
 

@@ -17,6 +17,7 @@ from lorahub.engine.planning.plan import Plan
 from lorahub.errors import UsageError
 from lorahub.live.desk import Desk
 from lorahub.live.loading import Loader
+from lorahub.live.parts import Parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ class Live:
         judge: Callable[[Sequence[str]], None],
         compat: str | None = None,
         capacity: int = 0,
+        parts: Parts | None = None,
     ) -> None:
         """Attach nothing yet.
 
@@ -64,6 +66,7 @@ class Live:
             judge: raises what merging these together would.
             compat: under "peft", a weight goes into the factors of changes that PEFT scales there.
             capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it.
+            parts: what acts beside the weights; ``plan`` puts it there.
 
         Raises:
             UsageError: adapters are attached to the model, or to a part of it, already.
@@ -71,6 +74,7 @@ class Live:
         self._plan, self._judge = plan, judge
         self._desk = Desk(capacity)
         self._loader = Loader(model, index, framework, self._desk, inside=compat == "peft")
+        self._parts = Parts(model, framework) if parts is None else parts
         self._given: dict[str, float] = {}
         self._open = True
 
@@ -112,6 +116,7 @@ class Live:
             BaseMismatch: they replace the same parameter.
         """
         chosen = self._chosen(names, weights)
+        self._parts.demand(chosen)
         if len(chosen) > 1:
             self._demand_together(tuple(chosen))
         self._desk.choose(tuple(chosen), tuple(chosen.values()))
@@ -130,6 +135,7 @@ class Live:
         once = tuple(dict.fromkeys(name for name in names if name is not None))
         given = {**{name: self._given[name] for name in once if name in self._given}, **(weights or {})}
         chosen = self._chosen(once, [given.get(name, 1.0) for name in once])
+        self._parts.demand(chosen, names)
         for name in once:
             if (where := self._desk.book[name].not_by_row) and any(other != name for other in names):
                 more = f" and {len(where) - 3} more" if len(where) > 3 else ""
@@ -166,11 +172,18 @@ class Live:
 
     # ---- exchanging
 
-    def add(self, name: str, adapter: object, *, weight: float = 1.0) -> None:
+    def add(self, name: str, adapter: object, *, weight: float = 1.0, dropout: float = 0.0) -> None:
         """Attach one more adapter; nobody has chosen it yet.
 
+        Args:
+            name: what to call it.
+            adapter: the adapter.
+            weight: by which it is multiplied where nobody says otherwise.
+            dropout: while the module that it changes is in training mode and its tensors want gradients, inputs of its
+                own path are dropped with this chance, as by PEFT's ``lora_dropout``.
+
         Raises:
-            UsageError: the name is taken.
+            UsageError: the name is taken, or a kind of the adapter has no such dropout.
             LorahubError: what merging it would raise; nothing changes then.
         """
         self._demand_open()
@@ -178,7 +191,7 @@ class Live:
             raise UsageError(
                 f"there is an adapter '{name}' already", f"live.swap({name!r}, ...) puts another in its place"
             )
-        loaded = self._loader.load(name, *self._plan(name, adapter))
+        loaded = self._loader.load(name, *self._plan(name, adapter), dropout)
         self._given[name] = weight
         self._desk.exchange([name], {**self._desk.book, name: loaded})
 
@@ -192,7 +205,7 @@ class Live:
             LorahubError: what merging it would raise; nothing changes then.
         """
         self._demand(name)
-        loaded = self._loader.load(name, *self._plan(name, adapter))
+        loaded = self._loader.load(name, *self._plan(name, adapter), self._desk.book[name].dropout)
         self._desk.exchange([name], {**self._desk.book, name: loaded})
 
     def remove(self, name: str) -> None:
@@ -206,6 +219,7 @@ class Live:
             raise UsageError(f"'{name}' is chosen", "choose others first: live.set_adapters([...])")
         self._desk.exchange([name], {other: each for other, each in self._desk.book.items() if other != name})
         self._given.pop(name, None)
+        self._parts.drop(name)
 
     def refresh(self) -> None:
         """Take notice of weights or factors that were changed in a way that leaves no trace."""
@@ -217,6 +231,7 @@ class Live:
         if not self._open:
             return
         self._open = False
+        self._parts.close()
         self._loader.remove()
         self._desk.close()
 

@@ -22,9 +22,10 @@ from typing import TypeAlias, final
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
 from lorahub.live.effective import Addend, changed, state_of
-from lorahub.live.entries import ByRow, Entry, Stack, entry_of, row_entry, stack_of
+from lorahub.live.entries import ByRow, Entry, Stack, entry_of, in_graph, row_entry, stack_of
 from lorahub.live.grouped import Rows
 from lorahub.live.lookup import stand_for
+from lorahub.live.short import Short, short_at
 from lorahub.live.spots import Loaded, Part, Spot, Way
 
 __all__ = ["Choice", "Desk", "View"]
@@ -44,6 +45,11 @@ class Kept:
     value: torch.Tensor
     state: tuple[object, ...]
     parts: tuple[tuple[Part, float], ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are wanted for what is added."""
+        return any(part.trains for part, _ in self.parts)
 
     def addends(self) -> list[Addend]:
         """What is added."""
@@ -71,6 +77,8 @@ class View:
         rows: which adapter each row of a batch takes, or None: all rows take all.
         acts: spot -> what is added to the output there, or None.
         kept: spot -> what stands in the parameter's place, or None.
+        shorts: spot -> the way around its weight that training takes, or None.
+        parted: the same with the adapters of each dropout apart, once somebody asked.
     """
 
     adapters: tuple[Loaded, ...]
@@ -78,6 +86,15 @@ class View:
     rows: Rows | None
     acts: dict[int, Act | None] = field(default_factory=dict)
     kept: dict[int, Kept | None] = field(default_factory=dict)
+    shorts: dict[int, Short | None] = field(default_factory=dict)
+    parted: tuple[tuple[float, View], ...] = ()
+    trains: bool = field(init=False)
+    dropout: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """``trains``: gradients are wanted for an adapter's tensors; ``dropout``: the most of all, or None."""
+        self.trains = any(adapter.trains for adapter in self.adapters)
+        self.dropout = max((adapter.dropout for adapter in self.adapters), default=0.0) or None
 
 
 @final
@@ -158,12 +175,14 @@ class Desk:
             UsageError: rows of the batch take adapters of their own, and someone reads what is all rows' alike.
         """
         if torch.compiler.is_compiling():
+            if key >= 0 and view.trains and self.short(view, key) is not None:
+                return own  # the hook does what the change would
             if key < 0:
                 _fill_read_before_tracing(self.number, key)
             kept = view.kept[key]
             if kept is None:
                 return own
-            return changed(own, kept.addends()) if self._grows(kept.parts, own) else kept.value
+            return changed(own, kept.addends(), training=kept.trains) if self._grows(kept.parts, own) else kept.value
         return self._weight(view, key, own)
 
     def act(self, view: View, key: int, y: torch.Tensor) -> Act | None:
@@ -174,8 +193,32 @@ class Desk:
             return self._act(view, key, y.dtype, y.device)
 
     def refit(self, view: View, key: int, y: torch.Tensor) -> Act | None:
-        """What is added at a spot, for outputs of another dtype or on another device than before."""
+        """What is added at a spot, for outputs of another dtype or on another device than before.
+
+        In a graph that is being made this is part of it, and nothing is kept.
+        """
+        act = view.acts.get(key)
+        if torch.compiler.is_compiling() and isinstance(act, Entry):
+            return in_graph(act, view.adapters, y)
         return self._act(view, key, y.dtype, y.device)
+
+    def short(self, view: View, key: int) -> Short | None:
+        """The way around the weight of a spot, where there is one and it is of use now."""
+        try:
+            found = view.shorts[key]
+        except KeyError:
+            found = self._short(view, key)
+        return found if found is not None and found.trains() else None
+
+    def parted(self, view: View) -> tuple[tuple[float, View], ...]:
+        """The view as several, for inputs of which different shares are dropped: (how many, view).
+
+        Raises:
+            UsageError: rows of the batch take adapters of their own, which differ in that.
+        """
+        if not view.parted:
+            view.parted = self._parted(view)
+        return view.parted
 
     def pin(self) -> None:
         """Let the model go on to the end of this call with what acts now, whatever is exchanged meanwhile."""
@@ -261,12 +304,22 @@ class Desk:
 
     def fill(self, view: View) -> None:
         """Make everything that a view holds, as for the parameters' own dtypes and devices."""
+        if view.dropout is not None:
+            for _, part in self.parted(view):
+                if part is not view:
+                    self._fill_acts(part)
+        self._fill_acts(view)
         for key, spot in self.spots.items():
-            if spot.site is not None and key not in view.acts:
-                self._act(view, key, *spot.form)
+            if view.trains and key not in view.shorts:
+                self._short(view, key)
             for each in (key, ~key) if spot.quantised is None else ():
                 if each not in view.kept and (each >= 0 or each in self.read):
                     self._weight(view, each, spot.place.raw())
+
+    def _fill_acts(self, view: View) -> None:
+        for key, spot in self.spots.items():
+            if spot.site is not None and key not in view.acts:
+                self._act(view, key, *spot.form)
 
     # ---- making
 
@@ -311,6 +364,35 @@ class Desk:
         view.acts[key] = act
         return act
 
+    def _short(self, view: View, key: int) -> Short | None:
+        short = None
+        if view.trains and view.rows is None:
+            short = short_at(self.spots[key], self.spots.values(), view.adapters, view.strengths)
+        if short is not None:
+            for adapter in view.adapters:
+                if adapter.takes(key, Way.WEIGHT, Way.CHANGE):
+                    adapter.fired.add(key)
+        view.shorts[key] = short
+        return short
+
+    def _parted(self, view: View) -> tuple[tuple[float, View], ...]:
+        chances = {adapter.dropout for adapter in view.adapters}
+        if len(chances) == 1 and (len(view.adapters) == 1 or view.rows is not None):
+            return ((chances.pop(), view),)
+        if view.rows is not None:
+            raise UsageError(
+                "rows of this batch take adapters that differ in their dropout",
+                "give them the same dropout, or run their rows apart",
+            )
+        given = list(zip(view.adapters, view.strengths, strict=True))
+        split = []
+        for chance in sorted(chances):
+            of = [pair for pair in given if pair[0].dropout == chance]
+            split += [(chance, [pair]) for pair in of] if chance else [(chance, of)]  # each has a mask of its own
+        return tuple(
+            (chance, View(tuple(one for one, _ in some), tuple(by for _, by in some), None)) for chance, some in split
+        )
+
     def _stack(
         self, spot: Spot, adapters: tuple[Loaded, ...], dtype: torch.dtype, device: torch.device
     ) -> Stack | None:
@@ -326,13 +408,15 @@ class Desk:
         return stack
 
     def _weight(self, view: View, key: int, own: torch.Tensor) -> torch.Tensor:
+        if key >= 0 and view.trains and self.short(view, key) is not None:
+            return own
         kept = view.kept.get(key, _UNSEEN)
         if kept is _UNSEEN:
             kept = view.kept[key] = self._keep(view, key, own)
         if kept is None:
             return own
         if self._grows(kept.parts, own):  # made anew each time, since a graph can be gone through once
-            return stand_for(changed(own, kept.addends()), own)
+            return stand_for(changed(own, kept.addends(), training=kept.trains), own)
         if kept.state != kept.now(own):
             kept = view.kept[key] = self._keep(view, key, own)
             assert kept is not None

@@ -31,14 +31,18 @@ class Addend:
     siblings: Mapping[str, torch.Tensor]
 
 
-def changed(raw: torch.Tensor, addends: Sequence[Addend]) -> torch.Tensor:
-    """``raw`` with everything added, in its dtype and as it is stored; new memory."""
-    return _total(raw, addends)[1].to(raw.dtype)
+def changed(raw: torch.Tensor, addends: Sequence[Addend], *, training: bool = False) -> torch.Tensor:
+    """``raw`` with everything added, in its dtype and as it is stored; new memory.
+
+    While it trains the sum is made in float32 at least, and not in what makes its rounding exact: it is for one step.
+    """
+    wide = torch.promote_types(raw.dtype, torch.float32) if training else _wide(raw.dtype)
+    return _total(raw, addends, wide)[1].to(raw.dtype)
 
 
 def change(raw: torch.Tensor, addends: Sequence[Addend]) -> torch.Tensor:
     """What is added, as stored, in the dtype of the sum."""
-    before, total = _total(raw, addends)
+    before, total = _total(raw, addends, _wide(raw.dtype))
     return total - before
 
 
@@ -71,8 +75,11 @@ def state_of(*tensors: torch.Tensor) -> tuple[object, ...]:
     )
 
 
-def _total(raw: torch.Tensor, addends: Sequence[Addend]) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float32 if raw.dtype.itemsize < _FINE and raw.dtype != torch.float16 else torch.float64
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < _FINE and dtype != torch.float16 else torch.float64
+
+
+def _total(raw: torch.Tensor, addends: Sequence[Addend], wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     before = raw.to(wide)
     total = before.clone()
     rest = []

@@ -20,7 +20,7 @@ from lorahub.live.effective import change, cut
 from lorahub.live.grouped import Rows
 from lorahub.live.spots import Loaded, Part, Spot, Way
 
-__all__ = ["ByRow", "Entry", "Stack", "entry_of", "row_entry", "stack_of"]
+__all__ = ["ByRow", "Entry", "Stack", "entry_of", "in_graph", "row_entry", "stack_of"]
 
 
 @final
@@ -132,10 +132,15 @@ class Entry:
         """Whether it was made for outputs of this dtype on this device."""
         return self.stack is None or self.stack.fits(y.dtype, y.device)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add everything to ``y``, the fresh output of the module for ``x``, in place; gives ``y``."""
+    def add(self, x: torch.Tensor, y: torch.Tensor, *, changes: bool = True) -> torch.Tensor:
+        """Add everything to ``y``, the fresh output of the module for ``x``, in place; gives ``y``.
+
+        ``changes``: also what changes a quantised weight's numbers, which is in ``y`` otherwise already.
+        """
+        if y.requires_grad and not torch.compiler.is_compiling() and y._is_view():  # noqa: SLF001 - as autograd asks
+            y = y.clone()  # of somebody's own function, as bitsandbytes': autograd lets nobody write into that
         added = [(delta.contribution(x, y, self.site), weight) for delta, weight in self.owns]
-        if self.changes:
+        if self.changes and changes:
             added.append((_beside(self.spot, self.changes, x, y), torch.ones(())))
         if self.stack is not None:
             site, up, down = self.site, self.stack.up, self.stack.down
@@ -182,6 +187,26 @@ def entry_of(
     factor = _factor(stack, strengths, device) if stack else None
     number = None if factor is None or factor.dim() else float(factor)
     return Entry(spot.site, stack, factor, number, owns, changes, spot)
+
+
+def in_graph(entry: Entry, adapters: Sequence[Loaded], y: torch.Tensor) -> Entry:
+    """The entry with its factors stacked anew from what they are made of, as part of a graph that is being made."""
+    stack = entry.stack
+    if stack is None:
+        return entry
+    ups, downs = [], []
+    for adapter in adapters:  # loops, which graphs are made of more readily than of comprehensions
+        low = entry.spot.low_rank(adapter.parts.get(entry.spot.key, ()))
+        if low is not None:
+            ups.append(low.up.to(y))
+            downs.append(low.down.to(y))
+    if stack.spare:
+        ups.append(y.new_zeros(ups[0].shape[0], stack.spare))
+        downs.append(y.new_zeros(stack.spare, downs[0].shape[1]))
+    up = ups[0] if len(ups) == 1 else torch.cat(ups, 1)
+    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    made = Stack(up, down, stack.scales, stack.ranks, stack.which, stack.spare, anew=False)
+    return Entry(entry.site, made, entry.factor, entry.number, entry.owns, entry.changes, entry.spot)
 
 
 def _beside(spot: Spot, parts: Sequence[tuple[Part, float]], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -237,7 +262,7 @@ class ByRow:
         """Whether it was made for outputs on this device."""
         return self.strengths is None or self.strengths.device == y.device
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add(self, x: torch.Tensor, y: torch.Tensor, *, changes: bool = True) -> torch.Tensor:
         """Add to each row of ``y`` what its adapter adds, in place.
 
         Raises:

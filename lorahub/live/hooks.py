@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorahub.lazy import torch
+from lorahub.live.short import dropped
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorahub.live.desk import Desk
+    from lorahub.live.desk import Act, Desk, View
     from lorahub.live.lookup import Door
 
-__all__ = ["Begin", "End", "Enter", "Output"]
+__all__ = ["Before", "Begin", "End", "Enter", "Output"]
 
 
 def unattached(*_: object) -> None:
@@ -53,6 +54,27 @@ class Enter(_Hook):
             self.door.inside = True
 
 
+class Before(_Hook):
+    """Before a module is called whose inputs an adapter changes while it trains; does nothing at other times."""
+
+    def __init__(self, desk: Desk, key: int) -> None:
+        super().__init__(desk)
+        self.key = key
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]] | None:
+        """``args`` and ``kwargs`` hold the module's one input."""
+        view = self.desk.view()
+        short = None if view is None else self.desk.short(view, self.key)
+        if short is None:
+            return None
+        given = short.entering(args[0] if args else next(iter(kwargs.values())))
+        if given is None:
+            return None
+        return ((given,), kwargs) if args else ((), dict.fromkeys(kwargs, given))
+
+
 class Output(_Hook):
     """After a module was called: adds what the adapters chosen add at this spot; returns at once where none is."""
 
@@ -61,7 +83,7 @@ class Output(_Hook):
         self.key, self.door = door.key, door
 
     def __call__(
-        self, _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor], y: torch.Tensor
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor], y: torch.Tensor
     ) -> torch.Tensor | None:
         """``args`` and ``kwargs`` hold the module's one input."""
         if torch.compiler.is_compiling():
@@ -69,13 +91,29 @@ class Output(_Hook):
         view = self.desk.view()
         if view is None:
             return None
+        if view.trains:
+            return self._trained(view, module, args[0] if args else next(iter(kwargs.values())), y)
         act = self.desk.act(view, self.key, y)
-        if act is None:
-            return None
+        return None if act is None else self._added(view, act, args[0] if args else next(iter(kwargs.values())), y)
+
+    def _trained(self, view: View, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The same where an adapter trains: around weights rather than through them, and with dropout."""
+        short = self.desk.short(view, self.key)
+        if short is not None:
+            y = short.behind(x, y)
+        dropping = view.dropout is not None and module.training
+        for dropout, each in self.desk.parted(view) if dropping else ((0.0, view),):
+            act = self.desk.act(each, self.key, y)
+            if act is not None:
+                y = self._added(each, act, dropped(x, dropout), y, changes=short is None)
+        return y
+
+    def _added(self, view: View, act: Act, x: torch.Tensor, y: torch.Tensor, *, changes: bool = True) -> torch.Tensor:
         if act.anew or not (act.fits(y) or torch.compiler.is_compiling()):
-            act = self.desk.refit(view, self.key, y)
-            assert act is not None
-        return act.add(args[0] if args else next(iter(kwargs.values())), y)
+            again = self.desk.refit(view, self.key, y)
+            assert again is not None
+            act = again
+        return act.add(x, y, changes=changes)
 
 
 class Begin(_Hook):

@@ -6,7 +6,7 @@ Knows plans and modules; no choices.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -20,13 +20,13 @@ from lorahub.engine.folding.sums import Ingredient
 from lorahub.engine.planning.place import FLOATS
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.steps import Step
-from lorahub.errors import Incompatible, UnsupportedKind, UsageError
+from lorahub.errors import BaseMismatch, Incompatible, UnsupportedKind, UsageError
 from lorahub.lazy import torch
 from lorahub.live import lookup
 from lorahub.live.desk import Desk
-from lorahub.live.hooks import Begin, End, Enter, Output
+from lorahub.live.hooks import Before, Begin, End, Enter, Output
 from lorahub.live.places import Numbers, Place, Places
-from lorahub.live.spots import Loaded, Part, Spot
+from lorahub.live.spots import Loaded, Part, Spot, Way
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,12 +59,14 @@ class Loader:
         self._places = Places(model)
         self._tensors = framework.parameters(model, index)
         self._held = held_parameters(model, index)
+        self._found: dict[tuple[str, bool], Sequence[Place]] = {}
         self._keys: dict[tuple[int, str], int] = {}
         self._handles = [
             model.register_forward_pre_hook(Begin(desk), prepend=True),
             model.register_forward_hook(End(desk), always_call=True),
         ]
         self._hooked: set[int] = set()
+        self._entered: set[int] = set()
         self._looked: list[Place] = []
         _forget_graphs()
 
@@ -75,14 +77,22 @@ class Loader:
         lookup.remove(self._looked)
         _forget_graphs()
 
-    def load(self, name: str, plan: Plan, adapter: HasDeltas) -> Loaded:
+    def load(self, name: str, plan: Plan, adapter: HasDeltas, dropout: float = 0.0) -> Loaded:
         """Spread an adapter over spots; the model gets the hooks it lacks, which do nothing for others.
+
+        Args:
+            name: what it is called.
+            plan: what merging it would do.
+            adapter: its deltas.
+            dropout: the chance of an input of its paths to be dropped in training.
 
         Raises:
             BaseMismatch, Degraded: the plan's findings forbid it.
             Incompatible: it takes another model (new heads, more layers).
-            UsageError, IntegrityError: the adapter is not the one it was planned for.
+            UsageError, IntegrityError: the adapter is not the one it was planned for, or is of a kind whose inputs
+                are not dropped.
         """
+        _demand_dropout(name, dropout, adapter.deltas.values())
         _demand_same_model(plan, {*self._tensors, *self._held})
         self._places.look_again()
         planned = {term.adapter for step in plan.steps for term in step.terms}  # or another of its structure
@@ -97,13 +107,14 @@ class Loader:
             everywhere = step.out == step.source and sources.count(step.source) == 1
             for place in self._places_of(step.out, names, everywhere=everywhere):
                 spot = self._spot(place, step.after.shape)
-                here = tuple(replace(part, way=spot.way(part)) for part in made)
+                here = tuple(_going(spot, part) for part in made)
                 parts[spot.key] = (*parts.get(spot.key, ()), *here)
         spots = {key: self._desk.spots[key] for key in parts}
         factors = {key: low for key, spot in spots.items() if (low := spot.low_rank(parts[key])) is not None}
         not_by_row = tuple(spot.place.name for spot in spots.values() if spot.site is None or spot.site.rows is None)
-        self._reach(spots.values())
-        return Loaded(name, parts, factors, not_by_row)
+        entered = {key for key in parts if any(part.route and part.route.enters for part in parts[key])}
+        self._reach(spots.values(), entered)
+        return Loaded(name, parts, factors, not_by_row, dropout)
 
     def _parts(self, step: Step, bound: Bound) -> list[Part]:
         items: list[Ingredient] = bound.ingredients(step, lambda piece: self._sibling(piece).raw().detach())
@@ -126,7 +137,14 @@ class Loader:
     def _places_of(self, name: str, names: Collection[str], *, everywhere: bool) -> Sequence[Place]:
         if name in self._held:
             return self._places.quantised(self._held[name], names, everywhere=everywhere)
-        return self._places.of(self._tensors[name], names, everywhere=everywhere)
+        try:
+            found = self._places.of(self._tensors[name], names, everywhere=everywhere)
+        except BaseMismatch:
+            if (name, everywhere) not in self._found:
+                raise
+            return self._found[name, everywhere]  # the model was sharded since, which puts other tensors there
+        self._found[name, everywhere] = found
+        return found
 
     def _spot(self, place: Place, shape: tuple[int, ...]) -> Spot:
         identity = (id(place.module), place.leaf)
@@ -145,8 +163,11 @@ class Loader:
             self._keys[identity] = key  # last: a spot without a key is nowhere
         return self._desk.spots[key]
 
-    def _reach(self, spots: Collection[Spot]) -> None:
-        """Hook every module at whose output something may be added; look up every parameter that may be changed."""
+    def _reach(self, spots: Collection[Spot], entered: Collection[int]) -> None:
+        """Hook every module at whose output something may be added; look up every parameter that may be changed.
+
+        Those of ``entered`` may be given other inputs too.
+        """
         new = False
         for spot in spots:
             hooked = spot.site is not None  # of what is quantised, always, and then nothing stands in its place
@@ -162,8 +183,19 @@ class Loader:
                     module.register_forward_hook(Output(self._desk, door), prepend=True, with_kwargs=True),
                 ]
                 new = True
+            if spot.key in entered and spot.key not in self._entered:
+                self._entered.add(spot.key)
+                before = Before(self._desk, spot.key)
+                self._handles.append(spot.place.module.register_forward_pre_hook(before, with_kwargs=True))
+                new = True
         if new:
             _forget_graphs()
+
+
+def _going(spot: Spot, part: Part) -> Part:
+    """The part with its way there."""
+    way = spot.way(part)
+    return replace(part, way=way, route=spot.route(part) if way in (Way.WEIGHT, Way.CHANGE) else None)
 
 
 def _attached(module: nn.Module) -> bool:
@@ -175,6 +207,26 @@ def _attached(module: nn.Module) -> bool:
 def _hooks(module: nn.Module) -> Iterator[object]:
     yield from vars(module)["_forward_pre_hooks"].values()
     yield from vars(module)["_forward_hooks"].values()
+
+
+_VALUES = frozenset({"full", "replace"})
+"""Kinds that are values of their own and have no path that inputs go."""
+
+
+def _demand_dropout(name: str, chance: float, deltas: Iterable[Delta]) -> None:
+    """Refuse a dropout that is none, or that an adapter's kinds do not have.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if not 0 <= chance < 1:
+        raise UsageError(f"'{name}': a dropout of {chance} is none", "give a chance from 0 up to, and not, 1")
+    if chance and (kinds := sorted({delta.kind for delta in deltas if not delta.drops} - _VALUES)):
+        raise UsageError(
+            f"'{name}' has changes of kind {', '.join(kinds)}, whose inputs are not dropped in training: dropout acts "
+            "on the input of LoRA, DoRA and VeRA; the rank_dropout and module_dropout of other kinds are not there",
+            "train these kinds without dropout",
+        )
 
 
 def _bends(delta: Delta) -> bool:
@@ -189,7 +241,13 @@ def _bends(delta: Delta) -> bool:
 def _demand_same_model(plan: Plan, names: Collection[str]) -> None:
     """Refuse what takes another model; unlike in a merge, tied parameters may part."""
     plan.check()
-    brought = [step.out for step in plan.steps if step.made_whole or step.out not in names]
+    brought = [step.out for step in plan.steps if step.made_whole or step.widened or step.out not in names]
+    if brought and plan.words:
+        raise Incompatible(
+            f"the adapter brings {', '.join(brought[:3])} for {plan.words} words, and the live model knows another "
+            "number of them",
+            f"model.resize_token_embeddings({plan.words}) first",
+        )
     if brought or plan.removed or plan.repeated:
         what = ", ".join(brought[:3]) or "other layers"
         raise Incompatible(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from lorahub.lazy import torch
@@ -65,6 +65,8 @@ class Lookup(dict[str, Any]):
             if asking.f_code is not torch.nn.Module.__getattr__.__code__:
                 return own  # somebody handles the dictionary itself, to move what is in it
             inside = asking.f_back is not None and asking.f_back.f_code is door.forward
+            if not inside and asking.f_back is not None and _shards(asking.f_back):
+                return own
         if inside or door.forward is None:
             return self.lorahub_desk.weight(view, door.key, own)
         if torch.compiler.is_compiling():
@@ -83,6 +85,11 @@ class Lookup(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
+
+def _shards(caller: FrameType) -> bool:
+    """Whether it is who puts sharded and gathered parameters in each other's place, and looks them up by name."""
+    return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
 
 
 def stand_for(changed: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import final
 
 from lorahub.bases.layout import Piece, Region, Target
 from lorahub.bases.site import Site
-from lorahub.deltas.delta import ALL, Delta, Index, LowRank
+from lorahub.deltas.delta import ALL, Delta, Index, LowRank, Route
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 from lorahub.live.effective import Addend, cut
@@ -51,6 +51,7 @@ class Part:
         inside: the weight goes into the factors and not onto the change.
         replaces: it is a new value.
         way: how it reaches the output.
+        route: how training avoids the changed weight, where that is its way and can be avoided.
     """
 
     target: Target
@@ -61,6 +62,7 @@ class Part:
     inside: bool
     replaces: bool
     way: Way = Way.WEIGHT
+    route: Route | None = None
 
     @property
     def trains(self) -> bool:
@@ -91,6 +93,7 @@ class Loaded:
         parts: spot -> its parts there.
         factors: spot -> the low-rank ones among them as one pair of factors of the whole parameter.
         not_by_row: parameters that it changes where rows of a batch cannot be told apart.
+        dropout: the chance of an input of its paths to be dropped while the module that has them trains.
         fired: spots at which it was used.
     """
 
@@ -98,7 +101,14 @@ class Loaded:
     parts: Mapping[int, tuple[Part, ...]]
     factors: Mapping[int, LowRank]
     not_by_row: tuple[str, ...]
+    dropout: float = 0.0
     fired: set[int] = field(default_factory=set)
+    trains: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """``trains``: gradients were wanted for one of its tensors when it came."""
+        trains = any(part.trains for parts in self.parts.values() for part in parts)
+        object.__setattr__(self, "trains", trains)
 
     def takes(self, key: int, *ways: Way) -> tuple[Part, ...]:
         """Its parts at a spot that take one of ``ways``."""
@@ -140,6 +150,19 @@ class Spot:
         """The shortest way for a part; the same whatever module and selection do."""
         way = self._way(part)
         return Way.CHANGE if way is Way.WEIGHT and self.quantised is not None else way
+
+    def route(self, part: Part) -> Route | None:
+        """How training avoids the changed weight for a part whose way it is."""
+        to = part.piece.of_parameter
+        whole = to.rows == ALL and to.cols == ALL and to.expert is None
+        if self.site is None or self.place.leaf not in ("weight", "bias") or not whole:
+            return None
+        if part.whole or part.replaces or part.siblings or to.transposed != self.site.transposed:
+            return None
+        try:
+            return cut(part.delta, part.piece).around(self.site)
+        except NotLocal:
+            return None
 
     def _way(self, part: Part) -> Way:
         if (
