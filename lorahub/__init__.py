@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorahub.comparing import subspace_overlap as subspace_overlap
     from lorahub.composing import compose as compose
     from lorahub.converting import convert as convert
+    from lorahub.creating import create as create
     from lorahub.dequantising import dequantise as dequantise
     from lorahub.deriving import extract as extract
     from lorahub.deriving import resize as resize
@@ -67,6 +68,7 @@ _HOME = {
     "check": "merging.checking",
     "compose": "composing",
     "convert": "converting",
+    "create": "creating",
     "dequantise": "dequantising",
     "diff": "comparing",
     "extract": "deriving",

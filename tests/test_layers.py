@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent / "lorahub"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
+        "codes",
         "errors",
         "findings",
         "front_matter",
@@ -66,6 +67,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "comparing",
         "composing",
         "converting",
+        "creating",
         "dequantising",
         "deriving",
         "descent",
@@ -78,6 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "searching",
         "sources",
         "tagging",
+        "training",
     ),
 )
 """Rooms by floor, ground floor first: a room imports from its own floor and from those below."""
@@ -89,6 +92,7 @@ TYPES_ONLY = {
 """Modules whose imports under TYPE_CHECKING may point up."""
 
 LOCAL = {
+    ("__main__", "cli.main"): "an interruption while it is loaded is to be caught",
     ("hub", "hub.huggingface"): "huggingface_hub is slow to import, and a folder hub needs none of it",
     ("hub", "hub.folder"): "as above: only the hub that is asked for",
     ("opening", "hub.huggingface"): "a base on disk needs no client",

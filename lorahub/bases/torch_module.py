@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorahub.bases.framework import Framework
 
 __all__ = [
+    "CHILD",
     "ROLES",
     "TRANSPOSED",
     "TorchModule",
@@ -39,6 +40,9 @@ __all__ = [
     "live_tensors",
     "lorahub_frameworks",
 ]
+
+CHILD = "_lorahub"
+"""The child module that a model has while an adapter is trained on it; what is in there is no part of the base."""
 
 ROLES: Mapping[str, str] = MappingProxyType(
     {
@@ -66,8 +70,10 @@ class TorchModule:
     requires = ""
 
     def claims(self, files: BaseFiles) -> Claim | None:
-        """Anything with weights, as the last resort."""
-        return Claim(0.01, "safetensors files, names and shapes as they are") if files.headers else None
+        """Anything with weights, as the last resort; no pipeline, whose components may be of any framework."""
+        if files.parts or not files.headers:
+            return None
+        return Claim(0.01, "safetensors files, names and shapes as they are")
 
     def claims_model(self, model: nn.Module) -> Claim | None:
         """Any ``nn.Module``, as the last resort."""
@@ -98,7 +104,7 @@ class TorchModule:
             framework=self.name,
             parameters=in_order(entries.items()),
             tied=tied,
-            registered=tuple(name for name, _ in model.named_modules() if name),
+            registered=tuple(name for name, _ in model.named_modules() if name and CHILD not in name.split(".")),
         )
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
@@ -179,7 +185,11 @@ def live_tensors(model: nn.Module, held: Mapping[str, Held] | None = None) -> di
         state = {name: value for name, value in state.items() if name not in hidden}
     else:
         state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}  # not extra state
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and CHILD not in name.split(".")  # not extra state
+    }
 
 
 def held_parameters(model: nn.Module, index: BaseIndex) -> dict[str, Held]:

@@ -1,22 +1,23 @@
-"""``create_model`` as timm has it, with an adapter: built with its classes, checked before anything is fetched.
+"""``create_model`` as timm has it, with an adapter: one that is there already, or one that is to be trained.
 
-The adapter is held against the architecture on the meta device first; only then are pretrained weights loaded.
+An adapter is held against the architecture on the meta device first; only then are pretrained weights loaded.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary, finalize
+from weakref import finalize
 
 from lorahub.adapter import Adapter, save
 from lorahub.attaching import attach
 from lorahub.bases.index import BaseRef
+from lorahub.creating import create
 from lorahub.errors import UsageError
 from lorahub.fetching import Source
 from lorahub.lazy import torch
@@ -35,12 +36,27 @@ if TYPE_CHECKING:
 
     from lorahub.engine.changing.merge import Merged
     from lorahub.live.attached import Live
+    from lorahub.training.trainee import Trainee
 
 __all__ = ["create_model", "handle"]
 
-Handle: TypeAlias = "Live | Merged"
+Handle: TypeAlias = "Live | Merged | Trainee"
 
-_HANDLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_MADE = "_lorahub_timm_made"
+
+
+@dataclass(slots=True, eq=False)
+class _Made:
+    """What a model was made with: it lies on the model and goes with it, and copies of the model are without it."""
+
+    handle: Handle | None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Made:
+        return _Made(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Made, (None,)
+
 
 _NOT_OF_THE_WHOLE = frozenset({"features_only", "out_indices", "feature_cls", "checkpoint_path", "device"})
 """Arguments that do not belong to the model that an adapter was trained on, or that load weights."""
@@ -50,7 +66,8 @@ def create_model(
     name: str | None = None,
     pretrained: bool | None = None,
     *,
-    adapter: Source | Adapter,
+    adapter: Source | Adapter | None = None,
+    lora: Mapping[str, Any] | None = None,
     weight: float = 1.0,
     merge: bool = False,
     num_classes: int | None = None,
@@ -59,13 +76,18 @@ def create_model(
     hub: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model with an adapter: attached, so that it can be weighed, exchanged and taken off, or merged.
+    """A timm model with an adapter: attached, so that it can be weighed, exchanged and taken off, or merged; or begun.
+
+        model = lorahub_timm.create_model("vit_base_patch16_224", lora={"r": 8}, num_classes=10)
+        optimizer = torch.optim.AdamW(lorahub_timm.handle(model).parameters())
 
     Args:
         name: what timm calls it, with or without a tag ("vit_base_patch16_224.augreg_in21k", "hf-hub:NS/NAME",
             "local-dir:FOLDER"); None: the base that the adapter records.
         pretrained: load the weights that the name stands for; None: unless ``checkpoint_path`` gives others.
         adapter: a folder, a file, ``ns/name[@SELECTOR]``, or one that is open.
+        lora: instead of an adapter, what ``lorahub.create`` makes one of that is to be trained (``{"r": 8}``); with
+            ``num_classes`` the new head is trained in full, and saved with it.
         weight: what the change is multiplied with.  A head that the base lacks, or has for other classes, is the
             adapter's in full, and stays when the adapter is taken off: there is no other.
         merge: change the weights instead.
@@ -81,9 +103,22 @@ def create_model(
 
     Raises:
         BaseMismatch, Degraded, Incompatible, IntegrityError: see ``lorahub.check``; no weights were loaded.
-        UsageError: no name is given and none is recorded, or the head has another number of classes.
+        UsageError: no name is given and none is recorded, or the head has another number of classes; or see
+            ``lorahub.create``.
     """
     timm: Any = import_module("timm")
+    if (adapter is None) == (lora is None):
+        raise UsageError(
+            "a model is made with an adapter that is there, or with one that is to be trained",
+            'give adapter="NS/NAME" or lora={"r": 8}',
+        )
+    if adapter is None:
+        assert lora is not None
+        if name is None or merge or weight != 1:
+            raise UsageError("lora= makes a new adapter: it takes a name, and neither weight nor merge")
+        return _to_train(
+            timm, name, pretrained, lora, {} if num_classes is None else {"num_classes": num_classes}, kwargs
+        )
     given = adapter if isinstance(adapter, Adapter) else load(adapter, hub=hub, compat=compat)
     if given.header is None:
         raise UsageError("this adapter lies in no folder yet", "save it first: lorahub.adapter.save(adapter, FOLDER)")
@@ -110,25 +145,43 @@ def create_model(
     place = _what_is_there(model, job) if headless else None
     source = given if place is None else load(Path(place.name) / "adapter")
     how: dict[str, Any] = {"weights": [weight], "allow": allow, "compat": compat, "hub": hub}
-    _HANDLES[model] = (merge_into if merge else attach)(model, {label: source}, **how)
+    vars(model)[_MADE] = _Made((merge_into if merge else attach)(model, {label: source}, **how))
     if place is not None:
         finalize(model, place.cleanup)
     return model
 
 
+def _to_train(
+    timm: Any,
+    name: str,
+    pretrained: bool | None,
+    lora: Mapping[str, Any],
+    classes: Mapping[str, int],
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """A model with an adapter that begins, and with its head trained where that is new."""
+    loads = not kwargs.get("checkpoint_path") if pretrained is None else pretrained
+    model: nn.Module = timm.create_model(name, pretrained=loads, **classes, **kwargs)
+    settings = dict(lora)
+    about = described(live_config(model))
+    if classes.get("num_classes") and about is not None and "modules_to_save" not in settings:
+        settings["modules_to_save"] = list(about.classifier)
+    vars(model)[_MADE] = _Made(create(model, settings.pop("kind", "lora"), **settings))
+    return model
+
+
 def handle(model: nn.Module) -> Handle:
-    """What ``create_model`` attached (choose, weigh, exchange, detach) or merged (undo).
+    """What ``create_model`` attached (choose, weigh, exchange, detach), merged (undo) or began (train, save).
 
     Raises:
-        UsageError: the model is not from there.
+        UsageError: the model is not from there, or it is a copy, which has the weights and no adapters.
     """
-    try:
-        found: Handle = _HANDLES[model]
-    except KeyError:
-        raise UsageError(
-            "this model was not made by lorahub_timm.create_model", "lorahub.attach gives its own"
-        ) from None
-    return found
+    found = vars(model).get(_MADE)
+    if not isinstance(found, _Made):
+        raise UsageError("this model was not made by lorahub_timm.create_model", "lorahub.attach gives its own")
+    if found.handle is None:
+        raise UsageError("this is a copy, and adapters stay with the model that they were attached to", "attach again")
+    return found.handle
 
 
 def _classes(whole: nn.Module, job: Job) -> int | None:

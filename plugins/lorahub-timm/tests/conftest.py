@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lorahub_timm import Timm
+if TYPE_CHECKING:
+    from lorahub_timm import Timm
 
 sys.path.append(str(Path(__file__).parent))  # for what several test files share: they lie in no package
 
 
 @pytest.fixture
 def framework() -> Timm:
+    from lorahub_timm import Timm
+
     return Timm()
 
 

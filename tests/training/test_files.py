@@ -1,0 +1,273 @@
+"""What is trained, in files: PEFT computes the same from them, and training goes on from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training.nets import Net, batch, numbers, same, train
+
+import lorahub
+from lorahub.errors import NotFinite, UnsupportedKind, UsageError
+from lorahub.records import AdapterRecord
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what PEFT's imports say of other packages is not ours
+    import peft
+
+CASES = {
+    "lora": {"r": 4, "target_modules": "all-linear"},
+    "rslora": {"r": 4, "alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "ranks": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 9}, "target_modules": "all-linear"},
+    "embedding": {"r": 4, "target_modules": ["embed", "q_proj"]},
+    "head": {"r": 4, "target_modules": "q_proj", "modules_to_save": ["head"]},
+    "norms": {"r": 4, "target_modules": "q_proj", "modules_to_save": ["head", "norm"]},
+    "biases": {"r": 4, "target_modules": "q_proj", "bias": "lora_only"},
+    "all biases": {"r": 4, "target_modules": "q_proj", "bias": "all"},
+    "pissa": {"r": 4, "target_modules": "all-linear", "init": "pissa"},
+    "dora": {"kind": "dora", "r": 4, "target_modules": "all-linear"},
+    "ia3": {"kind": "ia3", "target_modules": "all-linear"},
+}
+BOUND = 16 * torch.finfo(torch.float32).eps
+"""Of the largest output: two sums of some ten float32 terms each, in different orders."""
+
+
+def trained(model: nn.Module, folder: Path, **arguments) -> torch.Tensor:
+    """Train, save and detach: the outputs as trained, which differ from the base's by far more than rounding."""
+    ids, _ = batch()
+    outputs = model(ids).detach()
+    with lorahub.create(model, **arguments) as trainee:
+        train(model, trainee.parameters(), 8)
+        result = model(ids).detach()
+        trainee.save(folder)
+    assert (result - outputs).norm() > 1e-2 * outputs.norm()
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """``saved(CASE)``: a folder and the outputs of the model that was trained."""
+    found: dict[str, tuple[Path, torch.Tensor]] = {}
+
+    def one(case: str) -> tuple[Path, torch.Tensor]:
+        if case not in found:
+            folder = tmp_path_factory.mktemp("saved") / "out"
+            found[case] = folder, trained(Net(), folder, **CASES[case])
+        return found[case]
+
+    return one
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_computes_from_the_files_what_was_trained(case, saved):
+    folder, outputs = saved(case)
+    ids, _ = batch()
+    loaded = peft.PeftModel.from_pretrained(Net(), folder)
+    assert (loaded(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_taken_up_where_it_was_left(case, saved):
+    folder, outputs = saved(case)
+    model, (ids, _) = Net(), batch()
+    trainee = lorahub.create(model, resume=folder)
+    # PiSSA is saved as LoRA of twice the rank, which adds up in another order
+    assert (model(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
+    assert train(model, trainee.parameters(), 4)[-1] < nn.functional.cross_entropy(outputs, batch()[1])
+
+
+@pytest.mark.parametrize("case", ["lora", "head", "biases"])
+def test_with_the_optimizers_state_the_losses_are_those_of_a_training_that_was_not_interrupted(case, tmp_path):
+    model = Net()
+    trainee = lorahub.create(model, **CASES[case])
+    whole = train(model, trainee.parameters(), 10)
+    model = Net()
+    trainee = lorahub.create(model, **CASES[case])
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-2)
+    first = train(model, [], 5, optimizer=optimizer)
+    trainee.save(tmp_path / "out")
+    names = [name for name, _ in trainee.named_parameters()]
+    states = {name: optimizer.state[own] for name, own in trainee.named_parameters()}
+    model = Net()
+    trainee = lorahub.create(model, resume=tmp_path / "out")
+    again = torch.optim.AdamW(trainee.parameters(), lr=1e-2)
+    assert sorted(names) == sorted(name for name, _ in trainee.named_parameters())
+    for name, own in trainee.named_parameters():
+        again.state[own] = copy.deepcopy(states[name])
+    assert first + train(model, [], 5, optimizer=again) == whole
+
+
+def test_a_state_goes_into_an_adapter_that_was_made_alike_and_into_no_other():
+    model, (ids, _) = Net(), batch()
+    trainee = lorahub.create(model, r=4, target_modules="all-linear", init="pissa")
+    train(model, trainee.parameters())
+    state, outputs = {name: value.clone() for name, value in trainee.state_dict().items()}, model(ids)
+    other = Net()
+    again = lorahub.create(other, r=4, target_modules="all-linear", init="pissa", seed=3)
+    again.load_state_dict(state)
+    assert torch.equal(other(ids), outputs)
+    with pytest.raises(UsageError, match="state of another adapter"):
+        lorahub.create(Net(), r=2, target_modules="q_proj").load_state_dict(state)
+
+
+def test_an_adapter_that_peft_trained_is_taken_up_with_its_dropout(tmp_path):
+    ids, _ = batch()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.25, target_modules=["q_proj", "up_proj"], modules_to_save=["head"]
+    )
+    theirs = peft.get_peft_model(Net(), config)
+    train(theirs, [own for own in theirs.parameters() if own.requires_grad])
+    theirs.eval().save_pretrained(tmp_path)
+    model = Net().eval()
+    trainee = lorahub.create(model, resume=tmp_path)
+    assert (model(ids) - theirs(ids)).abs().max() <= BOUND * theirs(ids).abs().max()
+    assert trainee.trainable_parameters().trained == theirs.get_nb_trainable_parameters()[0]
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_what_is_trained_is_merged_and_taken_back():
+    model, (ids, _) = Net(), batch()
+    before = numbers(model)
+    trainee = lorahub.create(model, r=4, target_modules="all-linear", modules_to_save="head")
+    train(model, trainee.parameters())
+    outputs = model(ids).detach()
+    merged = trainee.merge()
+    assert "_lorahub" not in dict(model.named_children())
+    assert (model(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
+    assert not same(numbers(model), before)
+    merged.undo()
+    assert same(numbers(model), before)
+
+
+def test_the_record_names_the_base_as_far_as_it_is_known(tmp_path):
+    model = Net()
+    structure = lorahub.open_base(model).index.structure
+    trainee = lorahub.create(model, r=2, base=f"acme/base@{'a' * 40}", task_type="SEQ_CLS")
+    trainee.save(tmp_path / "out")
+    record = AdapterRecord.load(tmp_path / "out" / "lorahub.json")
+    assert record.base is not None
+    assert (record.base.repo_id, record.base.revision, record.base.structure) == ("acme/base", "a" * 40, structure)
+    assert record.kinds == ("lora",)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "acme/base"
+    assert config["task_type"] == "SEQ_CLS"
+
+
+def test_a_state_that_somebody_gathered_is_saved_in_place_of_the_models_own(tmp_path):
+    model, (ids, _) = Net(), batch()
+    trainee = lorahub.create(model, r=4, target_modules="all-linear", modules_to_save="head")
+    train(model, trainee.parameters())
+    gathered = {name: value.clone() for name, value in model.state_dict().items()}
+    outputs = model(ids).detach()
+    train(model, trainee.parameters())
+    trainee.save(tmp_path / "out", state=gathered)
+    trainee.detach()
+    with lorahub.attach(model, [tmp_path / "out"]):
+        assert (model(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
+    with pytest.raises(UsageError, match="the state lacks _lorahub"):
+        lorahub.create(model, r=2).save(tmp_path / "other", state=numbers(model))
+
+
+def test_what_diverged_is_not_saved(tmp_path):
+    trainee = lorahub.create(Net(), r=2)
+    with torch.no_grad():
+        next(trainee.parameters()).fill_(float("nan"))
+    with pytest.raises(NotFinite, match="diverged"):
+        trainee.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_a_value_that_training_does_not_change():
+    model = Net()
+    trainee = lorahub.create(model, r=2, target_modules="q_proj")
+    before = trainee.adapter
+    copied = {target: delta.up.clone() for target, delta in before.deltas.items()}
+    train(model, trainee.parameters())
+    assert all(torch.equal(delta.up, copied[target]) for target, delta in before.deltas.items())
+    assert not any(torch.equal(delta.up, copied[target]) for target, delta in trainee.adapter.deltas.items())
+
+
+CONFIGS = {
+    "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj"]}),
+    "pattern": (
+        peft.LoraConfig,
+        {"r": 4, "target_modules": r"model\.layers\.1\..*_proj", "rank_pattern": {"q_proj": 2}},
+    ),
+    "rest": (peft.LoraConfig, {"target_modules": "all-linear", "exclude_modules": ["up_proj"], "bias": "all"}),
+    "layers": (
+        peft.LoraConfig,
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "modules_to_save": ["head"]},
+    ),
+    "dora": (peft.LoraConfig, {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "loha": (peft.LoHaConfig, {"r": 4, "alpha": 2, "target_modules": ["q_proj"]}),
+    "lokr": (peft.LoKrConfig, {"r": 4, "alpha": 2, "target_modules": ["q_proj"]}),
+    "ia3": (peft.IA3Config, {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "vera": (peft.VeraConfig, {"r": 8, "target_modules": ["q_proj"]}),
+    "oft": (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "target_modules": ["q_proj"]}),
+}
+
+
+class Within(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [*((case, "object") for case in CONFIGS), ("lora", "dictionary"), ("lora", "file"), ("oft", "dictionary")],
+)
+def test_a_config_of_peft_makes_as_many_parameters_as_peft_does(case, form, tmp_path):
+    kind, fields = CONFIGS[case]
+    config = kind(**fields)
+    # PEFT finds a layer's number only where something stands before the list
+    theirs = peft.get_peft_model(Within(), kind(**fields))
+    if form == "file":
+        config.save_pretrained(tmp_path)
+        config = tmp_path / "adapter_config.json"
+    counts = lorahub.create(
+        Within(), config=config.to_dict() if form == "dictionary" else config
+    ).trainable_parameters()
+    # of "all-linear" PEFT leaves out the head of a transformers model only
+    assert counts.trained == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_what_a_config_says_and_nobody_here_does_is_refused_by_name():
+    with pytest.raises(UsageError, match="layer_replication"):
+        lorahub.create(Net(), config=peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 1)]))
+    with pytest.raises(UsageError, match="init_lora_weights"):
+        lorahub.create(Net(), config={"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "loftq"})
+    with pytest.raises(UnsupportedKind, match="PROMPT_TUNING"):
+        lorahub.create(Net(), config={"peft_type": "PROMPT_TUNING"})
+    with pytest.raises(UsageError, match="no config of PEFT"):
+        lorahub.create(Net(), config=3)
+
+
+def test_what_is_given_beside_a_config_counts_first():
+    trainee = lorahub.create(Net(), config=peft.LoraConfig(r=4, target_modules=["q_proj"]), r=2)
+    assert {delta.down.shape[0] for delta in trainee.adapter.deltas.values()} == {2}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_twenty_steps_have_the_losses_of_peft(rslora):
+    """From the same factors and data, in float32: sums in another order, far below 1e-4 of a loss."""
+    config = peft.LoraConfig(r=4, lora_alpha=16, use_rslora=rslora, target_modules=["q_proj", "up_proj", "down_proj"])
+    theirs = peft.get_peft_model(Net(), config)
+    model = Net()
+    trainee = lorahub.create(model, config=config)
+    start = {name.removeprefix("base_model.model."): own for name, own in theirs.named_parameters()}
+    slots = {"weight_down": "lora_A.default.weight", "weight_up": "lora_B.default.weight"}
+    with torch.no_grad():
+        for name, own in trainee.named_parameters():
+            module, _, slot = name.removeprefix("_lorahub.default.").rpartition(".")
+            own.copy_(start[f"{module}.{slots[slot]}"])
+    expected = train(theirs, [own for own in theirs.parameters() if own.requires_grad], 20)
+    losses = train(model, trainee.parameters(), 20)
+    assert expected[-1] < 0.95 * expected[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
