@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-from lorahub.adapter import Adapter
+from lorahub import checks
+from lorahub.adapter import Adapter, AdapterHeader
+from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.errors import BaseMismatch, UsageError
+from lorahub.fetching import quiet
 from lorahub.live.alike import Alike
 from lorahub.live.attached import Live, Planned
+from lorahub.live.parts import Parts, parts_in
 from lorahub.merging.preparing import Several, named_weights, prepare
 from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
-from lorahub.sources import Given
+from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Policy", "attach", "plan_one"]
+__all__ = ["Policy", "attach", "plan_beside", "plan_one"]
 
 
 def attach(
@@ -35,9 +39,12 @@ def attach(
 ) -> Live:
     """Let adapters act on a live model without changing its weights; they are checked and placed as for a merge.
 
+    Prompts and prefixes, which no merge can hold, stand before the model's input while they are chosen, one at a time.
+
     Args:
-        model: any ``nn.Module``; attach first and compile then, for attaching compiles everything again.  PyTorch 2.8
-            breaks the graph wherever an adapter is looked up; newer ones make one of all.
+        model: any ``nn.Module``, or a pipeline whose plugin is installed; attach first and compile then, for attaching
+            compiles everything again.  PyTorch 2.8 breaks the graph wherever an adapter is looked up; newer ones make
+            one of all.
         adapters: name -> adapter, a list of references, or a sum of open adapters: ``0.7 * a - b``.
         weights: one per adapter; 1 by default, or the weight in the reference.
         active: which act from the start; all of them by default, as after a merge.
@@ -55,27 +62,46 @@ def attach(
     """
     inner = getattr(model, "_orig_mod", model)  # what torch.compile returns holds the model itself
     base = open_base(inner)
+    if base.model is None:
+        raise UsageError(
+            f"{base.index.ref} is no live model, so nothing can be attached to it", "load it, and give the model"
+        )
+    inner = base.model  # of a pipeline, the view of its models
     given = named_weights(adapters, weights)
     sources: dict[str, Given] = {}
     alike = Alike()
+    parts = Parts(inner, base.framework)
+    policy = Policy(allow=allow, compat=compat, hub=hub)
 
-    def one(name: str, source: object) -> Planned:
+    def one(name: str, given: object) -> Planned:
+        source = _opened(cast("Given", given), policy)
+        if isinstance(source, AdapterHeader) and (values := parts_in(source)):
+            planned = plan_beside(base, name, source, policy)
+            parts.demand(live.active, live.adapter_names, coming=name)
+            parts.put(name, values, lambda: live.active.get(name, 0.0) != 0)
+        else:
+            planned = by_weights(name, source)
+            parts.drop(name)
+        sources[name] = source
+        return planned
+
+    def by_weights(name: str, source: Given) -> Planned:
         own = source if isinstance(source, Adapter) and compat is None else None
         plan = alike.plan(own) if own else None
         if plan is not None and own:
-            planned: Planned = plan, own
-        else:
-            planned = plan_one(base, name, cast("Given", source), Policy(allow=allow, compat=compat, hub=hub))
-            if own and planned[1] is own:
-                alike.keep(own, planned[0])
-        sources[name] = cast("Given", source)
+            return plan, own
+        planned = plan_one(base, name, source, policy)
+        if own and planned[1] is own:
+            alike.keep(own, planned[0])
         return planned
 
     def together(names: Sequence[str]) -> None:
         chosen = {name: sources[name] for name in names}
         prepare(base, chosen, weights=[1.0] * len(chosen), allow=allow, compat=compat, hub=hub).refuse()
 
-    live = Live(inner, base.index, base.framework, plan=one, judge=together, compat=compat, capacity=capacity)
+    live = Live(
+        inner, base.index, base.framework, plan=one, judge=together, compat=compat, capacity=capacity, parts=parts
+    )
     try:
         for name, (source, weight) in given.items():
             live.add(name, source, weight=weight)
@@ -105,6 +131,36 @@ class Policy:
     allow: Collection[str]
     compat: str | None
     hub: str | None
+
+
+_BESIDE = frozenset({"kind-unsupported", "nothing-lands"})
+"""Codes of findings that say of an adapter which is parts alone that no merge can hold it."""
+
+
+def _opened(source: Given, policy: Policy) -> Given:
+    """The adapter with its header, read without a base, where that is not open yet."""
+    if isinstance(source, Adapter | AdapterHeader):
+        return source
+    return header_of(source, load_registry(), hub=policy.hub, progress=quiet, compat=policy.compat, allow=policy.allow)
+
+
+def plan_beside(base: Base, name: str, header: AdapterHeader, policy: Policy) -> Planned:
+    """The plan of an adapter that changes no weight, judged by all that does not concern merging it."""
+    job = prepare(base, {name: header}, weights=[1.0], allow=policy.allow, compat=policy.compat, hub=policy.hub)
+    checks.refuse(
+        [each for each in job.findings if each.code not in _BESIDE],
+        allowed=job.allowed,
+        subject=f"{name} beside {base.index.ref}",
+    )
+    left = tuple(each for each in job.plan.findings if each.code not in _BESIDE)
+    return replace(job.plan, findings=left), _Unchanging()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unchanging:
+    """No change of any weight."""
+
+    deltas: Mapping[Target, Delta] = field(default_factory=dict)
 
 
 def plan_one(base: Base, name: str, source: Given, policy: Policy) -> Planned:

@@ -283,8 +283,24 @@ def findings(
     declared = [] if index.declared else [_undeclared(index, framework)]
     about_base = base_findings(header, index, touched, reads=plan.reads, kin=kin)
     own = [*header.findings, *about_base, *library_findings(header), *declared]
-    own += [*part_findings(header), *_quantised(header, index, touched)]
+    own += [*part_findings(header), *_quantised(header, index, touched), *_components(index, plan)]
     return tuple(dict.fromkeys([*own, *plan.findings]))
+
+
+def _components(index: BaseIndex, plan: Plan) -> list[Finding]:
+    """What of an adapter lands where in a pipeline."""
+    counts: dict[str, int] = {}
+    for target in {term.target for step in plan.steps for term in step.terms}:
+        counts[target.component] = counts.get(target.component, 0) + 1
+    if not any(info.component for info in index.parameters.values()) or not counts:
+        return []
+    parts = sorted(counts)
+    said = " and ".join(f"{counts[part]} targets in {part}" for part in parts)
+    return [
+        Finding(
+            code="components", axis="placement", level=Verdict.EXACT, message=f"lands on {said}", where=tuple(parts)
+        )
+    ]
 
 
 def _quantised(header: AdapterHeader, index: BaseIndex, touched: Collection[str]) -> list[Finding]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from lorahub.bases.framework import BaseFiles
 from lorahub.bases.open import CONFIG_BYTES, CONFIGS, INDEX, choose_weights, parse_config, survey_base
+from lorahub.bases.pipelines import PIPELINE, components_of, joined
 from lorahub.errors import IntegrityError, UnsupportedFormat
 from lorahub.files.header import Header
 from lorahub.files.shards import INDEX_BYTES, check_shards, demand_shards, parse_index
@@ -119,38 +120,66 @@ def look_at(hub: BaseHub, pin: Pin) -> DistantBase:
             their index.
         NotFound, AccessDenied, Offline, Unavailable: it, or a shard, cannot be had from here.
     """
-    files, where = PinnedFiles(hub, pin, Cost()), Path(str(pin))
+    files = PinnedFiles(hub, pin, Cost())
     names = [name for name in pin.files if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+    found = None if pin.file else _pipeline(hub, files, names)
+    if found is None:
+        found = _model(hub, files, names)
+    return DistantBase(hub=hub, pin=pin, files=found, weights=_digest(files, found.headers))
+
+
+def _pipeline(hub: Hub, files: PinnedFiles, names: Sequence[str]) -> BaseFiles | None:
+    """A pipeline by its components, or None where it is none."""
+    if PIPELINE not in names:
+        return None
+    pin, where = files.pin, Path(str(files.pin))
+    said = parse_config(files.whole(PIPELINE, limit=CONFIG_BYTES), where=f"{pin}/{PIPELINE}")
+    components = components_of(said, names, pin)
+    if not components:
+        return None
+    parts = {component: _model(hub, files, own, f"{component}/") for component, own in components.items()}
+    return joined(where, parts, MappingProxyType({PIPELINE: said}), names)
+
+
+def _model(hub: Hub, files: PinnedFiles, names: Sequence[str], folder: str = "") -> BaseFiles:
+    """One model.
+
+    Args:
+        hub: where it lies.
+        files: of the repository.
+        names: its files, by their paths within its folder.
+        folder: that folder, with a slash; "" where it is the repository's.
+    """
+    pin, where = files.pin, Path(str(files.pin)) / folder
     weights = pin.file or choose_weights(names, where)
     if weights.endswith(INDEX):
-        listed = parse_index(files.whole(weights, limit=INDEX_BYTES), where=f"{pin}/{weights}")
+        listed = parse_index(files.whole(f"{folder}{weights}", limit=INDEX_BYTES), where=f"{pin}/{folder}{weights}")
         shards = sorted(set(listed.values()))
-        missing = [name for name in shards if name not in pin.files]
+        missing = [name for name in shards if f"{folder}{name}" not in pin.files]
         demand_shards(where / weights, shards, missing, "tell its author: the repository is not complete")
-        headers = _headers(hub, pin, shards)
+        headers = _headers(hub, pin, shards, folder)
         check_shards(where / weights, listed, {where / name: header for name, header in headers.items()})
     elif weights.endswith(".safetensors"):
-        headers = {weights: files.header(weights)}
+        headers = {weights: files.header(f"{folder}{weights}")}
     else:
-        raise UnsupportedFormat(f"{pin}/{weights} is no safetensors file")
+        raise UnsupportedFormat(f"{pin}/{folder}{weights} is no safetensors file")
     configs = {
-        name: parse_config(files.whole(name, limit=CONFIG_BYTES), where=f"{pin}/{name}")
+        name: parse_config(files.whole(f"{folder}{name}", limit=CONFIG_BYTES), where=f"{pin}/{folder}{name}")
         for name in CONFIGS
         if name in names
     }
-    found = BaseFiles(
+    return BaseFiles(
         folder=where,
         headers=MappingProxyType(headers),
         configs=MappingProxyType(configs),
         others=tuple(name for name in names if name not in headers and name not in configs),
     )
-    return DistantBase(hub=hub, pin=pin, files=found, weights=_digest(files, headers))
 
 
-def _headers(hub: Hub, pin: Pin, shards: Sequence[str]) -> dict[str, Header]:
-    """The header of every shard, several at a time."""
+def _headers(hub: Hub, pin: Pin, shards: Sequence[str], folder: str) -> dict[str, Header]:
+    """The header of every shard in a folder, several at a time."""
     with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(shards))) as pool:
-        found = pool.map(lambda name: PinnedFiles(hub, pin, Cost()).header(name), shards)
+        found = pool.map(lambda name: PinnedFiles(hub, pin, Cost()).header(f"{folder}{name}"), shards)
         return dict(zip(shards, found, strict=True))
 
 

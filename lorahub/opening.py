@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorahub.adapter import AdapterHeader
 from lorahub.bases.framework import BaseFiles, Framework
 from lorahub.bases.index import BaseIndex, BaseRef
-from lorahub.bases.open import index_base, index_live, survey_base
+from lorahub.bases.open import as_module, index_base, index_live, survey_base
 from lorahub.bases.torch_module import held_parameters
 from lorahub.bases.weights import weights_digest
 from lorahub.conversion.naming import own_name
@@ -49,7 +49,7 @@ class Base:
 
     Attributes:
         files: its files on this machine, or None.
-        model: the live model, or None.
+        model: the live model, of a pipeline the view of its models; or None.
         distant: its files on a hub, of which configs and headers alone were read, or None.
         findings: what there was to say on the way to it, such as a repository that has another name now.
     """
@@ -164,7 +164,7 @@ def _read_when_asked(base: Base, progress: Progress) -> Iterator[Read]:
 def open_base(
     base: Source | nn.Module | Base, *, digest: bool = False, hub: str | None = None, progress: Progress = quiet
 ) -> Base:
-    """A base by its headers (a folder, a file, ``ns/name[@COMMIT]``) or as a live model; no weights are read.
+    """A base by its headers (a folder, a file, ``ns/name[@COMMIT]``) or as a live model or pipeline; no weights read.
 
     Of one on a hub configs and headers are read where it lies; ``Base.pulled`` fetches it.
 
@@ -184,8 +184,10 @@ def open_base(
     if isinstance(base, Base):
         return base
     if not isinstance(base, str | os.PathLike | Ref):
-        framework, index = index_live(base, load_registry().frameworks)
-        return Base(index=index, framework=framework, model=base)
+        frameworks = load_registry().frameworks
+        model = as_module(base, frameworks)
+        framework, index = index_live(model, frameworks)
+        return Base(index=index, framework=framework, model=model)
     ref = as_ref(base, bare=True)
     if ref.path is not None:
         return _open_folder(Path(ref.path).expanduser(), digest, progress)

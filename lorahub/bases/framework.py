@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lorahub.bases.experts import matrix_pieces, stack_pieces
 from lorahub.bases.fused_experts import part_pieces
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lorahub.lazy import torch
 
-__all__ = ["BaseFiles", "Created", "Edits", "Framework", "whole_layouts"]
+__all__ = ["BaseFiles", "Created", "Edits", "Framework", "TakesPipelines", "Widens", "whole_layouts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +38,20 @@ class BaseFiles:
         headers: name of a weights file -> header; each tensor is in one of them only.
         configs: JSON file name -> parsed object (``config.json`` ...).
         others: every other file, by its path within the folder.
+        parts: of a pipeline, component -> its own files.  ``headers`` then has the files of all, by their paths, and
+            says the component and a dot before each tensor's name, which the file itself does not.
     """
 
     folder: Path
     headers: Mapping[str, Header]
     configs: Mapping[str, Mapping[str, JSON]]
     others: tuple[str, ...] = ()
+    parts: Mapping[str, BaseFiles] = field(default_factory=lambda: MappingProxyType({}))
+
+    def prefix(self, file: str) -> str:
+        """What ``headers`` says before each tensor's name of a file, and the file does not."""
+        component, slash, _ = file.partition("/")
+        return f"{component}." if slash and component in self.parts else ""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -155,6 +163,31 @@ class Framework(Protocol):
         """
 
 
+@runtime_checkable
+class TakesPipelines(Protocol):
+    """What a framework has besides where its live bases are no modules themselves but hold some."""
+
+    def as_module(self, given: object) -> nn.Module | None:
+        """A module whose children are the very models that ``given`` holds; None where it is none of the framework's.
+
+        ``claims_model``, ``index_model`` and the rest then take that module.
+        """
+
+
+@runtime_checkable
+class Widens(Protocol):
+    """What a framework has besides where layers of its models may take more inputs than they do."""
+
+    def widening(self, index: BaseIndex, name: str, shape: tuple[int, ...]) -> Edits | None:
+        """What changes elsewhere when a weight gets more columns, which are zero; None where it cannot.
+
+        Args:
+            index: the base.
+            name: the parameter.
+            shape: that it gets: its own, but for more on axis 1.
+        """
+
+
 def whole_layouts(index: BaseIndex, targets: Collection[Target]) -> dict[Target, Layout]:
     """One whole-parameter layout for each target the base has, transposed where the index declares it.
 
@@ -175,7 +208,8 @@ def whole_layouts(index: BaseIndex, targets: Collection[Target]) -> dict[Target,
         target: Layout(target=target, pieces=pieces)
         for target in apart
         if (
-            pieces := stack_pieces(index, target.module, target.parameter)
+            pieces := index.elsewhere.get(target.name, ())
+            or stack_pieces(index, target.module, target.parameter)
             or part_pieces(index, target.module, target.parameter)
             or matrix_pieces(index, target.module, target.parameter)
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from lorahub.bases.layers import LayerList, Repetition
+from lorahub.bases.layout import Piece
 from lorahub.deltas.kind import JSON
 
 __all__ = ["BaseIndex", "BaseRef", "ParameterInfo", "natural", "structure_digest"]
@@ -99,6 +100,10 @@ class BaseIndex:
             headers, where an adapter that claims a transposed base is refused rather than guessed at.
         layers: the list of its like layers, where the framework declares one.  No part of what a base is.
         repeated: how its layers come from those of the base in the files, where it is deeper than that; or None.
+        presets: preset -> canonical names of the parameters that it means, where the framework read that off the
+            classes of a model rather than from a table.  No part of what a base is.
+        elsewhere: name of a parameter that the base does not have itself -> the pieces of it, in parameters that it
+            has: what a conversion on loading puts together or takes apart.  No part of what a base is.
     """
 
     ref: BaseRef
@@ -113,6 +118,12 @@ class BaseIndex:
     registered: tuple[str, ...] = field(default=(), compare=False, repr=False)
     layers: LayerList | None = field(default=None, compare=False, repr=False)
     repeated: Repetition | None = None
+    presets: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: MappingProxyType({}), compare=False, repr=False
+    )
+    elsewhere: Mapping[str, tuple[Piece, ...]] = field(
+        default_factory=lambda: MappingProxyType({}), compare=False, repr=False
+    )
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
-from lorahub.bases.framework import BaseFiles, Framework
+from lorahub.bases.framework import BaseFiles, Framework, TakesPipelines
 from lorahub.bases.index import BaseIndex, BaseRef
+from lorahub.bases.pipelines import PIPELINE, components_of, joined
 from lorahub.bases.weights import weights_digest
 from lorahub.deltas.kind import JSON
 from lorahub.errors import IntegrityError, NotFound, UnsupportedFormat, UsageError
@@ -33,6 +34,7 @@ __all__ = [
     "CONFIGS",
     "CONFIG_BYTES",
     "INDEX",
+    "as_module",
     "choose_weights",
     "index_base",
     "index_live",
@@ -41,7 +43,7 @@ __all__ = [
     "weights_digest",
 ]
 
-CONFIGS = ("config.json", "generation_config.json", "model_index.json")
+CONFIGS = ("config.json", "generation_config.json", PIPELINE)
 """The JSON files that are parsed; a tokenizer's may be large and says nothing about weights."""
 
 CONFIG_BYTES = 4 << 20
@@ -60,7 +62,7 @@ _CONVERT = (
 
 
 def survey_base(place: str | os.PathLike[str]) -> BaseFiles:
-    """What lies in a base folder, or of a single weights file or index: headers and parsed configs.
+    """What lies in a base folder, a pipeline's, or of a single weights file or index: headers and parsed configs.
 
     Raises:
         NotFound: nothing is there, or shards are missing.
@@ -71,6 +73,8 @@ def survey_base(place: str | os.PathLike[str]) -> BaseFiles:
     folder = place if place.is_dir() else place.parent
     if place.is_dir():
         names = sorted(_names(folder))
+        if (pipeline := _pipeline(folder, names)) is not None:
+            return pipeline
         weights = folder / choose_weights(names, folder)
     elif place.is_file():
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
@@ -94,6 +98,19 @@ def survey_base(place: str | os.PathLike[str]) -> BaseFiles:
     )
 
 
+def _pipeline(folder: Path, names: Collection[str]) -> BaseFiles | None:
+    """A pipeline by its components, or None where the folder is none."""
+    if PIPELINE not in names:
+        return None
+    said = _read_object(folder / PIPELINE)
+    components = components_of(said, names, folder)
+    if not components:
+        return None
+    demand_settled(folder)
+    parts = {component: survey_base(folder / component) for component in components}
+    return joined(folder, parts, MappingProxyType({PIPELINE: said}), names)
+
+
 def index_base(
     files: BaseFiles, ref: BaseRef, frameworks: Mapping[str, Framework], *, weights: str = ""
 ) -> tuple[Framework, BaseIndex]:
@@ -108,10 +125,32 @@ def index_base(
     Raises:
         UnsupportedFormat: no framework claims the files, two claim them alike, or the one that does cannot name them.
     """
-    framework = _winner(
-        {name: framework.claims(files) for name, framework in frameworks.items()}, frameworks, str(files.folder)
-    )
+    claims = {name: framework.claims(files) for name, framework in frameworks.items()}
+    if files.parts and not any(claims.values()):
+        raise UnsupportedFormat(
+            f"{files.folder} is a pipeline, and no plugin that is installed takes pipelines",
+            f"pip install lorahub-diffusers, or name one component: {files.folder}/{next(iter(files.parts))}",
+        )
+    framework = _winner(claims, frameworks, str(files.folder))
     return framework, replace(framework.index(ref, files), weights=weights)
+
+
+def as_module(given: object, frameworks: Mapping[str, Framework]) -> nn.Module:
+    """A live base as a module: itself, or of a pipeline the view that a framework has of it.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(given, torch.nn.Module):
+        return given
+    views = (each.as_module(given) for each in frameworks.values() if isinstance(each, TakesPipelines))
+    found = next((view for view in views if view is not None), None)
+    if found is None:
+        raise UsageError(
+            f"a base is a folder, a reference, an nn.Module or a pipeline; this is a {type(given).__name__}",
+            "pipelines need their plugin: lorahub plugins",
+        )
+    return found
 
 
 def index_live(model: nn.Module, frameworks: Mapping[str, Framework]) -> tuple[Framework, BaseIndex]:
@@ -121,8 +160,7 @@ def index_live(model: nn.Module, frameworks: Mapping[str, Framework]) -> tuple[F
         UsageError: it is no ``nn.Module``.
         UnsupportedFormat: as ``index_base``.
     """
-    if not isinstance(cast("object", model), torch.nn.Module):
-        raise UsageError(f"a base is a folder, a reference or an nn.Module; this is a {type(model).__name__}")
+    model = as_module(model, frameworks)
     claims = {name: framework.claims_model(model) for name, framework in frameworks.items()}
     framework = _winner(claims, frameworks, f"the live {type(model).__name__}")
     return framework, framework.index_model(model, BaseRef())

@@ -12,6 +12,9 @@ from lorahub.report import CheckReport
 
 __all__ = ["check"]
 
+LANDED = "components"
+"""Code of the finding that says which components of a pipeline an adapter changes."""
+
 EXIT = {Verdict.DEGRADED: 3, Verdict.INCOMPATIBLE: 4}
 
 
@@ -52,7 +55,12 @@ def check(
 
 
 def _note(report: CheckReport, axis: Axis) -> str:
-    """What an accepted axis rests on, in a few words; what is worse is told after the answer."""
+    """What an accepted axis rests on, in a few words; what is worse is told after the answer.
+
+    Of a pipeline, always what lands where.
+    """
     level = report.axes[axis]
+    if landed := [each.message for each in report.findings if each.axis == axis and each.code == LANDED]:
+        return landed[0]
     notes = [each.message for each in report.findings if each.axis == axis and each.level is level]
     return notes[0] if notes and level < Verdict.UNVERIFIED else ""

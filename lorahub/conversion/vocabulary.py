@@ -1,34 +1,85 @@
 """What two tools call the same modules of one model: the original makers' names and those of diffusers.
 
 Which family a model is of, and look-ups in that family's words, which ``words`` has as tables.  The UNet of Stable
-Diffusion 1, 2 and XL is counted in another way by each, which is a rule and not a table.  Knows no tensors.
+Diffusion 1, 2 and XL is counted in another way by each, which is a rule (``unet_blocks``) and not a table.  Knows no
+tensors.
 
-Facts: Stability's ``generative-models``, and diffusers 0.42.1.
+Facts: Stability's ``generative-models``, OpenCLIP, and diffusers 0.42.1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
-from lorahub.conversion.words import TABLES, Word, fused
+from lorahub.conversion.unet_blocks import counted, grouped, is_counted, is_grouped
+from lorahub.conversion.word import Word, fused
+from lorahub.conversion.words import TABLES
 
-__all__ = ["PREFIXES", "Lexicon", "Word", "component_of", "family_of", "is_foreign", "lexicon", "lexicons", "words"]
+__all__ = [
+    "PREFIXES",
+    "Lexicon",
+    "Word",
+    "component_of",
+    "family_of",
+    "is_foreign",
+    "lexicon",
+    "lexicons",
+    "speaks",
+    "words",
+]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What original checkpoints put before a diffusion model's own names."""
 
 
-_TELLING: Mapping[str, frozenset[str]] = {
-    "flux2": frozenset({"double_stream_modulation_img.lin", "double_stream_modulation_img.linear"}),
-    "hunyuan": frozenset({"double_blocks.0.img_attn_qkv", "context_embedder.token_refiner.refiner_blocks.0.attn.to_q"}),
-    "z-image": frozenset({"noise_refiner.0.attention.to_q"}),
-    "flux": frozenset({"double_blocks.0.img_attn.qkv", "single_transformer_blocks.0.proj_mlp"}),
-    "sd3": frozenset({"joint_blocks.0.x_block.attn.qkv", "transformer_blocks.0.ff_context.net.0.proj"}),
-    "wan": frozenset({"blocks.0.self_attn.q", "blocks.0.attn1.to_q"}),
+_TELLING: Mapping[str, tuple[frozenset[str], ...]] = {
+    "flux2": (
+        frozenset({"double_stream_modulation_img.lin"}),
+        frozenset({"double_stream_modulation_img.linear"}),
+    ),
+    "hunyuan": (
+        frozenset({"double_blocks.0.img_attn_qkv"}),
+        frozenset({"context_embedder.token_refiner.refiner_blocks.0.attn.to_q"}),
+    ),
+    "z-image": (
+        frozenset({"noise_refiner.0.attention.to_q"}),
+        frozenset({"layers.0.attention.qkv", "layers.0.adaLN_modulation.0"}),
+    ),
+    "lumina2": (
+        frozenset({"time_caption_embed.timestep_embedder.linear_1", "layers.0.attn.to_q"}),
+        frozenset({"layers.0.attention.qkv", "layers.0.adaLN_modulation.1", "cap_embedder.1"}),
+    ),
+    "flux": (
+        frozenset({"double_blocks.0.img_attn.qkv"}),
+        frozenset({"single_transformer_blocks.0.proj_mlp"}),
+    ),
+    "mochi": (
+        frozenset({"transformer_blocks.0.attn1.add_q_proj", "time_embed.pooler.to_kv"}),
+        frozenset({"blocks.0.attn.qkv_x"}),
+    ),
+    "sd3": (
+        frozenset({"joint_blocks.0.x_block.attn.qkv"}),
+        frozenset({"transformer_blocks.0.ff_context.net.0.proj"}),
+    ),
+    "wan": (frozenset({"blocks.0.self_attn.q"}), frozenset({"blocks.0.attn1.to_q"})),
+    "auraflow": (frozenset({"joint_transformer_blocks.0.attn.to_q"}), frozenset({"double_layers.0.attn.w2q"})),
+    "ltx": (
+        frozenset({"transformer_blocks.0.attn1.norm_q", "time_embed.emb.timestep_embedder.linear_1", "proj_in"}),
+        frozenset({"patchify_proj", "adaln_single.linear"}),
+    ),
+    "sana": (
+        frozenset({"transformer_blocks.0.ff.conv_inverted", "time_embed.emb.timestep_embedder.linear_1"}),
+        frozenset({"blocks.0.cross_attn.kv_linear", "blocks.0.mlp.inverted_conv.conv"}),
+    ),
+    "pixart": (
+        frozenset({"transformer_blocks.0.attn1.to_q", "adaln_single.linear", "pos_embed.proj"}),
+        frozenset({"blocks.0.cross_attn.kv_linear", "blocks.0.mlp.fc1"}),
+    ),
 }
-"""Family -> modules of which a model of it has one in either vocabulary; the first that fits: some have Flux's."""
+"""Family -> modules of which a model of it has all of one set; the first family that fits: some have Flux's."""
 
 _CLASSES: Mapping[str, frozenset[str]] = {
     "flux2": frozenset({"Flux2Transformer2DModel"}),
@@ -106,9 +157,9 @@ def family_of(base: Collection[str], model: str) -> str:
     return family
 
 
-def _told_by(own: Collection[str]) -> str:
+def _told_by(own: AbstractSet[str]) -> str:
     """The family of a model with these modules; "" for another."""
-    return next((family for family, telling in _TELLING.items() if not telling.isdisjoint(own)), "")
+    return next((family for family, telling in _TELLING.items() if any(each <= own for each in telling)), "")
 
 
 def _names(table: Collection[Word], modules: Collection[str], *, original: bool) -> dict[str, tuple[Word, int]]:
@@ -126,12 +177,8 @@ def _names(table: Collection[Word], modules: Collection[str], *, original: bool)
 
 
 def _with(word: Word, number: int) -> Word:
-    return Word(
-        name=word.name.replace("{n}", str(number)),
-        parts=tuple(part.replace("{n}", str(number)) for part in word.parts),
-        shares=word.shares,
-        halves_swapped=word.halves_swapped,
-    )
+    parts = tuple(part.replace("{n}", str(number)) for part in word.parts)
+    return replace(word, name=word.name.replace("{n}", str(number)), parts=parts)
 
 
 def _deeper(modules: Collection[str], depth: Mapping[str, int]) -> bool:
@@ -173,6 +220,17 @@ def component_of(modules: Collection[str]) -> str:
     return said.pop() if len(said) == 1 else ""
 
 
+_TEXT = "text_model."
+_QUERY, _TOGETHER = "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn"
+"""Modules of CLIP's text encoder with weights of their own: the one, or the other where attention is fused."""
+
+
+def speaks(modules: Collection[str]) -> bool:
+    """Whether there is a word for a model with these modules, whichever vocabulary they are in."""
+    named = is_grouped(modules) or is_counted(modules) or bool(_told_by(set(modules)))
+    return named or any(f"{prefix}{each}" in modules for prefix in ("", _TEXT) for each in (_QUERY, _TOGETHER))
+
+
 def words(modules: Collection[str]) -> Iterator[Word]:
     """Every word that speaks of a model with these modules, whichever vocabulary they are in.
 
@@ -187,75 +245,28 @@ def words(modules: Collection[str]) -> Iterator[Word]:
             said = _with(word, number)
             if said.name in known or known.issuperset(said.parts):
                 yield said
-    if any(module.startswith("down_blocks.0.") for module in known):
-        yield from _unet(known)
+    if is_grouped(known):
+        yield from (fused(name, module) for module, name in counted(known).items())
+    elif is_counted(known):
+        yield from (fused(name, module) for name, module in grouped(known).items())
     yield from _text_model(known)
 
 
-_RESNET: Mapping[str, str] = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTER: Mapping[str, str] = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_TEXT = "text_model."
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d{1,2})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,2})\.(.+)")
-_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d{1,2})\.(.+)")
-
-
-def _unet(modules: Collection[str]) -> Iterator[Word]:
-    """Diffusers' UNet, whose blocks Stability counts through: a word for each module that has another name there."""
-    depth = len({module.split(".")[3] for module in modules if module.startswith("down_blocks.0.resnets.")})
-    above = [module.split(".") for module in modules if module.startswith("up_blocks.")]
-    attending = {path[1] for path in above if "attentions" in path}
-    for module in modules:
-        if name := _OUTER.get(module) or _middle(module) or _counted(module, depth, attending):
-            yield fused(name, module)
-
-
 def _text_model(modules: Collection[str]) -> Iterator[Word]:
-    """CLIP's text encoder, which transformers kept below ``text_model.`` before its fifth release."""
+    """CLIP's text encoder, which transformers kept below ``text_model.`` before its fifth release.
+
+    OpenCLIP, as original checkpoints have it, keeps queries, keys and values of a layer in one ``in_proj``.
+    """
     within = {module for module in modules if module.startswith(_TEXT)}
-    if "encoder.layers.0.self_attn.q_proj" in modules:
-        yield from (fused(f"{_TEXT}{module}", module) for module in modules if module)
-    elif f"{_TEXT}encoder.layers.0.self_attn.q_proj" in within:
-        yield from (fused(module.removeprefix(_TEXT), module) for module in within)
-
-
-def _middle(module: str) -> str:
-    found = _MIDDLE.fullmatch(module)
-    if not found:
-        return ""
-    sort, number, rest = found[1], int(found[2]), found[3]
-    if sort == "attentions":
-        return f"middle_block.{2 * number + 1}.{rest}"
-    return f"middle_block.{2 * number}.{_RESNET[rest]}" if rest in _RESNET else ""
-
-
-def _counted(module: str, depth: int, attending: Collection[str]) -> str:
-    found = _BLOCK.fullmatch(module)
-    if not found:
-        return ""
-    way, block, sort, at, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-    first = (depth + 1) * block + (1 if way == "down" else 0)
-    side = "input_blocks" if way == "down" else "output_blocks"
-    match sort:
-        case "resnets":
-            return f"{side}.{first + at}.0.{_RESNET[rest]}" if rest in _RESNET else ""
-        case "attentions":
-            return f"{side}.{first + at}.1.{rest}"
-        case "downsamplers":
-            return f"{side}.{first + depth}.0.op" if rest == "conv" else ""
-        case _:
-            return f"{side}.{first + depth}.{2 if str(block) in attending else 1}.{rest}"
+    if _QUERY in modules or _TOGETHER in modules:
+        other = {module: f"{_TEXT}{module}" for module in modules if module}
+    elif f"{_TEXT}{_QUERY}" in within or f"{_TEXT}{_TOGETHER}" in within:
+        other = {module: module.removeprefix(_TEXT) for module in within}
+    else:
+        return
+    yield from (fused(name, module) for module, name in other.items())
+    for module, name in other.items():
+        if module.endswith(".self_attn"):
+            for spelled in (module, name):
+                parts = tuple(f"{spelled}.{each}_proj" for each in "qkv")
+                yield Word(name=module, parts=parts, shares=(1, 1, 1), parameter="in_proj_{}")

@@ -38,7 +38,7 @@ def read_files(files: BaseFiles, index: BaseIndex) -> Iterator[Read]:
             stored = index.parameters[name].stored_as
             file = where[stored]
             if file not in sources:
-                source = opened.enter_context(FileSource(files.folder / file))
+                source = opened.enter_context(FileSource(files.folder / file, prefix=files.prefix(file)))
                 if source.header != files.headers[file]:
                     raise IntegrityError(f"{files.folder / file} changed since it was surveyed", "try again")
                 sources[file] = source

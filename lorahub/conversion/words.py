@@ -4,39 +4,21 @@ A word says that one module of the first vocabulary is one or several of the sec
 each of those has: ``qkv`` is ``to_q``, ``to_k`` and ``to_v``.  ``{n}`` stands for a number, the same in both.  Data
 alone.
 
+Families whose makers' words are written too; ``more_words`` has others.
+
 Facts: Black Forest Labs' ``flux`` and ``flux2``, Stability's ``sd3``, Wan-Video's ``Wan2.1``, Tencent's
-``HunyuanVideo``, Z-Image as ComfyUI has it, and diffusers 0.42.1.
+``HunyuanVideo``, lodestones' ``Chroma``, and diffusers 0.42.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["TABLES", "Word", "fused"]
+from lorahub.conversion.more_words import MORE
+from lorahub.conversion.word import Word, fused
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Word:
-    """One module in one vocabulary, and what it is in the other.
-
-    Attributes:
-        name: of the one module.
-        parts: of the other ones, in the order of their rows.
-        shares: of the rows, one for each part.
-        halves_swapped: its second half of rows comes first in the other vocabulary.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    shares: tuple[int, ...] = (1,)
-    halves_swapped: bool = False
-
-
-def fused(name: str, *parts: str, shares: tuple[int, ...] = ()) -> Word:
-    """A word for one module that is all of ``parts``, in equal shares by default."""
-    return Word(name=name, parts=parts, shares=shares or (1,) * len(parts))
+__all__ = ["TABLES"]
 
 
 def _flux() -> tuple[Word, ...]:
@@ -61,6 +43,15 @@ def _flux() -> tuple[Word, ...]:
         ),
         fused(f"{single}.linear2", f"{lone}.proj_out"),
         fused(f"{single}.modulation.lin", f"{lone}.norm.linear"),
+        *(
+            Word(name=f"{double}.{side}_attn.norm.{one}_norm", parts=(f"{block}.attn.{other}",), parameter="scale")
+            for side, query, key in (("img", "norm_q", "norm_k"), ("txt", "norm_added_q", "norm_added_k"))
+            for one, other in (("query", query), ("key", key))
+        ),
+        *(
+            Word(name=f"{single}.norm.{one}_norm", parts=(f"{lone}.attn.norm_{side}",), parameter="scale")
+            for one, side in (("query", "q"), ("key", "k"))
+        ),
         # XLabs' processors, which are no modules of either
         fused(f"{double}.processor.qkv_lora1", *(f"{block}.attn.to_{each}" for each in "qkv")),
         fused(f"{double}.processor.qkv_lora2", *(f"{block}.attn.add_{each}_proj" for each in "qkv")),
@@ -78,6 +69,13 @@ def _flux() -> tuple[Word, ...]:
                 ("guidance_in", "guidance_embedder"),
             )
             for layer, number in (("in", 1), ("out", 2))
+        ),
+        # Chroma's, in the place of modulation
+        *(
+            fused(
+                f"distilled_guidance_layer.layers.{{n}}.{one}_layer", f"distilled_guidance_layer.layers.{{n}}.{other}"
+            )
+            for one, other in (("in", "linear_1"), ("out", "linear_2"))
         ),
         # shift and scale, which diffusers keeps the other way round
         Word(name="final_layer.adaLN_modulation.1", parts=("norm_out.linear",), halves_swapped=True),
@@ -226,23 +224,14 @@ def _hunyuan() -> tuple[Word, ...]:
     )
 
 
-def _z_image() -> tuple[Word, ...]:
-    """Z-Image where its attention is fused; what both call the same has no word."""
-    blocks = [f"{stack}.{{n}}.attention" for stack in ("layers", "noise_refiner", "context_refiner")]
-    return (
-        *(fused(f"{block}.qkv", *(f"{block}.to_{each}" for each in "qkv")) for block in blocks),
-        *(fused(f"{block}.out", f"{block}.to_out.0") for block in blocks),
-    )
-
-
 TABLES: Mapping[str, tuple[Word, ...]] = MappingProxyType(
     {
         "flux2": _flux2(),
         "hunyuan": _hunyuan(),
-        "z-image": _z_image(),
         "flux": _flux(),
         "sd3": _sd3(),
         "wan": _wan(),
+        **MORE,
     }
 )
 """Family -> its words."""

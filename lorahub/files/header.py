@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -33,6 +33,7 @@ __all__ = [
     "header_of",
     "name_fault",
     "parse_header",
+    "prefixed",
     "read_header",
 ]
 
@@ -80,6 +81,14 @@ class Header:
         """(offset from the start of the file, bytes) of a tensor."""
         info = self.tensors[name]
         return self.data_start + info.start, info.nbytes
+
+
+def prefixed(header: Header, prefix: str) -> Header:
+    """The header with every tensor's name behind ``prefix``, for files whose tensors have like names elsewhere."""
+    if not prefix:
+        return header
+    tensors = MappingProxyType({f"{prefix}{name}": info for name, info in header.tensors.items()})
+    return replace(header, tensors=tensors)
 
 
 def read_header(path: str | os.PathLike[str], limits: Limits | None = None, known: Known | None = None) -> Header:

@@ -21,7 +21,7 @@ from lorahub.files.digest import digest_tensors
 from lorahub.files.dtypes import DTYPES, from_torch, stored_shape, to_torch, torch_shape
 from lorahub.files.gguf import dequantise
 from lorahub.files.grammar import show
-from lorahub.files.header import Header, Known, Limits, TensorInfo
+from lorahub.files.header import Header, Known, Limits, TensorInfo, prefixed
 from lorahub.files.raw import CHUNK, Bytes, as_bytes, open_regular, read_into
 from lorahub.files.shards import check_shards, read_index, shard_paths
 from lorahub.lazy import torch
@@ -172,8 +172,21 @@ class TensorSource(ABC):
 class FileSource(TensorSource):
     """The tensors of one weights file in any container, which stays open until the source is closed."""
 
-    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None, known: Known | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        limits: Limits | None = None,
+        known: Known | None = None,
+        *,
+        prefix: str = "",
+    ) -> None:
         """Open the file and check its header; ``known`` is as for ``parse_header``.
+
+        Args:
+            path: where it lies.
+            limits: how much its header may ask for.
+            known: as for ``parse_header``.
+            prefix: what tensors are called here, before their names in the file.
 
         Raises:
             HeaderError, NotFound, AccessDenied: as ``read_weights_header``.
@@ -181,7 +194,7 @@ class FileSource(TensorSource):
         self.path = Path(path)
         with ExitStack() as undo:
             self._file = undo.enter_context(open_regular(self.path))
-            self.header = weights_header_of(self._file, limits, known)
+            self.header = prefixed(weights_header_of(self._file, limits, known), prefix)
             undo.pop_all()
         self.headers = MappingProxyType({self.path: self.header})
         super().__init__(str(self.path), self.header.tensors)

@@ -25,7 +25,7 @@ from lorahub.files.atomic import flush, new_partial, put_in_place, write_failed
 from lorahub.files.direct import BLOCK, Direct
 from lorahub.files.dtypes import DTYPES, from_torch, nbytes, stored_shape
 from lorahub.files.grammar import show
-from lorahub.files.header import METADATA, Header, Limits, parse_header
+from lorahub.files.header import METADATA, Header, Limits, parse_header, prefixed
 from lorahub.files.raw import Bytes, as_bytes, copy_range, open_regular, read_into, write_at
 from lorahub.files.tensors import tensor_bytes
 from lorahub.lazy import torch
@@ -36,16 +36,23 @@ Entries: TypeAlias = "Mapping[str, tuple[str, Sequence[int]]]"
 """Name -> (safetensors dtype code, stored shape), in the order the bytes shall lie."""
 
 
-def encode_header(entries: Entries, metadata: Mapping[str, str] | None = None, limits: Limits | None = None) -> bytes:
+def encode_header(
+    entries: Entries, metadata: Mapping[str, str] | None = None, limits: Limits | None = None, *, prefix: str = ""
+) -> bytes:
     """Everything that comes before the tensors' bytes: length, JSON, and blanks up to a multiple of eight.
 
-    Tensors lie in the order of ``entries``, without holes; metadata is sorted by key.
+    Tensors lie in the order of ``entries``, without holes; metadata is sorted by key.  The names of ``entries`` begin
+    with ``prefix``, and those in the file do not.
 
     Raises:
         UsageError: a name, shape or metadata value that could not be read back.
         UnsupportedFormat: an unknown dtype.
     """
-    return _layout(entries, metadata, limits)[0]
+    return _layout(_bare(entries, prefix), metadata, limits)[0]
+
+
+def _bare(entries: Entries, prefix: str) -> Entries:
+    return {name.removeprefix(prefix): entry for name, entry in entries.items()} if prefix else entries
 
 
 def usual_order(entries: Entries) -> dict[str, tuple[str, Sequence[int]]]:
@@ -107,6 +114,7 @@ class StreamWriter:
         *,
         limits: Limits | None = None,
         sums: bool = False,
+        prefix: str = "",
     ) -> None:
         """Lay the file out, create it beside ``path`` and reserve its room.
 
@@ -116,13 +124,15 @@ class StreamWriter:
             metadata: of its header.
             limits: what ``parse_header`` allows.
             sums: keep the checksum of all that is written.
+            prefix: what tensors are called here, before their names in the file.
 
         Raises:
             UsageError, UnsupportedFormat: as ``encode_header``.
             WriteFailed: it cannot be created, or there is no room for it.
         """
         self.path = Path(path)
-        self._encoded, self.header = _layout(entries, metadata, limits)
+        self._encoded, header = _layout(_bare(entries, prefix), metadata, limits)
+        self.header = prefixed(header, prefix)
         self._written = {name: _Coverage() for name in self.header.tensors}
         self.sums: list[tuple[int, int, int]] = []
         self._summed = sums

@@ -90,7 +90,10 @@ def select_base(listing: Mapping[str, FilePin], subpath: str, *, repo: str) -> S
     inside = _inside(listing, subpath, repo)
     depth = 1 if "model_index.json" in inside else 0
     near = {path: pin for path, pin in inside.items() if path.count("/") <= depth}
-    weights = {file} if file else _plain_weights([path for path in near if is_safetensors(path)])
+    present = [path for path in near if is_safetensors(path)]
+    if depth and any("/" in path for path in present):  # what lies beside a pipeline's components is the same once more
+        present = [path for path in present if "/" in path]
+    weights = {file} if file else _plain_weights(present)
     chosen = {
         path: pin
         for path, pin in near.items()

@@ -6,14 +6,17 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from lorahub import checks
 from lorahub.adapter import Adapter, AdapterHeader
+from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex, BaseRef
 from lorahub.bases.layers import ranges_of
+from lorahub.bases.layout import Layout, Target
 from lorahub.bases.repeated import repeated, why_not
 from lorahub.combination import Combination
+from lorahub.conversion.translate import Translating, translated
 from lorahub.deltas.disputes import as_compat
 from lorahub.engine.planning.casting import cast as cast_plan
 from lorahub.engine.planning.plan import plan as plan_merge
@@ -88,9 +91,13 @@ def prepare(
     index = _deepened(opened.index, headers.values())
     if index is not opened.index:
         headers = read(index)
+    words: dict[Target, Layout] = {}  # of modules that the base has under other names
+    for name, header in headers.items():
+        headers[name], found_there = translated(header, index, registry.kinds)
+        words |= found_there
     planned = plan_merge(
         index,
-        opened.framework,
+        cast("Framework", Translating(opened.framework, words)) if words else opened.framework,
         {name: (header, chosen[name]) for name, header in headers.items()},
         registry.kinds,
         allow=tuple(allow),
@@ -177,7 +184,8 @@ def _named(adapters: Several) -> dict[str, tuple[Given, float]]:
     if isinstance(adapters, Mapping):
         return {name: (source, _weight(source)) for name, source in adapters.items()}
     result: dict[str, tuple[Given, float]] = {}
-    for source in adapters:
+    alone: object = adapters  # one reference is a list of one, though its type says that it is a sequence of letters
+    for source in [alone] if isinstance(alone, str | Path | Ref) else adapters:
         ref = as_ref(source)
         stem = ref.name or (ref.repo or ref.path or "adapter").rstrip("/").rpartition("/")[2]
         name = next(

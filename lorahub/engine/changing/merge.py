@@ -143,7 +143,9 @@ def _tensors(parameters: Mapping[str, torch.Tensor], plan: Plan, steps: Sequence
     faults += [f"it has no {name}" for name in plan.reads if name not in parameters]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise BaseMismatch(f"the model does not fit the plan: {faults[0]}{more}", "plan against this model")
+        elsewhere = "its weights are brought when they are called for: load it without offloading, or merge to disk"
+        hint = elsewhere if "meta device" in faults[0] else "plan against this model"
+        raise BaseMismatch(f"the model does not fit the plan: {faults[0]}{more}", hint)
     tensors = {step.out: with_rows(parameters[step.out].detach()) for step in steps}
     owners: list[tuple[torch.device, int, int, str]] = sorted(
         (
@@ -164,6 +166,12 @@ def _tensors(parameters: Mapping[str, torch.Tensor], plan: Plan, steps: Sequence
 def _demand_same_architecture(plan: Plan) -> None:
     created = [step.out for step in plan.steps if step.made_whole]
     untied = [step.out for step in plan.steps if step.source != step.out and not step.made_whole]
+    if created and plan.words:
+        raise Incompatible(
+            f"the adapter brings {', '.join(created[:3])} for {plan.words} words, and the live model knows another "
+            "number of them",
+            f"model.resize_token_embeddings({plan.words}) first, or merge to disk (out=FOLDER) and load the result",
+        )
     if created:
         raise Incompatible(
             f"the adapter brings {', '.join(created[:3])}, which a live model of this class has no place for",

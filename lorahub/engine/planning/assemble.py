@@ -91,6 +91,7 @@ class _Assembly:
     stale: set[str] = field(default_factory=set)
     whole: list[str] = field(default_factory=list)
     bent: list[Target] = field(default_factory=list)
+    wide: dict[str, dict[tuple[str, Target], int]] = field(default_factory=dict)
     found: list[Finding] = field(default_factory=list)
 
     def run(self, given: Sequence[Given]) -> Assembled:
@@ -161,6 +162,8 @@ class _Assembly:
                 nbytes = placed.nbytes if number == 0 else 0
                 term = self._term(given, placed, piece, nbytes, tied=bool(twins), twins=tuple(twins[1:]))
                 self.terms.setdefault((source, out), []).append(term)
+                if placed.wide is not None:
+                    self.wide.setdefault(source, {})[given.name, placed.target] = placed.wide
                 if given.together:
                     self._everywhere(term, out)
         for new in given.placement.created:
@@ -347,12 +350,13 @@ class _Assembly:
                 continue
             info = self.index.parameters[source]
             form = Form(info.shape, info.dtype)
+            widths = self.wide.get(source)
             yield Step(
                 out=out,
                 source=self._origin(source),
                 before=form,
-                after=form,
-                terms=tuple(terms),
+                after=Form((form.shape[0], max(widths.values()), *form.shape[2:]), form.dtype) if widths else form,
+                terms=tuple(_narrow(term, widths, form.shape) for term in terms) if widths else tuple(terms),
                 stored_as=info.stored_as,
                 saved_as=self._spelled(out, self.renamed.get(out, info.stored_as if out == source else out)),
             )
@@ -413,6 +417,17 @@ def _in_turn(targets: Sequence[Target]) -> Finding:
         where=tuple(target.name for target in targets),
         remedy="--compat strict (each copy with its own change)",
     )
+
+
+def _narrow(term: Term, widths: Mapping[tuple[str, Target], int], shape: tuple[int, ...]) -> Term:
+    """A change of a weight that another makes wider: it is to the columns that it knows."""
+    width = widths.get((term.adapter, term.target), shape[1])
+    if width == max(widths.values()):
+        return term
+    region = term.piece.of_parameter
+    start, stop, _ = region.cols.indices(shape[1]) if isinstance(region.cols, slice) else (0, width, 1)
+    inner = replace(region, cols=slice(start, stop if width == shape[1] else width))
+    return replace(term, piece=replace(term.piece, of_parameter=inner))
 
 
 def _tied(placement: Placement) -> dict[str, list[Target]]:

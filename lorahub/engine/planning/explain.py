@@ -57,6 +57,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "copied", f"{_count(len(copied), 'parameter')} of repeated layers, as bytes ({_size(moving)})"
     if created:
         yield "created", _some([f"{step.out} {step.after}" for step in created])
+    if widened := [step for step in changed if step.widened]:
+        yield "widened", _some([f"{step.out} {step.before} -> {step.after}" for step in widened])
     if untied := [step.out for step in changed if step.out != step.source and step.out not in layers]:
         yield "untied", _some(untied)
     if plan.removed:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import final
 
-from lorahub.bases.framework import Edits, Framework
+from lorahub.bases.framework import Edits, Framework, Widens
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.deltas.delta import ALL, Index
@@ -44,6 +44,7 @@ class Placed:
         pieces: where it lands.
         siblings: name -> where a sibling parameter lies that the change reads.
         nbytes: bytes of the adapter's tensors for it.
+        wide: how many columns the parameter gets for it, where the base has fewer; or None.
     """
 
     target: Target
@@ -53,6 +54,7 @@ class Placed:
     pieces: tuple[Piece, ...]
     siblings: Mapping[str, Piece] = field(default_factory=lambda: MappingProxyType({}))
     nbytes: int
+    wide: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +130,21 @@ def place(
     return Placement(
         placed=tuple(placed),
         created=created,
-        edits=edits,
+        edits=replace(edits, config={**edits.config, **placer.widened}) if placer.widened else edits,
         findings=placer.notes.findings(len(touched), len(placed) + len(created)),
     )
 
 
 def _components_here(groups: Sequence[Group], index: BaseIndex) -> frozenset[str]:
-    """Which of an adapter's components a base could be that has none itself: those with modules in it."""
+    """Which of an adapter's components a base could be that has none itself: those with modules in it.
+
+    What has no component any more was found in the base under another name, and the rest is elsewhere.
+    """
     components = {group.component for group in groups}
-    if len(components) < 2 or "" in components or any(":" in name for name in index.parameters):
+    if len(components) < 2 or any(":" in name for name in index.parameters):
         return frozenset()
+    if "" in components:
+        return frozenset({""})
     modules = index.modules()
     return frozenset(group.component for group in groups if group.module in modules)
 
@@ -179,6 +186,7 @@ class _Placer:
         self._modules = frozenset(index.modules())
         self._bindings: dict[int, Binding] = {}
         self._counted: set[str] = set()
+        self.widened: dict[str, JSON] = {}  # what that changes in the configuration
         self._candidates: list[tuple[Created, str, str]] = []  # with what disagrees where the shape differs, and why
 
     def touched(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Touch, Target]]:
@@ -223,7 +231,10 @@ class _Placer:
         first = layout.pieces[0].of_parameter
         if touch.replaces and len(layout.pieces) == 1 and first.transposed and first.expert is None:
             shape = shape[1::-1]  # values lie in files as the base stores them; one matrix of a stack lies by itself
+        wide: int | None = None
         if details := self._misfit(group, touch, target, shape):
+            wide = self._wider(group, touch, target, layout, shape)
+        if details and wide is None:
             only = layout.pieces[0]
             plain = len(layout.pieces) == 1 and only.of_parameter.whole and only.parameter == target.name
             if touch.replaces and plain:
@@ -249,7 +260,26 @@ class _Placer:
             pieces=self._apart(layout.pieces, touch),
             siblings={name: found.pieces[0] for name, found in siblings.items() if found},
             nbytes=self._nbytes(group, touch),
+            wide=wide,
         )
+
+    def _wider(self, group: Group, touch: Touch, target: Target, layout: Layout, shape: tuple[int, ...]) -> int | None:
+        """How many columns a change wants that fits in all else, where the framework has a way to widen the layer."""
+        piece = layout.pieces[0]
+        whole = len(layout.pieces) == 1 and piece.of_delta.whole and piece.of_parameter.whole
+        if touch.replaces or touch.reads or not (touch.additive and whole) or not isinstance(self._framework, Widens):
+            return None
+        try:
+            new = self._new(group, touch, target).shape
+        except ShapeMisfit:
+            return None
+        if len(shape) < 2 or len(new) != len(shape) or new[1] <= shape[1] or new[:1] + new[2:] != shape[:1] + shape[2:]:
+            return None
+        edits = self._framework.widening(self._index, piece.parameter, new)
+        if edits is None:
+            return None
+        self.widened |= edits.config
+        return new[1]
 
     def create(self, hints: Mapping[str, JSON]) -> tuple[tuple[Created, ...], Edits]:
         """The parameters to create and what that changes elsewhere; none where the framework has no place for them."""

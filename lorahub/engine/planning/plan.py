@@ -97,6 +97,13 @@ class Plan:
         """The worst finding that was not allowed."""
         return worst(self.findings, allowed=self.allowed)
 
+    @property
+    def words(self) -> int | None:
+        """The number of words that the result knows, where the plan changes it."""
+        inner = self.config_edits.get("text_config")
+        said = [each.get("vocab_size") for each in (self.config_edits, inner) if isinstance(each, Mapping)]
+        return next((size for size in said if isinstance(size, int)), None)
+
     def check(self) -> None:
         """Return where the plan may be executed; raise what its findings demand where not.
 

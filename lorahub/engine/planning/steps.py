@@ -114,9 +114,15 @@ class Step:
     saved_as: str = ""
 
     @property
+    def widened(self) -> bool:
+        """Whether the base's value gets more columns, which are zero, before anything is added."""
+        wider = self.before is not None and self.before.shape != self.after.shape
+        return wider and not any(term.replaces for term in self.terms)
+
+    @property
     def made_whole(self) -> bool:
         """Whether the base's value does not matter: the parameter is created, or replaced in another shape."""
-        return self.before is None or self.before.shape != self.after.shape
+        return self.before is None or (self.before.shape != self.after.shape and not self.widened)
 
     @property
     def unit_bytes(self) -> int:

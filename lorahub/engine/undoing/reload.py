@@ -92,7 +92,8 @@ class BaseRows:
         file = self._file_of[stored]
         with self._lock:
             if file not in self._sources:
-                source = self._opened.enter_context(FileSource(self._files.folder / file))
+                path, prefix = self._files.folder / file, self._files.prefix(file)
+                source = self._opened.enter_context(FileSource(path, prefix=prefix))
                 if source.header != self._files.headers[file]:
                     raise IntegrityError(f"{self._files.folder / file} changed since it was surveyed", "try again")
                 self._sources[file] = source

@@ -18,7 +18,7 @@ from lorahub.files.header import TensorInfo
 from lorahub.files.shards import encode_index
 from lorahub.files.writer import usual_order
 
-__all__ = ["Copy", "Shard", "index_file", "lay_out"]
+__all__ = ["Copy", "Shard", "index_files", "lay_out"]
 
 _INDEX = ".safetensors.index.json"
 
@@ -41,6 +41,7 @@ class Shard:
         copies: saved name -> what is copied there.
         steps: saved name -> (step that makes it, file that its source lies in or "").
         metadata: of its header, as in the base.
+        prefix: of a pipeline, what saved names begin with here and not in the file.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Shard:
     copies: Mapping[str, Copy]
     steps: Mapping[str, tuple[Step, str]]
     metadata: Mapping[str, str]
+    prefix: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +71,6 @@ def lay_out(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
     in_place = {step.stored_as: step for step in plan.steps if step.stored_as and step.source == step.out}
     beside = [step for step in plan.steps if in_place.get(step.stored_as) is not step]
     made = {step.saved_as for step in plan.steps}
-    last = max(files.headers)
     shards = []
     for file in sorted(files.headers):
         shard = _Draft(file)
@@ -79,7 +80,7 @@ def lay_out(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
                 shard.add(step.saved_as, step.after, step=(step, file))
             elif name not in plan.dropped and (saved := plan.renamed.get(name, name)) not in made:
                 shard.add(saved, Form(info.shape, info.dtype), copy=Copy(file, name))
-        for step in (step for step in beside if _home(step, plan, where, last) == file):
+        for step in (step for step in beside if _home(step, plan, where, files) == file):
             copied = not step.terms and step.stored_as and step.before == step.after  # untied as it is
             source = where.get(step.stored_as, "")
             if copied:
@@ -91,8 +92,10 @@ def lay_out(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
     return tuple(shard for shard in shards if shard.entries)
 
 
-def _home(step: Step, plan: Plan, where: Mapping[str, str], last: str) -> str:
-    """The file for what has no place in the base's."""
+def _home(step: Step, plan: Plan, where: Mapping[str, str], files: BaseFiles) -> str:
+    """The file for what has no place in the base's: the last, of a pipeline's the last of that component."""
+    own = [file for file in files.headers if step.saved_as.startswith(files.prefix(file))]
+    last = max(own or files.headers)
     moved = plan.repeated is not None and plan.repeated.layers.number(step.out) is not None
     return where.get(step.stored_as, last) if moved else last
 
@@ -125,6 +128,7 @@ class _Draft:
             copies=MappingProxyType(self.copies),
             steps=MappingProxyType(self.steps),
             metadata=header.metadata,
+            prefix=files.prefix(self.name),
         )
 
 
@@ -151,10 +155,24 @@ def _demand_distinct(shards: Sequence[Shard]) -> None:
             seen[name] = shard.name
 
 
-def index_file(files: BaseFiles, shards: Sequence[Shard]) -> tuple[str, bytes] | None:
-    """The index's name and content, where the base has one or the result several files."""
+def index_files(files: BaseFiles, shards: Sequence[Shard]) -> dict[str, bytes]:
+    """Index file name -> its content, where the base has one or the result several files; one for each component."""
+    if not files.parts:
+        found = _index(files, shards, "")
+        return dict([found]) if found else {}
+    result: dict[str, bytes] = {}
+    for component, part in files.parts.items():
+        own = [shard for shard in shards if shard.prefix == f"{component}."]
+        if found := _index(part, own, f"{component}/"):
+            result[f"{component}/{found[0]}"] = found[1]
+    return result
+
+
+def _index(files: BaseFiles, shards: Sequence[Shard], folder: str) -> tuple[str, bytes] | None:
     names = sorted(name for name in (*files.configs, *files.others) if name.endswith(_INDEX) and "/" not in name)
     if not names and len(shards) < 2:
         return None
-    weight_map = {name: shard.name for shard in shards for name in shard.entries}
+    weight_map = {
+        name.removeprefix(shard.prefix): shard.name.removeprefix(folder) for shard in shards for name in shard.entries
+    }
     return names[0] if names else f"model{_INDEX}", encode_index(weight_map, sum(shard.nbytes for shard in shards))

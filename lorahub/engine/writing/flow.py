@@ -72,7 +72,7 @@ def open_sources(files: BaseFiles, opened: ExitStack) -> dict[str, FileSource]:
     """
     sources = {}
     for name in sorted(files.headers):
-        sources[name] = opened.enter_context(FileSource(files.folder / name))
+        sources[name] = opened.enter_context(FileSource(files.folder / name, prefix=files.prefix(name)))
         if sources[name].header != files.headers[name]:
             raise IntegrityError(f"{files.folder / name} changed since it was planned", "plan again")
     return sources
@@ -243,6 +243,9 @@ class Flow:
                 paged.pages.fill(unit.rows)
             if step.made_whole:
                 change = fold.run(unit, None, rows, space)
+            elif step.widened:
+                before = self._padded(step, file, unit.rows, space)
+                change = fold.run(unit, before, rows, space)
             elif other:  # the result is stored in another dtype
                 before = space.take("other", rows.shape, other, rows.device)
                 at = start // dtype.itemsize * other.itemsize
@@ -258,6 +261,19 @@ class Flow:
             return self._done(state, moved=nbytes, read=0 if step.made_whole else nbytes)
 
         return job
+
+    def _padded(self, step: Step, file: str, rows: slice, space: Workspace) -> torch.Tensor:
+        """Rows of the base's value, with zeros in the columns that it gets."""
+        assert step.before is not None
+        dtype, narrow = to_torch(step.before.dtype), torch_shape(step.before.dtype, step.before.shape)
+        count, row = rows.stop - rows.start, math.prod(narrow[1:])
+        stored = space.take("narrow", (count, *narrow[1:]), dtype, torch.device("cpu"))
+        at = rows.start * row * dtype.itemsize
+        self._sources[file].read_into(step.stored_as, at, stored.view(-1).view(torch.uint8).numpy().data)
+        wide = torch_shape(step.after.dtype, step.after.shape)
+        padded = space.take("wide", (count, *wide[1:]), dtype, torch.device("cpu")).zero_()
+        padded[:, : narrow[1]] = stored
+        return padded
 
     def _done(self, state: _Open, *, moved: int = 0, read: int = 0) -> list[Job]:
         """Count a job of a shard; the last gives the job that finishes it."""

@@ -134,6 +134,12 @@ def _as_they_are(files: BaseFiles, plan: Plan) -> tuple[Shard, ...]:
     Raises:
         UsageError: the result needs other files, or another layout of them.
     """
+    if files.parts:
+        raise UsageError(
+            f"{files.folder} is a pipeline, whose components are folders of their own, and what is made in place is "
+            "made in one folder",
+            "merge to a new folder with -o, or into one component: --base FOLDER/COMPONENT",
+        )
     shards = lay_out(files, plan)
     for shard in shards:
         header = files.headers[shard.name]

@@ -36,9 +36,9 @@ def whole(
 
 def _whole(shard: Shard, note: Note, path: Path, sources: Mapping[str, FileSource]) -> bool:
     try:
-        with FileSource(path) as made:
+        with FileSource(path, prefix=shard.prefix) as made:
             return (
-                _begins_with(path, encode_header(shard.entries, shard.metadata))
+                _begins_with(path, encode_header(shard.entries, shard.metadata, prefix=shard.prefix))
                 and all(_crc(path, at, nbytes) == expected for at, nbytes, expected in note["sums"])
                 and all(
                     bytes(a) == bytes(b)  # views compare byte by byte, many times slower

@@ -20,7 +20,7 @@ from lorahub.engine.crew import crew_size
 from lorahub.engine.folding.bind import Bound, HasDeltas
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.report import MergeReport
-from lorahub.engine.writing.checkpoint import Shard, index_file, lay_out
+from lorahub.engine.writing.checkpoint import Shard, index_files, lay_out
 from lorahub.engine.writing.flow import Flow, Note, Output, Progress, open_sources, report
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.engine.writing.resume import whole
@@ -137,7 +137,9 @@ def _make(
     notes: dict[str, Note] = {name: staging.finished[name] for name in kept}
 
     def create(shard: Shard) -> Output:
-        return StreamWriter(staging.folder / shard.name, shard.entries, shard.metadata, sums=True)
+        path = staging.folder / shard.name
+        _make_folder(path.parent)
+        return StreamWriter(path, shard.entries, shard.metadata, sums=True, prefix=shard.prefix)
 
     def finish(shard: Shard, output: Output, note: Note) -> None:
         assert isinstance(output, StreamWriter)
@@ -185,8 +187,8 @@ def _small_files(
     files: BaseFiles, plan: Plan, shards: tuple[Shard, ...], companions: Mapping[str, bytes | Path]
 ) -> dict[str, bytes]:
     """Everything but the weights, by file name: index, edited config, companions."""
-    index = index_file(files, shards)
-    taken = {shard.name for shard in shards} | ({index[0]} if index else set())
+    indices = index_files(files, shards)
+    taken = {shard.name for shard in shards} | set(indices)
     result: dict[str, bytes] = {}
     for name, content in companions.items():
         check_path(name)
@@ -198,9 +200,23 @@ def _small_files(
             raise Unavailable(
                 f"{content!s} cannot be read: {error.strerror}", "it was to go along with the weights"
             ) from None
-    if plan.config_edits:
-        result[_CONFIG] = _edited(result.get(_CONFIG), files.config, plan.config_edits)
-    return result | (dict([index]) if index else {})
+    for component, edits in _by_component(files, plan.config_edits).items():
+        name = f"{component}/{_CONFIG}" if component else _CONFIG
+        before = files.parts[component].config if component else files.config
+        result[name] = _edited(result.get(name), before, edits)
+    return result | indices
+
+
+def _by_component(files: BaseFiles, edits: Mapping[str, JSON]) -> dict[str, dict[str, JSON]]:
+    """Component -> what changes in its configuration; in a pipeline, keys say it before a colon."""
+    result: dict[str, dict[str, JSON]] = {}
+    for key, value in edits.items():
+        component, colon, name = key.partition(":")
+        if colon and component in files.parts:
+            result.setdefault(component, {})[name] = value
+        else:
+            result.setdefault("", {})[key] = value
+    return result
 
 
 def _edited(content: bytes | None, config: Mapping[str, JSON], edits: Mapping[str, JSON]) -> bytes:

@@ -1,0 +1,43 @@
+"""lorahub for diffusers.  Importing it imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lorahub.bases.framework import Framework
+from lorahub.hookspecs import hookimpl
+from lorahub_diffusers.framework import Diffusers
+from lorahub_diffusers.pipelines import Pipelines
+from lorahub_diffusers.single_file import SingleFile
+
+if TYPE_CHECKING:
+    from lorahub_diffusers.loading import Loras, load_lora_weights, loras
+
+__all__ = [
+    "LORAHUB_HOOKS",
+    "Diffusers",
+    "Loras",
+    "Pipelines",
+    "SingleFile",
+    "load_lora_weights",
+    "lorahub_frameworks",
+    "loras",
+]
+
+LORAHUB_HOOKS = (1, 0)
+
+_LOADING = ("Loras", "load_lora_weights", "loras")
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, when it is asked for."""
+    if name in _LOADING:
+        return getattr(import_module("lorahub_diffusers.loading"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@hookimpl
+def lorahub_frameworks() -> list[Framework]:
+    """The frameworks "diffusers", "diffusers-pipeline" and "diffusers-single-file"."""
+    return [Diffusers(), Pipelines(), SingleFile()]
