@@ -275,8 +275,12 @@ class Training(RecordPart):
     lr: Finite | None = Field(default=None, description="Learning rate at its highest.")
     optimizer: str = Field(default="", description="As 'AdamW'.")
     seed: int | None = Field(default=None, description="The seed of the run.")
+    loss: Finite | None = Field(default=None, description="Training loss, as it was last reported.")
     config_digest: Digest | None = Field(default=None, description="Digest of the trainer's whole configuration.")
     trainer: Trainer | None = Field(default=None, description="What trained it.")
+    versions: dict[str, str] = Field(
+        default={}, description="Library -> version that took part, as {'torch': '2.8.0'}."
+    )
 
 
 class Strength(RecordPart):

@@ -25,7 +25,7 @@ from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.format import AdapterFiles, Format, Part, Reading, Written, one_of
 from lorahub.formats.peft.config import CONFIG, base_claim, field_findings
 from lorahub.formats.peft.keys import Stems
-from lorahub.formats.suffixes import Row, group_suffixes, unknown_keys
+from lorahub.formats.suffixes import Row, group_suffixes, unknown_fields, unknown_keys
 from lorahub.hookspecs import hookimpl
 
 __all__ = ["AdapterHubFormat", "lorahub_formats"]
@@ -68,6 +68,24 @@ _PARTS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 _LIBRARYS = frozenset({_LORAS, *_PARTS})
 """Segments that a key of the library's has."""
+
+_ABOUT = frozenset(
+    {
+        "config",
+        "config_id",
+        "hidden_size",
+        "id2label",
+        "label2id",
+        "model_class",
+        "model_name",
+        "model_type",
+        "name",
+        "num_labels",
+        "type",
+        "version",
+    }
+)
+"""Fields beside the adapter's own config: what it was made with and for."""
 
 _FIELDS: Mapping[str, Field] = MappingProxyType(
     {
@@ -143,6 +161,7 @@ class AdapterHubFormat:
                 *(field_findings(config, [spelling], [spelling]) if factors else ()),
                 *_scaled_as_trained(config, about.get("version"), grouped.groups != ()),
                 *unknown_keys([*grouped.unknown, *left], "are nothing that AdapterHub's library is known to save"),
+                *unknown_fields({name: value for name, value in about.items() if name not in _ABOUT}),
                 *notes,
             ),
             base_repo=repo,

@@ -120,8 +120,8 @@ def _fault(header: Header, factors: set[str]) -> str:
         return f"{len(factors)} factors are no pairs for query and value of each block in turn"
     for at in range(count):
         down, up = (header.tensors[f"w_{side}_{at:03d}"].shape for side in "ab")
-        other = header.tensors[f"w_b_{at ^ 1:03d}"].shape
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0] or up != other:
+        others = tuple(header.tensors[f"w_{side}_{at ^ 1:03d}"].shape for side in "ab")
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0] or (down, up) != others:
             return f"w_a_{at:03d} {list(down)} and w_b_{at:03d} {list(up)} do not fit together or beside the other"
     return ""
 

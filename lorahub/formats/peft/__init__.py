@@ -161,7 +161,7 @@ def _no_kind(tag: str, about: PeftType | None, keys: Sequence[str], *, others: b
         level=Verdict.DEGRADED if partly else Verdict.INCOMPATIBLE,
         message=message,
         where=tuple(keys),
-        remedy="lorahub plugins" if about and not about.part else "",
+        remedy=("lorahub.attach(model, [FOLDER]) attaches it" if about.part else "lorahub plugins") if about else "",
         allowable=partly,
     )
 

@@ -1,13 +1,14 @@
-"""The framework "transformers": bases from their configuration and headers, without importing torch or transformers.
+"""The framework "transformers": bases from their configuration and headers.
 
-Only ``open_base`` imports transformers.  An architecture that ``families.py`` does not list is taken by names and
-shapes as they are, and says so (``declared`` is False).
+Architectures that ``families.py`` lists need neither torch nor transformers.  Of all others the class tells, built on
+the meta device where transformers is installed; where it is not, names and shapes are taken as they are, and the index
+says so (``declared`` is False).  See ``undeclared``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -19,22 +20,25 @@ from lorahub.bases.framework import BaseFiles, Created, Edits, whole_layouts
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo, natural
 from lorahub.bases.layout import Layout, Target
 from lorahub.bases.site import Site
-from lorahub.bases.torch_module import in_order, live_entries, live_tensors
+from lorahub.bases.torch_module import CHILD, in_order, live_entries, live_tensors
 from lorahub.deltas.kind import JSON
 from lorahub.errors import MissingDependency, UnsupportedFormat, UsageError
 from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
 from lorahub.storages.storage import held_in
-from lorahub_transformers import heads
+from lorahub_transformers import heads, parts, undeclared, vocabulary
 from lorahub_transformers.families import FAMILIES, Family, Head
+from lorahub_transformers.fused import fused_layout
 from lorahub_transformers.layers import layer_list
-from lorahub_transformers.moved import moved
-from lorahub_transformers.names import aliases, is_below, matches, outer_aliases, spelling_of
+from lorahub_transformers.names import aliases, is_below, matches, spelling_of
 from lorahub_transformers.order import registered
+from lorahub_transformers.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from lorahub.live.parts import OpenPart, PartHandle
 
 __all__ = ["COMPANIONS", "Transformers"]
 
@@ -64,7 +68,7 @@ class Transformers:
     """Transformers models."""
 
     name = _NAME
-    requires = "transformers>=5,<6"
+    requires = "transformers>=5.4,<6"
 
     def claims(self, files: BaseFiles) -> Claim | None:
         """By ``model_type`` in ``config.json``."""
@@ -96,17 +100,7 @@ class Transformers:
         }
         family = _family(files.config)
         if family is None:
-            return BaseIndex(
-                ref=ref,
-                framework=self.name,
-                parameters=in_order(stored.items()),
-                aliases=(
-                    *moved(files.config, in_order(stored.items())),
-                    *outer_aliases(files.config.get("model_type"), stored),
-                ),
-                config=files.config,
-                declared=False,
-            )
+            return undeclared.from_files(ref, files, stored)
         spelling = spelling_of(family, stored)
         named: dict[str, ParameterInfo] = {}
         for name, info in stored.items():
@@ -133,20 +127,7 @@ class Transformers:
             _refuse_quantised(config, f"the live {type(model).__name__}")
         family = _family(config)
         if family is None:
-            sources = getattr(model, "all_tied_weights_keys", {})
-            entries, groups = live_entries(model, leaders=set(sources.values()))
-            return BaseIndex(
-                ref=ref,
-                framework=self.name,
-                parameters=in_order(entries.items()),
-                aliases=(
-                    *moved(config, in_order(entries.items())),
-                    *outer_aliases(config.get("model_type"), entries),
-                ),
-                tied=groups,
-                config=config,
-                registered=tuple(name for name, _ in model.named_modules() if name),
-            )
+            return undeclared.from_model(model, ref, config)
         spelling = spelling_of(family, list(live_tensors(model)))
         head = _head(family, [each.__name__ for each in type(model).__mro__])
         leaders = {leader for leader, _ in head.tied}
@@ -158,44 +139,49 @@ class Transformers:
             info = named.pop(spelling.canonical(group[0]))
             named[first] = replace(info, stored_as=next(name for name in group if spelling.canonical(name) == first))
             tied.append((first, *sorted(rest)))
-        weights = (f"{name}.weight" for name, _ in model.named_modules() if name)
+        weights = (f"{name}.weight" for name, _ in model.named_modules() if name and CHILD not in name.split("."))
         modules = tuple(spelling.canonical(name).removesuffix(".weight") for name in weights)
         return replace(_assemble(ref, family, config, named, tied, {}), registered=modules)
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
-        """Whole parameters, transposed where the architecture stores them so."""
-        return whole_layouts(index, targets)
-
-    def targets(self, index: BaseIndex, preset: str) -> list[Target]:
-        """The weights a preset names: "attention", "feed-forward" or "all-linear" (of the backbone).
-
-        Raises:
-            UsageError: no such preset, or the architecture is not in the table.
-        """
-        family = _family(index.config)
-        if family is None:
-            raise UsageError(
-                f"presets are not known for model_type {index.config.get('model_type')!r}", "name the modules instead"
-            )
-        presets = {"attention": family.attention, "feed-forward": family.feed_forward, "all-linear": family.linear}
-        if preset not in presets:
-            raise UsageError(f"there is no preset '{preset}'", f"presets: {', '.join(presets)}")
-        found = []
-        for name in index.parameters:
-            module, _, parameter = name.rpartition(".")
-            if parameter == "weight" and _is_one(family, module, presets[preset]):
-                found.append(Target("", module, parameter))
+        """Whole parameters, and rows of fused ones where the table declares how they lie; see ``fused``."""
+        found = whole_layouts(index, targets)
+        for target in targets:
+            if target not in found and not target.component and (layout := fused_layout(index, target)):
+                found[target] = layout
         return found
 
-    def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
-        """The class, labels and names of a checkpoint with the created head."""
+    def targets(self, index: BaseIndex, preset: str) -> list[Target]:
+        """The parameters of the backbone that a preset names, one of ``presets.PRESETS``.
+
+        Of an architecture that is not in the table they are read off its classes, as a live model has them.
+
+        Raises:
+            UsageError: no such preset, or this base has nothing that it means, or nobody knows what.
+        """
+        if preset not in PRESETS:
+            raise UsageError(f"there is no preset '{preset}'", f"presets: {', '.join(PRESETS)}")
         family = _family(index.config)
-        return heads.edits(family, index, created, hints) if family else None
+        names = index.presets.get(preset, ()) if family is None else _named(family, index, preset)
+        if not names:
+            raise _nothing(index, preset, [each for each in PRESETS if index.presets.get(each)])
+        return [Target("", *_split(name)) for name in names]
+
+    def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
+        """The class, labels and names of a checkpoint with the created head, or its new number of words."""
+        family = _family(index.config)
+        found = heads.edits(family, index, created, hints) if family else None if created else Edits()
+        if found is None and index.declared:
+            linear = index.presets.get("all-linear", ()) if family is None else _named(family, index, "all-linear")
+            found = vocabulary.resized(index, created, linear)
+        return found
 
     def untie(self, index: BaseIndex, names: Collection[str]) -> Edits | None:
         """``tie_word_embeddings: false``, which unties every pair of the model."""
         family = _family(index.config)
-        return heads.untie(family, index) if family and family.unties and names else None
+        if family is None:
+            return undeclared.untie(index) if names and index.declared else None
+        return heads.untie(family, index) if family.unties and names else None
 
     def companions(self, files: BaseFiles) -> tuple[str, ...]:
         """Configuration, tokenizer, processor and chat template files."""
@@ -215,6 +201,14 @@ class Transformers:
         """By the exact class of the module; experts see tokens and not rows of a batch."""
         found = site_of(model, name)
         return replace(found, rows=None) if found and "experts" in name.split(".") else found
+
+    def apply_part(self, model: nn.Module, part: OpenPart, acts: Callable[[], bool]) -> PartHandle:
+        """A prompt or a prefix; see ``AppliesParts``.
+
+        Raises:
+            UnsupportedKind, BaseMismatch, IntegrityError: it cannot act on this model.
+        """
+        return parts.apply_part(model, part, acts)
 
     def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
         """The model in ``folder``, in the class its configuration names; nothing is fetched and no remote code runs.
@@ -344,6 +338,39 @@ def _with_role(family: Family, name: str, info: ParameterInfo) -> ParameterInfo:
     on_top = not in_backbone or any(name in head.parameters for head in family.heads)
     role = {2: "linear", 4: "conv"}.get(len(info.shape), "") if on_top else ""  # heads have no other matrices
     return replace(info, role=role, transposed=False)
+
+
+def _named(family: Family, index: BaseIndex, preset: str) -> list[str]:
+    """What a preset means by the table."""
+    presets = {
+        "attention": family.attention,
+        "feed-forward": family.feed_forward,
+        "all-linear": family.linear,
+        "all-conv": family.conv,
+        "all-embedding": family.embedding,
+    }
+    weights = (name for name in index.parameters if _split(name)[1] == "weight")
+    return [name for name in weights if _is_one(family, _split(name)[0], presets.get(preset, ()))]
+
+
+def _nothing(index: BaseIndex, preset: str, others: Collection[str]) -> UsageError:
+    """Why a preset names nothing in a base."""
+    kind = index.config.get("model_type")
+    if not index.declared:
+        return UsageError(
+            f"what '{preset}' means in the architecture {kind!r} is known from its classes alone, and these were not "
+            "at hand",
+            "name the modules, or give the live model",
+        )
+    return UsageError(
+        f"there is nothing in the architecture {kind!r} of which it is known to be what '{preset}' means",
+        f"name the modules{', or take one of ' + ', '.join(others) if others else ''}",
+    )
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, parameter = name.rpartition(".")
+    return module, parameter
 
 
 def _is_one(family: Family, module: str, patterns: Iterable[str]) -> bool:

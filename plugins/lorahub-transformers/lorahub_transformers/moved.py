@@ -1,8 +1,9 @@
 """Modules that transformers renames when it loads a checkpoint, of architectures that ``families.py`` does not list.
 
-Such a base is known by the names it is stored under, and adapters trained in transformers 5 say the live ones.  Data
-and a look-up over text; ``tests/test_moved.py`` holds the table against the renamings of the real classes.  Where the
-experts themselves lie is the core's business (``lorahub.bases.experts``).
+Where the classes are at hand, ``converting`` reads all renamings off the library.  Without it such a base is known by
+the names it is stored under, and adapters trained in transformers 5 say the live ones.  Data and a look-up over text;
+``tests/test_moved.py`` holds the table against the renamings of the real classes.  Where the experts themselves lie is
+the core's business (``lorahub.bases.experts``).
 """
 
 from __future__ import annotations

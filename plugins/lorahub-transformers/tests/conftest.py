@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 
-from lorahub_transformers import Transformers
+if TYPE_CHECKING:
+    from lorahub_transformers import Transformers
+
+sys.path.append(str(Path(__file__).parent))  # for what several test files share: they lie in no package
 
 _USUAL: dict[str, Any] = {
     "hidden_size": 16,
@@ -57,6 +60,8 @@ Tiny = Callable[..., Any]
 
 def build(kind: str, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A model of class ``name`` with random weights; ``more`` are settings of its configuration."""
+    import transformers
+
     config = transformers.AutoConfig.for_model(kind, **{**CONFIGS[kind], **more})
     torch.manual_seed(seed)
     return getattr(transformers, name)(config).to(dtype).eval()
@@ -69,6 +74,8 @@ def tiny() -> Tiny:
 
 @pytest.fixture
 def framework() -> Transformers:
+    from lorahub_transformers import Transformers
+
     return Transformers()
 
 
@@ -85,8 +92,23 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture
+def words() -> Any:
+    """A tokenizer of whole words (w3 ... w49), made here."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{number}": number for number in range(3, 50)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     yield

@@ -353,16 +353,17 @@ def test_a_quantised_base_is_refused_by_name(tiny, saved, framework):
         from_files(framework, folder)
 
 
-def test_an_architecture_outside_the_table_is_taken_as_it_is_and_says_so(tiny, saved, framework):
+def test_an_architecture_outside_the_table_is_known_from_its_class(tiny, saved, framework):
     model = tiny("opt", "OPTForCausalLM")
     index = from_files(framework, saved(model))
     live = framework.index_model(model, BaseRef())
 
-    assert not index.declared
-    assert all(info.stored_as == name for name, info in index.parameters.items())
-    assert index.structure == live.structure
+    assert index.declared
+    assert essence(index) == essence(live)
+    assert index.tied == (("model.decoder.embed_tokens.weight", "lm_head.weight"),)
+    assert framework.targets(index, "attention") == framework.targets(live, "attention")
     with pytest.raises(UsageError, match="opt"):
-        framework.targets(index, "attention")
+        framework.targets(index, "all-conv")
 
 
 def test_gpt2_layouts_are_transposed_and_its_head_is_not(tiny, framework):

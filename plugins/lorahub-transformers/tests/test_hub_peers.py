@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="diffusers is not installed")
 sys.path.append(str(Path(__file__).parents[3] / "tests"))  # for the double of the Hub, which lies in no package
 
 from hub.double import TOKEN, Double, card

@@ -52,6 +52,20 @@ except MissingDependency as error:
 """
 
 
+UNDECLARED = """
+from lorahub.bases.index import BaseRef
+from lorahub.bases.open import survey_base
+from lorahub.errors import UsageError
+from lorahub_transformers import Transformers
+
+index = Transformers().index(BaseRef(), survey_base(sys.argv[1]))
+try:
+    Transformers().targets(index, "attention")
+except UsageError as error:
+    print(index.declared, len(index.parameters) > 10, error.hint)
+"""
+
+
 def run(script: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKED + script, *arguments],
@@ -76,4 +90,9 @@ def test_index_layouts_and_edits_need_neither_torch_nor_transformers(folder, fra
 
 
 def test_opening_a_model_says_what_to_install(folder):
-    assert run(OPEN, str(folder)) == "pip install 'transformers>=5,<6'"
+    assert run(OPEN, str(folder)) == "pip install 'transformers>=5.4,<6'"
+
+
+def test_an_architecture_outside_the_table_is_taken_by_names_and_shapes(tiny, saved):
+    folder = saved(tiny("opt", "OPTForCausalLM"))
+    assert run(UNDECLARED, str(folder)) == "False True name the modules, or give the live model"
