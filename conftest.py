@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,45 @@ SKIPS = {
     "triton is not installed": "there is none for this platform; its kernels have twins in plain torch",
     "no CUDA device": "the marker gpu; every kernel has a twin that is tested without one",
     "hatchling is not installed": "building a wheel needs it; `make` installs it",
+    "diffusers is not installed": "the plugin for its pipelines is tested where its framework is; `make` installs it",
+    "no package index": "the lowest versions that are allowed come from one; every other test has those at hand",
+    "no room for an environment of its own": "the lowest versions that are allowed take some GB",
+    "lorahub-": "a plugin is tested where it is installed; `make` installs them all",
     "timm is not installed": "the plugin for its models is tested where its framework is; `make` installs it",
+    "transformers is not installed": "the plugin for its models is tested where its framework is; `make` installs it",
     "runs as root, whom permissions do not bind": "a file cannot be made unreadable for root",
     "this file system": "it cannot hold what the test needs: links, case, a hole, a long name",
     "this platform": "the system call that is tested is not there",
 }
 """How a reason for skipping begins -> why that is no gap.  Any other skip fails."""
+
+
+_PLUGIN = "lorahub-"
+"""How the folder of a plugin is called, before the name of its framework."""
+
+
+class _Absent(pytest.Module):
+    """A file of tests for a plugin that cannot be used here: skipped without being imported."""
+
+    def collect(self) -> list[pytest.Item]:
+        folder = next(part for part in self.path.parts if part.startswith(_PLUGIN))
+        pytest.skip(f"{_lacking(folder)} is not installed", allow_module_level=True)
+
+
+@cache
+def _lacking(plugin: str) -> str:
+    """What a plugin's tests lack: its framework, or itself; "" where both are there."""
+    framework = plugin.removeprefix(_PLUGIN)
+    wanted = {framework: framework, f"lorahub_{framework}": plugin}
+    return next((name for module, name in wanted.items() if find_spec(module) is None), "")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Tests of a plugin are for where its framework is."""
+    inside = module_path.relative_to(Path(__file__).parent).parts
+    if inside[0] == "plugins" and _lacking(inside[1]):
+        return _Absent.from_parent(parent, path=module_path)
+    return None
 
 
 def _unlisted(report: pytest.TestReport | pytest.CollectReport) -> str | None:

@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 
 from lorahub import hookspecs
 from lorahub.errors import LorahubError, PluginError
-from lorahub.registry import SORTS, PluginInfo, Registry, unmet
+from lorahub.registry import SORTS, PluginInfo, Registry, Required, State, required
 
 __all__ = ["GROUP", "PluginInfo", "Registry", "load_registry", "name_clash"]
 
@@ -142,22 +142,26 @@ def _load(point: metadata.EntryPoint, disabled: str, allowed: str) -> _Candidate
     distribution, version = _distribution(point)
     info = PluginInfo(name=point.name, distribution=distribution, version=version)
     if reason := _blocked(info, disabled, allowed):
-        return _Candidate(info=replace(info, state="blocked", error=reason))
+        return _Candidate(info=_left_out(info, "blocked", reason))
     try:
         hooks = _import(point)
         objects = _collect(hooks)
-        requires = tuple(sorted({one.requires for one in objects.get("frameworks", {}).values() if one.requires}))
-        lacking = tuple(filter(None, map(unmet, requires)))
+        findings = _findings(point.load())
+        needs = sorted({one.requires for one in objects.get("frameworks", {}).values() if one.requires})
+        requires = tuple(map(required, needs))
+    except _OtherHooks as error:
+        return _Candidate(info=_left_out(info, "refused", error.message, error.hint))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code fails in any way, and takes no other along
         text = str(error) if isinstance(error, LorahubError) else f"{type(error).__name__}: {error}"
-        return _Candidate(info=replace(info, state="broken", error=text))
+        return _Candidate(info=_left_out(info, "broken", text))
     candidate = _Candidate(info=info, objects=objects)
     candidate.info = replace(
         info,
         hooks=tuple(sorted(hooks)),
         provides=tuple(sorted(f"{SORTS[sort].one} {name}" for sort, name in candidate.names())),
         requires=requires,
-        unmet=lacking,
+        remedy=_to_meet(requires),
+        findings=findings,
     )
     return candidate
 
@@ -180,7 +184,7 @@ def _settle(plugins: list[_Candidate], *, taken: set[tuple[str, str]]) -> None:
         ]
         reasons += [f"{rival.info} has the same name" for rival in rivals if rival.info.name == plugin.info.name]
         if reasons:
-            plugin.info = replace(plugin.info, state="conflict", error="; ".join(reasons))
+            plugin.info = _left_out(plugin.info, "conflict", "; ".join(reasons))
 
 
 def _import(point: metadata.EntryPoint) -> dict[str, Callable[[], object]]:
@@ -191,11 +195,45 @@ def _import(point: metadata.EntryPoint) -> dict[str, Callable[[], object]]:
         raise PluginError(f"its LORAHUB_HOOKS is {wanted!r}, and must be a tuple such as {ours}")
     if wanted[0] != ours[0]:
         made, here = (".".join(map(str, version)) for version in (wanted, ours))
-        raise PluginError(f"it was made for version {made} of lorahub's hooks, and this lorahub has {here}")
+        older = "lorahub-core" if wanted[0] > ours[0] else point.dist.name if point.dist else "the plugin"
+        raise _OtherHooks(
+            f"it was made for version {made} of lorahub's hooks, and this lorahub has {here}",
+            f"pip install --upgrade {older}",
+        )
     hooks = _hooks(plugin, point.name)
     if not hooks:
         raise PluginError(f"{point.value} implements none of lorahub's hooks")
     return hooks
+
+
+class _OtherHooks(PluginError):
+    """A plugin for another major version of the hooks."""
+
+
+def _left_out(info: PluginInfo, state: State, error: str, remedy: str = "") -> PluginInfo:
+    """The entry of a plugin that is not loaded, with what to do about it."""
+    install = f"pip install --upgrade {info.distribution}" if info.distribution else "upgrade it"
+    without = f"LORAHUB_DISABLE_PLUGINS={info.name}"
+    usual: dict[State, str] = {
+        "blocked": "change or unset that variable",
+        "broken": f"{install}; or do without it: {without}",
+        "conflict": f"keep one of them: {without}, or uninstall it",
+    }
+    return replace(info, state=state, error=error, remedy=remedy or usual.get(state, ""))
+
+
+def _to_meet(requires: tuple[Required, ...]) -> str:
+    """The command that installs what is missing, or ""."""
+    missing = [f"'{each.requirement}'" for each in requires if not each.met]
+    return f"pip install {' '.join(missing)}" if missing else ""
+
+
+def _findings(plugin: object) -> tuple[str, ...]:
+    """The codes that a plugin's own findings have, as its ``LORAHUB_FINDINGS`` lists them."""
+    codes = getattr(plugin, "LORAHUB_FINDINGS", ())
+    if not (isinstance(codes, list | tuple) and all(isinstance(each, str) for each in codes)):
+        raise PluginError(f"its LORAHUB_FINDINGS is {codes!r}, and must be a tuple such as ('some-code',)")
+    return tuple(sorted(codes))
 
 
 def _hooks(plugin: object, name: str) -> dict[str, Callable[[], object]]:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from lorahub.runtimes.runtime import Runtime
     from lorahub.storages.storage import Storage
 
-__all__ = ["SORTS", "PluginInfo", "Registry", "Sort", "State", "unmet"]
+__all__ = ["SORTS", "PluginInfo", "Registry", "Required", "Sort", "State", "required", "unmet"]
 
-State = Literal["loaded", "blocked", "broken", "conflict"]
+State = Literal["loaded", "blocked", "broken", "conflict", "refused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,18 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
         "kinds": Sort(
             one="kind",
             hook="lorahub_kinds",
-            attributes=("name", "title", "source", "slots", "deltas", "touches", "build", "dissolve", "spellings"),
+            attributes=(
+                "name",
+                "title",
+                "source",
+                "slots",
+                "deltas",
+                "touches",
+                "build",
+                "dissolve",
+                "spellings",
+                "starting",
+            ),
             unknown=UnsupportedKind,
         ),
         "formats": Sort(
@@ -136,6 +147,30 @@ SORTS: Mapping[str, Sort] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Required:
+    """A requirement, and what is installed.
+
+    Attributes:
+        requirement: as "transformers>=5,<6".
+        installed: the version that is; "" where none is.
+        met: whether that is what is asked for.
+    """
+
+    requirement: str
+    installed: str
+    met: bool
+
+    def __str__(self) -> str:
+        if self.met:
+            return f"{self.requirement} ({self.installed})"
+        return f"{self.requirement} ({f'{self.installed} is' if self.installed else 'not'} installed)"
+
+    def document(self) -> dict[str, object]:
+        """The requirement as JSON-ready values, keys in declaration order."""
+        return {"requirement": self.requirement, "installed": self.installed, "met": self.met}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PluginInfo:
     """What became of one entry point.
 
@@ -143,12 +178,14 @@ class PluginInfo:
         name: the entry point's name.
         distribution: who brought it; "" where the entry point does not say.
         version: of the distribution.
-        state: ``loaded``; ``blocked`` by the environment (never imported); ``broken``; in ``conflict`` over a name.
+        state: ``loaded``; ``blocked`` by the environment (never imported); ``broken``; in ``conflict`` over a name;
+            ``refused``, because it was made for another version of the hooks.
         error: why it is not loaded, in words; "" when it is.
+        remedy: what to do about that, or about what it requires, as a command where there is one; "" for nothing.
         hooks: the hooks it implements, sorted.
         provides: what it brings, as "framework transformers", sorted.
-        requires: what its frameworks need installed before a model can be opened, as requirement strings.
-        unmet: those of them that are not met, each with what is installed instead.
+        requires: what its frameworks need installed before a model can be opened, and what is; sorted.
+        findings: the codes of its own findings, sorted.
     """
 
     name: str
@@ -156,10 +193,11 @@ class PluginInfo:
     version: str = ""
     state: State = "loaded"
     error: str = ""
+    remedy: str = ""
     hooks: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-    unmet: tuple[str, ...] = ()
+    requires: tuple[Required, ...] = ()
+    findings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         origin = f"{self.distribution} {self.version}" if self.distribution else "of no distribution"
@@ -173,10 +211,11 @@ class PluginInfo:
             "version": self.version,
             "state": self.state,
             "error": self.error,
+            "remedy": self.remedy,
             "hooks": list(self.hooks),
             "provides": list(self.provides),
-            "requires": list(self.requires),
-            "unmet": list(self.unmet),
+            "requires": [each.document() for each in self.requires],
+            "findings": list(self.findings),
         }
 
 
@@ -239,8 +278,8 @@ class Registry:
         raise SORTS[sort].unknown(message, SORTS[sort].listed)
 
 
-def unmet(requirement: str) -> str:
-    """The requirement with what is installed instead, or "" where it is met; nothing is imported for it.
+def required(requirement: str) -> Required:
+    """What is installed of a requirement; nothing is imported for it.
 
     Raises:
         PluginError: it is no requirement.
@@ -252,5 +291,16 @@ def unmet(requirement: str) -> str:
     try:
         found = metadata.version(parsed.name)
     except metadata.PackageNotFoundError:
-        return f"{requirement} (not installed)"
-    return "" if parsed.specifier.contains(found, prereleases=True) else f"{requirement} ({found} is installed)"
+        return Required(requirement=requirement, installed="", met=False)
+    met = parsed.specifier.contains(found, prereleases=True)
+    return Required(requirement=requirement, installed=found, met=met)
+
+
+def unmet(requirement: str) -> str:
+    """The requirement with what is installed instead, or "" where it is met.
+
+    Raises:
+        PluginError: it is no requirement.
+    """
+    found = required(requirement)
+    return "" if found.met else str(found)

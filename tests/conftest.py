@@ -34,12 +34,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return build
 
 
-@pytest.fixture
-def run_script(tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """``run_script(TEXT, *arguments)``: what a script of Python prints, read as JSON; it can import what lies here."""
 
     def run(text: str, *arguments: str | Path) -> Any:
-        script = tmp_path / "script.py"
+        script = tmp_path_factory.mktemp("script") / "script.py"
         script.write_text(text)
         path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(

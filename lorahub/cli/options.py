@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from lorahub.cli.output import Output
+from lorahub.codes import CODES, demand_known
 from lorahub.deltas.disputes import COMPATS
 
 __all__ = ["allow_option", "base_option", "compat_option", "hub_option", "output_options"]
@@ -22,10 +23,23 @@ hub_option = click.option(
     help="Folder hub to use instead of Hugging Face (also LORAHUB_HUB).",
 )
 base_option = click.option("--base", metavar="BASE", help="The base: a local folder or file, or NS/NAME[@COMMIT].")
+
+
+def _known(_context: click.Context, _option: click.Parameter, codes: tuple[str, ...]) -> tuple[str, ...]:
+    """The codes of ``--allow``, once it is sure that there are such; plugins are loaded for the others alone."""
+    others = [code for code in codes if code not in CODES]
+    if others:
+        from lorahub.plugins import load_registry
+
+        demand_known(others, {code for plugin in load_registry().plugins for code in plugin.findings})
+    return codes
+
+
 allow_option = click.option(
     "--allow",
     metavar="CODE",
     multiple=True,
+    callback=_known,
     help="Accept one finding by its code and record that; may be repeated. The only override there is.",
 )
 compat_option = click.option(

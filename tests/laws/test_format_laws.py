@@ -77,13 +77,17 @@ def _declared(carrier: Format, kind: Kind) -> bool:
     return any(spelling.format == carrier.name for spelling in kind.spellings)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("carrier", "kind"), PAIRS)
 def test_what_a_format_writes_it_reads_back_bit_for_bit_or_it_refuses(
-    carrier: Format, kind: Kind, dtype: torch.dtype, tmp_path: Path
+    carrier: Format, kind: Kind, tmp_path: Path
 ) -> None:
-    kinds = tuple(REGISTRY.kinds.values())
     spelled = kind.name in getattr(carrier, "writes", ()) or _declared(carrier, kind)
+    assert {dtype: _carried(carrier, kind, dtype, tmp_path) > 0 for dtype in DTYPES} == dict.fromkeys(DTYPES, spelled)
+
+
+def _carried(carrier: Format, kind: Kind, dtype: torch.dtype, tmp_path: Path) -> int:
+    """How many adapters the format takes; each of them reads back as it was."""
+    kinds = tuple(REGISTRY.kinds.values())
     carried = 0
     for deltas, hints in adapters(kind, dtype):
         try:
@@ -95,12 +99,12 @@ def test_what_a_format_writes_it_reads_back_bit_for_bit_or_it_refuses(
         header = read_header(tmp_path / written.file)
         files = AdapterFiles(folder=tmp_path, headers={written.file: header}, configs=written.configs)
         reading = carrier.read(files, kinds, None)
-        assert reading.findings == ()
+        assert reading.findings == (), dtype
         with FileSource(tmp_path / written.file) as source:
             again, _ = build_deltas(reading, source.read, REGISTRY.kinds, None)
         changed = [target.name for target in deltas | again if not same(deltas.get(target), again.get(target))]
-        assert changed == []
-    assert bool(carried) == spelled
+        assert changed == [], dtype
+    return carried
 
 
 @pytest.mark.parametrize("carrier", REGISTRY.formats.values(), ids=REGISTRY.formats)

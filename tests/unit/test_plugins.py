@@ -20,7 +20,7 @@ from lorahub.errors import MissingDependency, PluginError, UnsupportedFormat, Un
 from lorahub.formats.format import Format
 from lorahub.hookspecs import hookimpl
 from lorahub.plugins import Registry, load_registry, name_clash
-from lorahub.registry import SORTS, PluginInfo, unmet
+from lorahub.registry import SORTS, PluginInfo, Required, unmet
 from lorahub.runtimes.runtime import Runtime
 from lorahub.storages.storage import Storage
 
@@ -89,7 +89,7 @@ def test_a_plugin_adds_to_the_built_ins() -> None:
         version="1.0",
         hooks=("lorahub_frameworks",),
         provides=("framework keras",),
-        requires=("pluggy>=1",),
+        requires=(Required(requirement="pluggy>=1", installed=metadata.version("pluggy"), met=True),),
     )
 
 
@@ -156,10 +156,6 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "bad-name": (returning([framework("Keras!")]), "names are like 'some-name'"),
     "twice": (returning([framework("keras"), framework("keras")]), "two frameworks called 'keras'"),
     "requirement": (returning([framework("keras", "keras over 3")]), "'keras over 3' is no requirement"),
-    "newer-hooks": (
-        plugin(lorahub_kinds=lorahub_kinds, LORAHUB_HOOKS=(2, 0)),
-        "version 2.0 of lorahub's hooks, and this",
-    ),
     "strange-hooks": (plugin(lorahub_kinds=lorahub_kinds, LORAHUB_HOOKS="1.0"), "its LORAHUB_HOOKS is '1.0'"),
 }
 
@@ -172,6 +168,30 @@ def test_a_broken_plugin_is_named_and_breaks_no_other(name: str) -> None:
     assert reason in registry.plugins[0].error
     assert "keras2" in registry.frameworks
     assert "keras" not in registry.frameworks
+
+
+@pytest.mark.parametrize(("major", "upgrade"), [(2, "lorahub-core"), (0, "acme-plugin")])
+def test_another_major_of_the_hooks_is_refused_and_the_older_side_is_to_be_upgraded(major: int, upgrade: str) -> None:
+    content = plugin(lorahub_kinds=lorahub_kinds, LORAHUB_HOOKS=(major, 0))
+    registry = load(Point("other", content), Point("good", frameworks("keras")))
+    assert states(registry) == {"good": "loaded", "other": "refused"}
+    info = registry.plugins[1]
+    assert info.error == f"it was made for version {major}.0 of lorahub's hooks, and this lorahub has 1.0"
+    assert info.remedy == f"pip install --upgrade {upgrade}"
+
+
+def test_what_to_do_about_a_plugin_that_is_left_out_is_said() -> None:
+    registry = load(
+        Point("a", frameworks("keras")),
+        Point("b", frameworks("keras")),
+        Point("bad", raises(ImportError("no keras here"))),
+        Point("off", never_imported),
+        env={"LORAHUB_DISABLE_PLUGINS": "off"},
+    )
+    remedies = {info.name: info.remedy for info in registry.plugins}
+    assert remedies["bad"] == "pip install --upgrade acme-plugin; or do without it: LORAHUB_DISABLE_PLUGINS=bad"
+    assert remedies["a"] == "keep one of them: LORAHUB_DISABLE_PLUGINS=a, or uninstall it"
+    assert remedies["off"] == "change or unset that variable"
 
 
 def test_a_newer_minor_of_the_hooks_is_taken() -> None:
@@ -260,10 +280,11 @@ def test_what_a_framework_requires_is_tested_before_it_runs_and_not_before_it_re
         Point("gone", frameworks("gone", requires="no-such-distribution>=3")),
         Point("fine", frameworks("fine", requires="pluggy>=1")),
     )
-    assert {info.name: info.unmet for info in registry.plugins} == {
-        "fine": (),
-        "gone": ("no-such-distribution>=3 (not installed)",),
-        "old": (f"pluggy<1 ({metadata.version('pluggy')} is installed)",),
+    pluggy = metadata.version("pluggy")
+    assert {info.name: (*map(str, info.requires), info.remedy) for info in registry.plugins} == {
+        "fine": (f"pluggy>=1 ({pluggy})", ""),
+        "gone": ("no-such-distribution>=3 (not installed)", "pip install 'no-such-distribution>=3'"),
+        "old": (f"pluggy<1 ({pluggy} is installed)", "pip install 'pluggy<1'"),
     }
     assert registry.framework("old").name == "old"
     assert registry.framework_to_run("fine").name == "fine"
