@@ -36,6 +36,7 @@ CASES = {
     "live-one": ("live", "one"),
     "live-rows": ("live", "rows"),
     "live-load": ("live", "load"),
+    "training": ("training", "steps"),
     "listing": ("listing", "listing"),
     "listing-different": ("listing", "different"),
     "compose-factors": ("compose", "factors"),

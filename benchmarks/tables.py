@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["BEGIN", "END", "accuracy_table", "rewrite"]
 
-RATIOS = {"ratios": "wall time", "work_ratios": "time after imports"}
+RATIOS = {"ratios": "wall time", "work_ratios": "time after imports", "memory_ratios": "peak memory"}
 """Key in a result -> what the ratios are of."""
 
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
