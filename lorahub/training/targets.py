@@ -175,7 +175,10 @@ class Resolver:
         above: dict[str, None] = {}
         for module in self.roles:
             above.setdefault(module.rpartition(".")[0])
-        wanted = [Target("", f"{path}.{name}" if path else name, "weight") for path in above]
+        head, _, last = name.rpartition(".")
+        wanted = [
+            Target("", f"{path}.{last}" if path else last, "weight") for path in above if not head or named(head, path)
+        ]
         layouts = self.framework.layouts(self.index, wanted)
         own = self.index.parameters
         yield from (target for target in wanted if target in layouts and target.name not in own)
@@ -240,7 +243,7 @@ def _shown(pattern: Pattern) -> str:
 
 def _ends(modules: Sequence[str]) -> list[str]:
     ends = dict.fromkeys(module.rpartition(".")[2] for module in modules)
-    return [each for each in ends if not each.isdigit()]
+    return [each for each in ends if not each.isdigit()] or list(modules)
 
 
 def _nearest(pattern: Pattern, names: Sequence[str]) -> str:

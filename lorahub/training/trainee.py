@@ -24,6 +24,7 @@ from lorahub.deltas.lora import LoRA
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import NotFinite, UsageError
+from lorahub.files.atomic import write_failed
 from lorahub.lazy import torch
 from lorahub.live.attached import Live
 from lorahub.merging import merge
@@ -201,7 +202,7 @@ class Trainee:
         In one process of several, unless the model is sharded: then in all, and the first one writes.
 
         Args:
-            folder: where to; a folder that exists gets new files, each whole.
+            folder: where to; a folder that exists gets new files, each whole, and folders above it are made.
             format: which layout; see ``lorahub.convert``.
             component: which part of a pipeline the model is ("unet"), for layouts that say so.
             state: the model's state dict, where somebody has gathered it from all processes; then one process saves.
@@ -219,6 +220,10 @@ class Trainee:
             adapter = replace(adapter, deltas=deltas)
         if state is None and self._sharded() and torch.distributed.get_rank() != 0:
             return Path(folder)
+        try:
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failed(folder, error) from error
         return save(adapter, folder, format=format)
 
     def _gathered(self, state: Mapping[str, torch.Tensor], seat: Seat, slot: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from training.nets import Net, batch, numbers, same, train
 
 import lorahub
-from lorahub.errors import NotFinite, UnsupportedKind, UsageError
+from lorahub.errors import NotFinite, UnsupportedKind, UsageError, WriteFailed
 from lorahub.records import AdapterRecord
 
 with warnings.catch_warnings():
@@ -172,6 +172,14 @@ def test_a_state_that_somebody_gathered_is_saved_in_place_of_the_models_own(tmp_
         assert (model(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
     with pytest.raises(UsageError, match="the state lacks _lorahub"):
         lorahub.create(model, r=2).save(tmp_path / "other", state=numbers(model))
+
+
+def test_folders_on_the_way_are_made_and_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with lorahub.create(Net(), r=2, target_modules="q_proj") as trainee:
+        assert (trainee.save(tmp_path / "runs" / "1" / "ink") / "adapter_config.json").is_file()
+        with pytest.raises(WriteFailed, match="file"):
+            trainee.save(tmp_path / "file" / "ink")
 
 
 def test_what_diverged_is_not_saved(tmp_path):

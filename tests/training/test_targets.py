@@ -84,3 +84,28 @@ def test_a_grouped_convolution_is_trained_and_merges():
     outputs = model(images).detach()
     trainee.merge()
     assert torch.allclose(model(images), outputs, atol=1e-5)
+
+
+def test_a_sequential_keeps_its_way_through_its_layers_and_names_them_where_a_name_is_wrong():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    with pytest.raises(UsageError, match="no module is called 'head'") as refused:
+        lorahub.create(model, target_modules="head")
+    assert "there are: 0, 2" in refused.value.hint
+    with lorahub.create(model, r=2, target_modules="all-linear") as trainee:
+        assert torch.equal(model(x), before)
+        model(x).sum().backward()
+        assert all(own.grad is not None for own in trainee.parameters())
+    assert len(model) == 3
+
+
+def test_a_part_of_a_fused_projection_is_named_by_any_end_of_its_path():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("lorahub_transformers", reason="lorahub-transformers is not installed")
+    small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "n_positions": 8}
+    model = transformers.GPT2Model(transformers.GPT2Config(**small, bos_token_id=None, eos_token_id=None))
+    every = modules(model, target_modules="q_proj")
+    assert len(every) == 2
+    assert modules(model, target_modules="attn.q_proj") == every
+    assert modules(model, target_modules="1.attn.q_proj") == every[1:]
