@@ -95,15 +95,25 @@ def pytest_make_collect_report() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is no device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    """Tests marked ``gpu`` are skipped where there is no device, those marked ``plugin`` where it is not loaded."""
+    if (marked := [item for item in items if item.get_closest_marker("gpu")]) and not _device():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if (mark := item.get_closest_marker("plugin")) and (name := mark.args[0]) not in _plugins():
+            item.add_marker(pytest.mark.skip(reason=f"{_PLUGIN}{name} is not installed"))
+
+
+def _device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@cache
+def _plugins() -> frozenset[str]:
+    """The plugins that are loaded."""
+    return frozenset(each.name for each in load_registry().plugins if each.state == "loaded")
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,7 @@ def test_a_checkpoint_has_what_an_adapter_of_full_rank_would_have(
     _demand_same(base, tmp_path / "merged", made)
 
 
+@pytest.mark.plugin("transformers")
 def test_the_bytes_do_not_depend_on_threads_and_the_base_may_store_weights_the_other_way_round(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

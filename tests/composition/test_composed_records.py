@@ -132,6 +132,7 @@ def test_a_term_that_is_no_adapter_is_refused(pair: Mapping[str, Path]) -> None:
 # --------------------------------------------------------------------------------------------------- what the base adds
 
 
+@pytest.mark.plugin("transformers")
 def test_new_values_for_weights_stored_the_other_way_round_are_written_as_the_base_has_them(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_new_values_for_weights_stored_the_other_way_round_are_written_as_the_ba
         assert torch.allclose(found[name], value, rtol=0, atol=1e-5), name
 
 
+@pytest.mark.plugin("transformers")
 def test_new_values_that_may_be_either_way_round_are_refused_without_the_base(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("lorahub_transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.plugin("transformers")
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "examples" / "evidence"
 SCRIPTS = ("counts", "memory", "latency", "switching", "ranks", "paper_checkpoint")

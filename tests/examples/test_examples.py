@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lorahub_transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.plugin("transformers")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

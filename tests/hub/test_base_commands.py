@@ -53,6 +53,7 @@ def test_a_plan_reads_neither_side_s_weights(double: Double, recorded: Path) -> 
     assert weight_bytes(double) <= read
 
 
+@pytest.mark.plugin("transformers")
 def test_a_refused_merge_has_pulled_nothing_of_the_base_and_an_accepted_one_pulls_it_once(
     double: Double, recorded: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_refused_merge_has_pulled_nothing_of_the_base_and_an_accepted_one_pull
     assert len(whole) == 1
 
 
+@pytest.mark.plugin("transformers")
 def test_parameters_are_fetched_when_the_first_is_asked_for(double: Double) -> None:
     files = base()
     double.repo("acme/base").commit(files)
@@ -162,6 +164,7 @@ def test_the_command_tells_the_cases_apart_by_word_and_exit_code(double: Double,
     assert double.bytes_of("tokenizer.json") == 0
 
 
+@pytest.mark.plugin("transformers")
 def test_the_report_in_json_follows_its_schema_and_is_the_same_each_time(
     double: Double, recorded: Path, lorahub: Any
 ) -> None:

@@ -167,6 +167,7 @@ def test_layers_besides_those_that_it_touches_are_only_other_weights(double: Dou
     assert codes(report) == {"base-weights-differ", "structure-differs"}
 
 
+@pytest.mark.plugin("transformers")
 def test_an_unrecorded_base_that_fits_is_unverified_and_says_so_in_one_finding(
     double: Double, adapter: Path, at: Any
 ) -> None:

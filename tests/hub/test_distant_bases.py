@@ -154,6 +154,7 @@ def test_weights_that_are_kept_in_git_itself_are_hashed_since_no_list_says_their
 # ------------------------------------------------------------------------------------------------------- hostility
 
 
+@pytest.mark.plugin("transformers")
 def test_a_header_that_lies_is_found_out_when_the_files_are_there(double: Double, adapter: Path, at: Any) -> None:
     files = base()
     double.repo("acme/base").commit(files)

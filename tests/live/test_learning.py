@@ -870,6 +870,7 @@ def test_malformed_learning_is_refused(pair, options, says):
 # ---- models of transformers
 
 
+@pytest.mark.plugin("transformers")
 def test_a_tiny_transformer_learns_by_layer(tiny_model, tmp_path):
     model = tiny_model("bert")
     names = [f"encoder.layer.{n}.attention.self.{part}.weight" for n in range(2) for part in ("query", "value")]

@@ -194,6 +194,7 @@ def test_generation_is_that_of_peft(build, tmp_path):
         assert torch.equal(rows[1], plain[1])
 
 
+@pytest.mark.plugin("transformers")
 def test_a_tied_head_is_changed_alone_where_that_is_allowed(build, tmp_path):
     base = build("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight

@@ -347,6 +347,7 @@ def bert(cls: Any) -> Any:
     return cls(config).eval()
 
 
+@pytest.mark.plugin("transformers")
 def test_names_become_those_of_the_base_it_is_read_against(tmp_path: Path) -> None:
     """Trained on the bare encoder, wanted under the names of the model around it, as releases rename them."""
     model = quietly(lambda: get_peft_model(bert(BertModel), peft.LoraConfig(r=2, target_modules=["query"])))
@@ -365,6 +366,7 @@ def test_names_become_those_of_the_base_it_is_read_against(tmp_path: Path) -> No
         assert torch.equal(own[key.replace("base_model.model.", "base_model.model.bert.")], theirs[key])
 
 
+@pytest.mark.plugin("transformers")
 def test_a_conv1d_keeps_its_way_round(tmp_path: Path, tiny_model: Any) -> None:
     fresh = tiny_model("gpt2")
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)

@@ -82,6 +82,7 @@ def test_a_base_on_disk_is_taken_apart_as_a_live_one_is(name: str, tmp_path: Pat
         torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-5)
 
 
+@pytest.mark.plugin("transformers")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_order_is_that_of_the_model_and_not_of_names(
     family: str, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]

@@ -364,6 +364,7 @@ def on_disk(case: Case, folder: Path, compat: str | None = None) -> dict[str, to
     return dict(quietly(lambda: transformers.LlamaForCausalLM.from_pretrained(str(folder / "out"))).state_dict())
 
 
+@pytest.mark.plugin("transformers")
 @pytest.mark.parametrize("name", ENSURED)
 def test_compat_peft_adds_an_embeddings_change_for_each_name_of_a_tied_weight_as_peft_merges_it(
     name: str, tmp_path: Path
@@ -373,6 +374,7 @@ def test_compat_peft_adds_an_embeddings_change_for_each_name_of_a_tied_weight_as
     assert assert_equal(on_disk(ENSURED[name], tmp_path, "peft"), expected, before) >= 2
 
 
+@pytest.mark.plugin("transformers")
 @pytest.mark.parametrize("name", ENSURED)
 def test_compat_strict_adds_an_embeddings_change_to_a_tied_weight_once(name: str, tmp_path: Path) -> None:
     before, expected = trained(ENSURED[name], tmp_path / "adapter")
@@ -380,6 +382,7 @@ def test_compat_strict_adds_an_embeddings_change_to_a_tied_weight_once(name: str
     assert assert_equal(on_disk(ENSURED[name], tmp_path, "strict"), {**expected, **once}, before) >= 2
 
 
+@pytest.mark.plugin("transformers")
 def test_compat_strict_computes_what_pefts_model_of_a_tied_weight_computes(tmp_path: Path) -> None:
     case = ENSURED["a list"]
     trained(case, tmp_path / "adapter")
@@ -393,6 +396,7 @@ def test_compat_strict_computes_what_pefts_model_of_a_tied_weight_computes(tmp_p
     assert float((expected - untouched).norm() / untouched.norm()) > 1e-2
 
 
+@pytest.mark.plugin("transformers")
 def test_a_tied_weight_is_not_merged_until_somebody_chose_and_one_that_is_apart_is_no_matter_of_dispute(
     tmp_path: Path,
 ) -> None:
@@ -634,6 +638,7 @@ def test_rslora_of_experts_from_transformers_4_is_larger_under_compat_peft_alone
     assert assert_equal(stored(live, tmp_path / "live"), expected, before) == len(tensors) // 2
 
 
+@pytest.mark.plugin("transformers")
 def test_rows_that_say_two_things_of_one_tied_parameter_are_refused(tmp_path: Path) -> None:
     # PEFT 0.21.2 merges these to something else than it computes before
     case = rows(lambda: llama(tied=True), trainable_token_indices={"embed_tokens": [5, 1], "lm_head": [1, 3]})

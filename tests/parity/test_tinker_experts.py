@@ -94,6 +94,7 @@ CASES: dict[str, tuple[Callable[[], Any], str, Callable[[Tensors, Tensors, int],
 }
 
 
+@pytest.mark.plugin("transformers")
 @pytest.mark.parametrize("name", CASES)
 def test_every_expert_of_a_live_model_gets_its_own_change(name: str, tmp_path: Path) -> None:
     build, attention, place = CASES[name]

@@ -100,9 +100,10 @@ def test_a_sequential_keeps_its_way_through_its_layers_and_names_them_where_a_na
     assert len(model) == 3
 
 
+@pytest.mark.plugin("transformers")
 def test_a_part_of_a_fused_projection_is_named_by_any_end_of_its_path():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    pytest.importorskip("lorahub_transformers", reason="lorahub-transformers is not installed")
+    import transformers
+
     small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "n_positions": 8}
     model = transformers.GPT2Model(transformers.GPT2Config(**small, bos_token_id=None, eos_token_id=None))
     every = modules(model, target_modules="q_proj")

@@ -179,6 +179,7 @@ def test_peft_loads_the_result_and_computes_what_the_tuned_model_computes(tmp_pa
     }
 
 
+@pytest.mark.plugin("transformers")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
 def test_a_transformers_checkpoint_comes_back_through_peft_and_through_merging(
     family: str, tiny_model: Callable[..., Any], tmp_path: Path
@@ -208,6 +209,7 @@ def _shared(family: str) -> list[str]:
     return ["shared.weight"] if family == "t5" else []
 
 
+@pytest.mark.plugin("transformers")
 def test_a_tied_embedding_becomes_a_change_of_every_name_it_has(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("gpt2", n_embd=32)
     tuned = tune(model, noise=0.0)
@@ -218,6 +220,7 @@ def test_a_tied_embedding_becomes_a_change_of_every_name_it_has(tiny_model: Call
     assert {"transformer.wte.weight", "lm_head.weight"} <= names
 
 
+@pytest.mark.plugin("transformers")
 def test_an_embedding_with_three_names_is_refused_by_name(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("t5", d_model=32, d_ff=48)
     tune(model).save_pretrained(tmp_path / "tuned")
@@ -538,6 +541,7 @@ def test_a_new_parameter_is_kept_whole_and_named(base: Path, tmp_path: Path) -> 
     assert "score.weight" in {target.name for target in lorahub.load(tmp_path / "out").deltas}
 
 
+@pytest.mark.plugin("transformers")
 def test_a_head_on_a_bare_encoder_is_named_as_its_class_names_it(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -561,6 +565,7 @@ def test_a_head_on_a_bare_encoder_is_named_as_its_class_names_it(
     assert all(torch.allclose(merged[name], wanted[name], atol=2e-6) for name in wanted)
 
 
+@pytest.mark.plugin("transformers")
 def test_parameters_that_are_tied_on_one_side_only_are_refused_by_name(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
