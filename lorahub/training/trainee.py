@@ -16,6 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, final
 
 from lorahub.adapter import Adapter, save
+from lorahub.bases.index import structure_digest
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.departed import Departed
@@ -217,7 +218,7 @@ class Trainee:
         _demand_finite(adapter)
         if component:
             deltas = {replace(target, component=component): delta for target, delta in adapter.deltas.items()}
-            adapter = replace(adapter, deltas=deltas)
+            adapter = replace(adapter, deltas=deltas, record=self._of_component(adapter.record, component))
         if state is None and self._sharded() and torch.distributed.get_rank() != 0:
             return Path(folder)
         try:
@@ -225,6 +226,14 @@ class Trainee:
         except OSError as error:
             raise write_failed(folder, error) from error
         return save(adapter, folder, format=format)
+
+    def _of_component(self, record: AdapterRecord | None, component: str) -> AdapterRecord | None:
+        """The record as a pipeline is held against it: what was said of one model's skeleton and weights is left."""
+        if record is None or record.base is None:
+            return record
+        said = record.base.model_dump(exclude_defaults=True, exclude={"structure", "weights_digest", "targets"})
+        touched = ((f"{component}:{step.out}", step.before.shape) for step in self._plan.steps if step.before)
+        return record.changed(base={**said, "targets": structure_digest(touched)})
 
     def _gathered(self, state: Mapping[str, torch.Tensor], seat: Seat, slot: str) -> torch.Tensor:
         name = self._root.name(seat, slot)

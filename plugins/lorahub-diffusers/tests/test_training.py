@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_diffusers import diffusers
+from tiny_diffusers import diffusers, sd, sd3
 
 import lorahub
+from lorahub.findings import Verdict
 
 BOUND = 64 * torch.finfo(torch.float32).eps
 NOISE, PROMPT, WANTED = (
@@ -80,3 +81,17 @@ def test_checkpointing_and_an_output_that_is_trained_in_full(tmp_path):
     trainee.detach()
     with lorahub.attach(again, [tmp_path / "out"]):
         assert (denoised(again) - outputs).abs().max() <= BOUND * outputs.abs().max()
+
+
+def test_what_was_trained_on_one_component_is_known_again_in_the_pipeline(tmp_path):
+    pipe = sd()
+    trainee = lorahub.create(pipe.unet, r=2, target_modules="attention")
+    with torch.no_grad():
+        for own in trainee.parameters():
+            own.normal_(generator=torch.Generator().manual_seed(1))
+    trainee.save(tmp_path / "out", format="diffusers", component="unet")
+    trainee.detach()
+    report = lorahub.check(tmp_path / "out", pipe)
+    assert {finding.code for finding in report.findings} == {"base-unrecorded", "components"}
+    assert "lands on 32 targets in unet" in str([finding.message for finding in report.findings])
+    assert lorahub.check(tmp_path / "out", sd3()).verdict == Verdict.INCOMPATIBLE
