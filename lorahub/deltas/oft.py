@@ -262,8 +262,8 @@ def _blocks_of(ground: Ground, features: int) -> tuple[int, int]:
 
 STARTING = Starting(
     settings={
-        "r": Setting(default=0, says="The number of blocks; 0: as oft_block_size gives."),
-        "oft_block_size": Setting(default=32, says="The size of the blocks; 0: as r gives."),
+        "r": Setting(default=0, says="How many blocks, or the nearest number that divides; 0: by oft_block_size."),
+        "oft_block_size": Setting(default=32, says="The size of the blocks, or the nearest that divides; 0: by r."),
         "block_share": Setting(default=False, says="One block serves for all."),
         "coft": Setting(default=False, says="Bound the angles by eps."),
         "eps": Setting(default=6e-5, says="The bound on the length of all angles, with coft."),
