@@ -1,10 +1,10 @@
 """Two adapters made into one: an exact sum, and TIES cut back to the rank of one of them."""
 
-from tiny import published, workplace
+from tiny import published, scratch
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     hub = published(folder, "demo/ink", "demo/wash")
     ink, wash = (lorahub.load(f"demo/{name}@1.0", hub=hub) for name in ("ink", "wash"))
     print(f"likeness of their changes: {lorahub.similarity([ink, wash]).cosine(0, 1):.2f}")

@@ -2,11 +2,11 @@
 
 import torch
 from safetensors.torch import load_file
-from tiny import language_model, published, workplace
+from tiny import language_model, published, scratch
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     hub = published(folder, "demo/ink")
     for layout in ("mlx", "torchtune", "peft"):
         try:

@@ -1,11 +1,11 @@
 """Many adapters on one base, and one batch in which every row has its own."""
 
 import torch
-from tiny import language_model, published, sentences, workplace
+from tiny import language_model, published, scratch, sentences
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     tenants = [f"tenant{number}" for number in range(6)]
     hub = published(folder, *(f"demo/{tenant}" for tenant in tenants))
     adapters = {tenant: lorahub.load(f"demo/{tenant}@1", hub=hub) for tenant in tenants}

@@ -1,11 +1,11 @@
 """Fetch a version from a hub, look before leaping, merge it into the base, and take it out again bit for bit."""
 
 import torch
-from tiny import language_model, published, sentences, workplace
+from tiny import language_model, published, scratch, sentences
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     hub = published(folder, "demo/ink")
     pulled = lorahub.pull("demo/ink@1", hub=hub)
     print("pulled:", ", ".join(sorted(path.name for path in pulled.folder.iterdir())))

@@ -1,10 +1,10 @@
 """Write down what an adapter was made on, and publish it as a version that never changes."""
 
-from tiny import language_model, workplace
+from tiny import language_model, scratch
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     model = language_model()
     model.save_pretrained(folder / "base")
     with lorahub.create(model, r=4, target_modules="attention") as trainee:

@@ -1,11 +1,11 @@
 """From one task to the next on a model in memory: choose, mix, exchange, take off."""
 
 import torch
-from tiny import language_model, published, sentences, workplace
+from tiny import language_model, published, scratch, sentences
 
 import lorahub
 
-with workplace() as folder:
+with scratch() as folder:
     hub = published(folder, "demo/ink", "demo/wash", "demo/chalk")
     model, ids = language_model(), sentences()
     with torch.inference_mode():

@@ -21,7 +21,7 @@ import lorahub
 
 transformers.utils.logging.disable_progress_bar()
 
-__all__ = ["language_model", "published", "sentences", "unet", "vision_model", "workplace"]
+__all__ = ["language_model", "published", "scratch", "sentences", "unet", "vision_model"]
 
 WORDS = 64
 
@@ -84,7 +84,7 @@ def unet() -> Any:
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
     """A temporary folder with a hub in ``hub``, and a cache of its own, as long as the block lasts."""
     old = os.environ.get("LORAHUB_CACHE")
     with tempfile.TemporaryDirectory(prefix="lorahub-example-") as name:

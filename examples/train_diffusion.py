@@ -1,7 +1,7 @@
 """LoRA on the attention of a diffusion model: noise is added to latents, and the model learns to tell it apart."""
 
 import torch
-from tiny import unet, workplace
+from tiny import scratch, unet
 
 import lorahub
 
@@ -22,6 +22,6 @@ for step in range(16):
     if step % 5 == 0:
         print(f"step {step:2}: loss {loss:.3f}")
 
-with workplace() as folder:  # in the layout of pipe.load_lora_weights
+with scratch() as folder:  # in the layout of pipe.load_lora_weights
     saved = trainee.save(folder / "ink", format="diffusers", component="unet")
     print("saved:", ", ".join(sorted(path.name for path in saved.iterdir())))

@@ -1,7 +1,7 @@
 """LoRA on a language model, in a plain loop, saved in PEFT's layout."""
 
 import torch
-from tiny import language_model, sentences, workplace
+from tiny import language_model, scratch, sentences
 
 import lorahub
 
@@ -19,7 +19,7 @@ for step in range(30):
     if step % 10 == 0:
         print(f"step {step:2}: loss {loss:.2f}")
 
-with workplace() as folder:
+with scratch() as folder:
     saved = trainee.save(folder / "counting")
     print("saved:", ", ".join(sorted(path.name for path in saved.iterdir())))
     trainee.detach()

@@ -1,7 +1,7 @@
 """DoRA on a vision transformer, with a head that is trained in full and travels with the adapter."""
 
 import torch
-from tiny import vision_model, workplace
+from tiny import scratch, vision_model
 
 import lorahub
 
@@ -20,6 +20,6 @@ for step in range(40):
     if step % 13 == 0:
         print(f"step {step:2}: loss {answer.loss:.2f}, {(answer.logits.argmax(-1) == labels).float().mean():.0%} right")
 
-with workplace() as folder:
+with scratch() as folder:
     for row in lorahub.inspect(trainee.save(folder / "brightness")).rows:
         print(f"{row.kind} on {row.modules} modules called {row.targets}")

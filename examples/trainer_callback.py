@@ -2,12 +2,12 @@
 
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny import language_model, sentences, workplace
+from tiny import language_model, scratch, sentences
 
 import lorahub
 from lorahub_transformers import RecordCallback
 
-with workplace() as folder:
+with scratch() as folder:
     language_model().save_pretrained(folder / "base")
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
