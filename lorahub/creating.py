@@ -36,7 +36,7 @@ _BIASES = ("none", "all", "lora_only")
 
 def create(
     model: nn.Module,
-    kind: str = "lora",
+    kind: str | None = None,
     *,
     r: int | None = None,
     alpha: float | None = None,
@@ -48,7 +48,7 @@ def create(
     dropout: float | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    bias: str = "none",
+    bias: str | None = None,
     init: str | None = None,
     batches: Iterable[Any] | None = None,
     seed: int = 0,
@@ -71,7 +71,8 @@ def create(
 
     Args:
         model: any ``nn.Module``; of a pipeline, the one of its models that is to be trained.
-        kind: "lora", "dora", "loha", "lokr", "ia3", "vera", "oft", or any other registered kind that can be trained.
+        kind: "lora", "dora", "loha", "lokr", "ia3", "vera", "oft", or any other registered kind that can be trained;
+            None: the config's, else "lora".
         r: the rank; None: the kind's own choice.
         alpha: the change is multiplied by alpha / r; None: ``r``, so that it is not scaled.
         target_modules: what to train: a preset ("attention", "all-linear", "all-conv", "all-embedding"), ends of
@@ -86,7 +87,8 @@ def create(
         dropout: the chance of an input of the adapter's own path to be dropped while it trains.
         rank_pattern: other ranks for single modules: regular expression for a path or its end -> r.
         alpha_pattern: the same for alpha.
-        bias: "none", "all" of the base's, or "lora_only": those of modules that take the adapter.
+        bias: "none", "all" of the base's, or "lora_only": those of modules that take the adapter; None: the
+            config's, else "none".
         init: how it begins ("default", "gaussian", "pissa", "olora", "eva"); see the kind.
         batches: what to run the model on before, for kinds and inits that look at inputs ("eva").
         seed: of what is drawn at random; nothing is drawn from PyTorch's own generators.
@@ -118,10 +120,11 @@ def create(
         raise UsageError(f"an adapter cannot be called {name!r}", "use letters and digits")
     if resume is not None:
         given = {
-            "r": r, "alpha": alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
-            "target_parameters": target_parameters, "modules_to_save": modules_to_save, "layers": layers,
-            "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "init": init, "config": config,
-            "batches": batches, **settings,
+            "kind": kind, "r": r, "alpha": alpha, "target_modules": target_modules,
+            "exclude_modules": exclude_modules, "target_parameters": target_parameters,
+            "modules_to_save": modules_to_save, "layers": layers, "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern, "bias": bias, "init": init, "config": config, "batches": batches,
+            "seed": seed or None, "task_type": task_type, **settings,
         }  # fmt: skip
         if more := [key for key, value in given.items() if value is not None]:
             raise UsageError(
@@ -131,18 +134,16 @@ def create(
             opened, resume, registry, name=name, dtype=dtype or torch.float32, dropout=dropout, named=named, allow=allow
         )
         return Trainee(made, registry)
-    said: dict[str, Any] = arguments(config, registry.kinds) if config is not None else {}
+    said: dict[str, Any] = {"kind": "lora", "bias": "none"}
+    said |= arguments(config, registry.kinds) if config is not None else {}
     own: dict[str, Any] = {
-        "r": r, "alpha": alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
+        "kind": kind, "bias": bias, "r": r, "alpha": alpha,
+        "target_modules": target_modules, "exclude_modules": exclude_modules,
         "target_parameters": target_parameters, "modules_to_save": modules_to_save, "layers": layers,
         "dropout": dropout, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "init": init,
         "task_type": task_type, **settings,
     }  # fmt: skip
     said |= {key: value for key, value in own.items() if value is not None}
-    if bias != "none" or "bias" not in said:
-        said["bias"] = bias
-    if kind != "lora" or "kind" not in said:
-        said["kind"] = kind
     return Trainee(
         _made(opened, registry, said, batches=batches, seed=seed, name=name, dtype=dtype, named=named, allow=allow),
         registry,

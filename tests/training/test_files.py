@@ -260,6 +260,19 @@ def test_what_a_config_says_and_nobody_here_does_is_refused_by_name():
 def test_what_is_given_beside_a_config_counts_first():
     trainee = lorahub.create(Net(), config=peft.LoraConfig(r=4, target_modules=["q_proj"]), r=2)
     assert {delta.down.shape[0] for delta in trainee.adapter.deltas.values()} == {2}
+    trainee.detach()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, bias="all")
+    with lorahub.create(Net(), "lora", config=config, bias="none") as trainee:
+        assert {target.parameter for target in trainee.targets} == {"weight"}
+        assert {delta.kind for delta in trainee.adapter.deltas.values()} == {"lora"}
+
+
+@pytest.mark.parametrize("more", [{"kind": "dora"}, {"bias": "all"}, {"seed": 1}, {"task_type": "CAUSAL_LM"}, {"r": 4}])
+def test_what_an_adapter_is_cannot_be_chosen_when_it_is_taken_up(more, tmp_path):
+    with lorahub.create(Net(), r=2, target_modules="q_proj") as trainee:
+        trainee.save(tmp_path)
+    with pytest.raises(UsageError, match=f"{next(iter(more))} cannot be chosen"):
+        lorahub.create(Net(), resume=tmp_path, **more)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
