@@ -21,9 +21,12 @@ settings.load_profile("lorahub")  # no test depends on how fast the machine is, 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; kernels then run on the CPU
 
+os.environ.setdefault("LORAHUB_KERNELS", str(Path(__file__).parent / ".pytest_cache" / "kernels"))  # compiled once
+
 SKIPS = {
     "set LORAHUB_REAL_ADAPTERS to a folder of real adapters": "they are too large, and not ours to publish",
     "triton is not installed": "there is none for this platform; its kernels have twins in plain torch",
+    "no compiled kernel": "there is no C compiler for the CPU's; plain PyTorch is what runs and is tested then",
     "no CUDA device": "the marker gpu; every kernel has a twin that is tested without one",
     "hatchling is not installed": "building a wheel needs it; `make` installs it",
     "diffusers is not installed": "the plugin for its pipelines is tested where its framework is; `make` installs it",
@@ -34,6 +37,7 @@ SKIPS = {
     "transformers is not installed": "the plugin for its models is tested where its framework is; `make` installs it",
     "runs as root, whom permissions do not bind": "a file cannot be made unreadable for root",
     "this file system": "it cannot hold what the test needs: links, case, a hole, a long name",
+    "this kernel has no such weights": "without AVX-512 it takes bfloat16 alone; the others go the plain way",
     "this platform": "the system call that is tested is not there",
 }
 """How a reason for skipping begins -> why that is no gap.  Any other skip fails."""

@@ -18,7 +18,8 @@ import torch
 
 from lorahub.deltas.full import Full
 from lorahub.deltas.lora import LoRA
-from lorahub.engine.changing import passage
+from lorahub.engine.changing import passage, undo
+from lorahub.engine.folding import planes
 from lorahub.engine.kernels import choice, merge_torch
 from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.rounding import fast
@@ -268,6 +269,8 @@ def test_a_merge_goes_through_the_kernel_of_the_device_and_back(tools, kernel, s
         return kernel.merge_patches(given)
 
     monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge))
+    for module in (fast, planes, undo):
+        monkeypatch.setattr(module, "native", lambda: choice.Native(None, "another is tried"))
     weights = {
         "a.weight": tools.weights(48, 40, seed=1, dtype=stored),
         "b.weight": tools.weights(24, 16, 3, 3, seed=2, dtype=stored),

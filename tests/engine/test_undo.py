@@ -16,6 +16,7 @@ from lorahub.deltas.replace import Replace
 from lorahub.engine.changing.merge import Arranged, merge_into
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.folding.fold import Fold
+from lorahub.engine.folding.planes import Noted
 from lorahub.engine.planning.plan import plan
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.engine.undoing.reload import BaseRows
@@ -365,17 +366,28 @@ class Broken:
 
     def __init__(self, monkeypatch, at):
         self.calls, self.at = 0, at
-        original = Fold.run
+        run, put, change = Fold.run, Fold.put, Noted.change
 
-        def run(fold, unit, before, out, space):
+        def broken(original):
+            def fold(fold, unit, before, out, space, **more):
+                self.calls += 1
+                result = original(fold, unit, before, out, space, **more)
+                if self.calls == self.at:
+                    out.fill_(7)
+                    raise Stop
+                return result
+
+            return fold
+
+        def noted(given):
             self.calls += 1
-            result = original(fold, unit, before, out, space)
             if self.calls == self.at:
-                out.fill_(7)
                 raise Stop
-            return result
+            return change(given)
 
-        monkeypatch.setattr(Fold, "run", run)
+        monkeypatch.setattr(Fold, "run", broken(run))
+        monkeypatch.setattr(Fold, "put", broken(put))
+        monkeypatch.setattr(Noted, "change", noted)
 
 
 def _fails_everywhere(go, monkeypatch, prepare, act, check):

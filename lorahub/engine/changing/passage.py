@@ -147,15 +147,20 @@ class Passage:
     def _one(self, step: Step, fold: Fold, unit: Unit, way: Way, source: _Source | None) -> Job:
         def job(space: Workspace) -> None:
             rows, live = unit.rows, self._new.tensors[step.out][unit.rows]
-            before = way.keep(rows, source(rows, space) if source else None, space)
+            untouched = source(rows, space) if source else None
+            change = self._at_once(step.out, fold, unit, way, untouched, space)
+            if change is not None:
+                self._note(step, unit, change)
+            else:
+                before = way.keep(rows, untouched, space)
 
-            def fill() -> None:
-                given = before if source else live  # adding where weights lie takes one pass less
-                if given.device != live.device:  # it is kept elsewhere
-                    given = live.copy_(before)
-                self._note(step, unit, fold.run(unit, given, live, space))
+                def fill() -> None:
+                    given = before if source else live  # adding where weights lie takes one pass less
+                    if given.device != live.device:  # it is kept elsewhere
+                        given = live.copy_(before)
+                    self._note(step, unit, fold.run(unit, given, live, space))
 
-            self._write(step.out, rows, way, before, space, fill)
+                self._write(step.out, rows, way, before, space, fill)
             with self._lock:
                 self._left[step.out] -= 1
                 last = not self._left[step.out]
@@ -163,6 +168,15 @@ class Passage:
                 self._finish()
 
         return job
+
+    def _at_once(
+        self, name: str, fold: Fold, unit: Unit, way: Way, untouched: torch.Tensor | None, space: Workspace
+    ) -> Change | None:
+        try:
+            return way.fold(fold, unit, untouched, space)
+        except BaseException:
+            self._take_off(name, unit.rows)
+            raise
 
     def _write(
         self, name: str, rows: slice, way: Way, before: torch.Tensor, space: Workspace, fill: Callable[[], object]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from lorahub.engine.crew import Workspace
-from lorahub.engine.folding.planes import Plane, Rows, Whole
+from lorahub.engine.folding.planes import Noted, Plane, Rows, Whole
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
 from lorahub.engine.folding.windows import gather
 from lorahub.engine.planning.steps import Step
@@ -79,7 +79,21 @@ class Fold:
         try:
             return unit.plane.run(unit.windows, before, out, space)
         except NotFiniteHere as fault:
-            raise self._not_finite(fault) from None
+            raise self.not_finite(before=fault.before) from None
+
+    def run_noting(self, unit: Unit, before: torch.Tensor, out: torch.Tensor, space: Workspace) -> Noted | None:
+        """As ``run``, with the way back noted in the same pass; None, with nothing done, where that cannot be.
+
+        Results that are not finite are written and noted like others: see ``Noted.finite`` and ``not_finite``.
+        """
+        if not isinstance(unit.plane, Rows):
+            return None
+        return unit.plane.run_noting(unit.windows, *_inside(unit, before, out), space)
+
+    def put(self, unit: Unit, before: torch.Tensor, out: torch.Tensor, space: Workspace, *, sign: float = 1.0) -> None:
+        """Do ``sign`` times what ``run_noting`` did to a unit, as it did it, and look at nothing."""
+        assert isinstance(unit.plane, Rows)
+        unit.plane.put(unit.windows, *_inside(unit, before, out), space, sign)
 
     def _cut(self, shape: tuple[int, ...]) -> Iterable[Unit]:
         if not shape:
@@ -108,12 +122,13 @@ class Fold:
             one: Plane = Rows.of(shape[1:], items, sums) or Whole(shape[1:], items, sums)
             yield Unit(slice(expert, expert + 1), one, one.windows, inner=True)
 
-    def _not_finite(self, fault: NotFiniteHere) -> NotFinite:
+    def not_finite(self, *, before: bool) -> NotFinite:
+        """The error that says whose fault NaN or infinity is; ``before``: the base had them."""
         name = self._step.out
         broken = [item.adapter for item in self._items if not all(map(all_finite, item.delta.tensors().values()))]
         if broken:
             return NotFinite(f"the tensors that adapter '{broken[0]}' brings for {name} hold NaN or infinity")
-        if fault.before:
+        if before:
             return NotFinite(f"{name} of the base holds NaN or infinity before anything is merged")
         who = " and ".join(dict.fromkeys(f"'{item.adapter}' at {item.weight:g}" for item in self._items))
         most = torch.finfo(self._sums.storage).max
@@ -121,6 +136,10 @@ class Fold:
             f"merging {who} takes {name} beyond {most:g}, the largest number that {self._step.after.dtype} can hold",
             "merge with a smaller weight, or into a base stored as BF16 or F32",
         )
+
+
+def _inside(unit: Unit, before: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (before[0], out[0]) if unit.inner else (before, out)
 
 
 def _within_expert(item: Ingredient) -> Ingredient:

@@ -7,7 +7,7 @@ takes any delta and any region, at the price of a few copies of the matrix.  Kno
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Protocol, Self, final
@@ -15,13 +15,35 @@ from typing import Protocol, Self, final
 from lorahub.bases.layout import Region
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.engine.crew import Workspace
-from lorahub.engine.folding.recipes import Factors, Keep, Put, Recipe, Stretch, Sum
+from lorahub.engine.folding.recipes import Factors, Keep, Notable, Noting, Put, Recipe, Stretch, Sum
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
 from lorahub.engine.folding.windows import cut
+from lorahub.engine.kernels.choice import native
+from lorahub.engine.kernels.merge_c import Notes
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 
-__all__ = ["Plane", "Rows", "Whole"]
+__all__ = ["Noted", "Plane", "Rows", "Whole"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What a pass did that noted the way back.
+
+    Attributes:
+        steps: of the pass.
+        notes: of the way back.
+        finite: whether every result is a finite number.
+    """
+
+    steps: tuple[Noting, ...]
+    notes: Notes
+    finite: bool
+
+    def change(self) -> Change:
+        """What became of the weights."""
+        return sum((step.change() for step in self.steps), Change())
 
 
 class Plane(Protocol):
@@ -107,24 +129,63 @@ class Rows:
 
     def run(self, windows: Sequence[slice], before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:
         """Fold some consecutive windows; see ``Plane``."""
-        first, change = windows[0].start, Change()
-        for start, group in groupby(windows, lambda window: self._recipes[window.start][0]):
-            several = tuple(group)
-            top, bottom = several[0].start, several[-1].stop
-            recipe = self._recipes[top][1]
-            here = slice(top - first, bottom - first)
-            at = Stretch(
-                rows=slice(top - start, bottom - start),
-                windows=tuple(slice(window.start - top, window.stop - top) for window in several),
-                before=None if before is None else before[here],
-                out=out[here],
-                first=self._sums.first + top * self._row,
-                space=space,
-            )
+        change = Change()
+        for recipe, at in self._stretches(windows, before, out, space):
             change += recipe.fold(at, self._sums)
             if not isinstance(recipe, Keep) or (at.before is not None and at.before.dtype != at.out.dtype):
                 _demand_finite(at.before, at.out)
         return change
+
+    def run_noting(
+        self, windows: Sequence[slice], before: torch.Tensor, out: torch.Tensor, space: Workspace
+    ) -> Noted | None:
+        """As ``run``, with the way back noted in the same pass; None, with nothing done, where that cannot be.
+
+        Results that are no numbers are written and noted like others.
+        """
+        kernel = native().kernel
+        if kernel is None or before.dtype != out.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            return None
+        steps: list[tuple[Noting, int]] = []
+        for recipe, at in self._stretches(windows, before, out, space):
+            step = recipe.noting(at, self._sums) if isinstance(recipe, Notable) else None
+            if step is None:
+                return None
+            steps.append((step, at.out.numel()))
+        notes, finite, first = Notes(kernel, out.numel(), self._row, space), True, 0
+        for step, count in steps:
+            finite = step.write(notes, first) and finite
+            first += count
+        return Noted(tuple(step for step, _ in steps), notes, finite=finite)
+
+    def put(
+        self, windows: Sequence[slice], before: torch.Tensor, out: torch.Tensor, space: Workspace, sign: float
+    ) -> None:
+        """Do ``sign`` times what ``run_noting`` did to these windows, as it did it, and note nothing."""
+        for recipe, at in self._stretches(windows, before, out, space):
+            assert isinstance(recipe, Notable)
+            recipe.put(at, sign)
+
+    def _stretches(
+        self, windows: Sequence[slice], before: torch.Tensor | None, out: torch.Tensor, space: Workspace
+    ) -> Iterator[tuple[Recipe, Stretch]]:
+        """Consecutive windows, as far as one recipe goes at a time."""
+        first = windows[0].start
+        for start, group in groupby(windows, lambda window: self._recipes[window.start][0]):
+            several = tuple(group)
+            top, bottom = several[0].start, several[-1].stop
+            here = slice(top - first, bottom - first)
+            yield (
+                self._recipes[top][1],
+                Stretch(
+                    rows=slice(top - start, bottom - start),
+                    windows=tuple(slice(window.start - top, window.stop - top) for window in several),
+                    before=None if before is None else before[here],
+                    out=out[here],
+                    first=self._sums.first + top * self._row,
+                    space=space,
+                ),
+            )
 
 
 def _demand_finite(before: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -5,17 +5,19 @@ Changes of low rank alone are summed in a way that depends on the mode (``roundi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from functools import partial
+from typing import Protocol, final, runtime_checkable
 
 from lorahub.deltas.delta import ALL, Delta
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
+from lorahub.engine.kernels.merge_c import Notes
 from lorahub.lazy import torch
 
-__all__ = ["Factors", "Keep", "Put", "Recipe", "Stretch", "Sum", "joined"]
+__all__ = ["Factors", "Keep", "Notable", "Noting", "Put", "Recipe", "Stretch", "Sum", "joined"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,11 @@ class Stretch:
         assert self.before is not None
         return self.before
 
+    @property
+    def lies_together(self) -> bool:
+        """Whether the rows before and after are contiguous."""
+        return self.out.is_contiguous() and self.untouched.is_contiguous()
+
     def scratch(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Scratch memory in the shape of ``out``."""
         return self.space.take(name, self.out.shape, dtype, self.out.device)
@@ -71,6 +78,31 @@ class Recipe(Protocol):
 
     def fold(self, at: Stretch, sums: Sums) -> Change:
         """Fold a stretch; whether the result is finite is looked at by the caller."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """A stretch that is ready to be folded with the way back noted; nothing is written yet.
+
+    Attributes:
+        write: folds it; takes notes, and how many elements were noted there before; whether all results are finite.
+        change: what became of the weights, after ``write``.
+    """
+
+    write: Callable[[Notes, int], bool]
+    change: Callable[[], Change]
+
+
+@runtime_checkable
+class Notable(Recipe, Protocol):
+    """A recipe that can note the way back in the pass that folds."""
+
+    def noting(self, at: Stretch, sums: Sums) -> Noting | None:
+        """The stretch made ready; None where nobody can note the way back, or not of these numbers."""
+
+    def put(self, at: Stretch, sign: float = 1.0) -> None:
+        """Do ``sign`` times what ``noting`` does where it can, as it does it, and note nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +136,25 @@ class Keep:
             at.out.copy_(at.untouched)
         else:
             sums.mode.round(at.untouched, at.out, sums.name, at.first)
+        return self._measured(at, sums)
+
+    def noting(self, at: Stretch, sums: Sums) -> Noting:
+        """See ``Notable``."""
+
+        def write(notes: Notes, _: int) -> bool:
+            self.put(at)
+            notes.keep(at.out)
+            return True  # as in ``fold``: nobody asks of what nothing is done to
+
+        return Noting(write, partial(self._measured, at, sums))
+
+    def put(self, at: Stretch, sign: float = 1.0) -> None:
+        """See ``Notable``."""
+        if at.out.data_ptr() != at.untouched.data_ptr():
+            at.out.copy_(at.untouched)
+
+    @staticmethod
+    def _measured(at: Stretch, sums: Sums) -> Change:
         if not at.out.is_floating_point():
             return Change()
         pick, share = sample(at.out.shape)

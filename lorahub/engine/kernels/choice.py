@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TypeAlias
 
+from lorahub.engine.crew import Workspace
 from lorahub.engine.kernels import merge_torch
+from lorahub.engine.kernels.compiling import NotCompiled
+from lorahub.engine.kernels.merge_c import Kernel, Notes, kernel
 from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.undoing.checksum import checksum
+from lorahub.engine.undoing.residual import Steps
 from lorahub.lazy import torch
 
-__all__ = ["Choice", "Merger", "agrees", "merger"]
+__all__ = ["Choice", "Merger", "Native", "agrees", "merger", "native", "restore"]
 
 Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
 
+_SHORT = ("bfloat16", "float16")  # what the CPU's kernel may take
 _SHAPES = ((64, 128, 16), (70, 96, 5), (33, 40, 20))  # m, n, r: whole tiles, ragged ones, several steps of the rank
 
 
@@ -31,6 +37,55 @@ class Choice:
     name: str
     merge: Merger
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What is compiled for the CPU: ``kernel``, or None and a ``reason``."""
+
+    kernel: Kernel | None
+    reason: str = ""
+
+
+@lru_cache(maxsize=1)
+def native() -> Native:
+    """What merges 16-bit weights on the CPU; compiled on first use, and tried once a process."""
+    try:
+        found = kernel()
+    except NotCompiled as reason:
+        return Native(None, str(reason))
+    for storage in map(partial(getattr, torch), _SHORT):
+        if found.takes(storage, 1) and not _is_right(found, storage):
+            return Native(None, f"what was compiled gives other numbers for {storage}")
+    return Native(found)
+
+
+def restore(residual: Steps, given: torch.Tensor) -> None:
+    """``residual.apply(given)`` by the CPU's kernel, which noted it and is therefore there; takes no memory."""
+    found = native().kernel
+    assert found is not None
+    found.restore(residual, given)
+
+
+def _is_right(found: Kernel, storage: torch.dtype) -> bool:
+    """Whether a kernel gives what the plain twin gives, and its notes give back what was there."""
+    for factors in (torch.bfloat16, torch.float32):
+        ours, theirs = (_problem(storage, factors, torch.device("cpu")) for _ in range(2))
+        merge_torch.merge_patches(theirs)
+        for patch, other in zip(ours, theirs, strict=True):
+            weight, saved = patch.weight, other.saved
+            assert saved is not None
+            notes = Notes(found, weight.numel(), weight.shape[1], Workspace())
+            packed = found.pack(patch.up.double(), patch.down.double(), storage)
+            finite = found.add(packed, slice(None), patch.scale, weight, weight, notes)
+            if not finite or not _near(weight, other.weight):
+                return False
+            back, marks = torch.empty_like(weight), (checksum(saved), checksum(weight))
+            found.add(packed, slice(None), -patch.scale, weight, back)
+            found.restore(notes.residual, back)
+            if not torch.equal(back, saved) or not all(map(torch.equal, notes.checksums(), marks)):
+                return False
+    return True
 
 
 @lru_cache(maxsize=16)  # as many as a machine has devices
@@ -84,6 +139,9 @@ def _problem(storage: torch.dtype, factors: torch.dtype, device: torch.device) -
 def _close(ours: Patch, theirs: Patch) -> bool:
     assert ours.saved is not None
     assert theirs.saved is not None
-    step = torch.finfo(ours.weight.dtype).eps
-    a, b = ours.weight.double(), theirs.weight.double()
-    return torch.equal(ours.saved, theirs.saved) and bool(((a - b).abs() <= step * b.abs().clamp_min(1)).all())
+    return torch.equal(ours.saved, theirs.saved) and _near(ours.weight, theirs.weight)
+
+
+def _near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    a, b = ours.double(), theirs.double()
+    return bool(((a - b).abs() <= torch.finfo(ours.dtype).eps * b.abs().clamp_min(1)).all())

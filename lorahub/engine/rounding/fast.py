@@ -1,21 +1,23 @@
 """``fast``: at least 99.99 % of the elements equal the float64 result rounded once.
 
-None of the others is off by more than one unit in the last place of the larger of weight and result.  A product of
-bfloat16 factors goes onto bfloat16 weights in one pass of PyTorch's own kernel, which sums in float32 and rounds once.
-All else is summed window by window, in float32 where that is enough and in float64 where it is not (``_ENOUGH``).
+None of the others is off by more than one unit in the last place of the larger of weight and result.  Products go onto
+16-bit weights in one pass of a compiled kernel (``kernels``); where there is none, those of bfloat16 factors go onto
+bfloat16 weights in one pass of PyTorch's own, and all else is summed window by window.  Sums are float32 where that is
+enough and float64 where it is not (``_ENOUGH``).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import final
 
-from lorahub.engine.folding.recipes import Factors, Recipe, Stretch, joined
+from lorahub.engine.folding.recipes import Factors, Noting, Recipe, Stretch, joined
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
-from lorahub.engine.kernels.choice import merger
+from lorahub.engine.kernels.choice import merger, native
+from lorahub.engine.kernels.merge_c import Notes, Packed
 from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.nearest import round_into
@@ -72,30 +74,99 @@ FAST = Fast()
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Some rows before they are folded.
+
+    Attributes:
+        pick: which, of a stretch.
+        share: for how many each stands.
+        kept: what they held.
+        added: what is added to them.
+    """
+
+    pick: slice
+    share: float
+    kept: torch.Tensor
+    added: torch.Tensor
+
+    def change(self, at: Stretch) -> Change:
+        """What became of them."""
+        return Change.of(self.kept, self.added, at.out[self.pick].to(self.kept.dtype).flatten(1), self.share)
+
+
+@final
 class Product:
     """Low-rank changes alone, as one product."""
 
     def __init__(self, factors: Sequence[Factors], sums: Sums) -> None:
         self._factors, self._weight = factors, factors[0].weight
-        self._native = _native(factors, sums)
         self._made: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._to_nearest = sums.mode == FAST  # as compiled kernels round; other modes round what is summed here
         storage = sums.storage
+        self._kernel = native().kernel if self._to_nearest and sums.device.type == "cpu" else None
+        if self._kernel is not None and not self._kernel.takes(storage, sum(len(each.down) for each in factors)):
+            self._kernel = None
+        self._native = _native(factors, sums) if self._kernel is None else None
+        self._packed: Packed | None = None
         self._short = torch.float32 if storage.itemsize < 4 and float32_is_float32() else torch.float64
         self._enough = _ENOUGH.get(str(storage).removeprefix("torch."), float("inf"))
 
     def fold(self, at: Stretch, sums: Sums) -> Change:
         """See ``Recipe``; the rows that are measured decide the dtype of the sums."""
-        pick, share = sample(at.out.shape)
-        up, down = self._joined(self._short, at.out.device)
-        kept = at.start(pick, self._short).flatten(1)
-        added = torch.mm(up[at.rows][pick], down).mul_(self._weight)
-        enough = bool(added.norm() <= self._enough * kept.norm())
-        if not enough:
+        look = self._look(at)
+        if not self._is_enough(look):
             self._add(at, sums, torch.float64)
+        elif self._is_compiled(at):
+            self.put(at)
         elif not self._launched(at) and (self._native is None or not self._native.fold(at, self._weight)):
             self._add(at, sums, self._short)
-        return Change.of(kept, added, at.out[pick].to(self._short).flatten(1), share)
+        return look.change(at)
+
+    def noting(self, at: Stretch, sums: Sums) -> Noting | None:
+        """See ``Notable``."""
+        if not self._is_compiled(at) or not at.lies_together:
+            return None
+        look, packed = self._look(at), self._pack(at)
+        if not self._is_enough(look):
+            return None
+        return Noting(partial(self._compiled, packed, at, 1.0), partial(look.change, at))
+
+    def put(self, at: Stretch, sign: float = 1.0) -> None:
+        """See ``Notable``."""
+        if at.lies_together:
+            self._compiled(self._pack(at), at, sign)
+            return
+        aside = replace(
+            at, before=at.scratch("before", at.out.dtype).copy_(at.untouched), out=at.scratch("out", at.out.dtype)
+        )
+        self._compiled(self._pack(at), aside, sign)
+        at.out.copy_(aside.out)
+
+    def _pack(self, at: Stretch) -> Packed:
+        if self._packed is None:
+            assert self._kernel is not None
+            self._packed = self._kernel.pack(*joined(self._factors, at.out.device, torch.float64), at.out.dtype)
+        return self._packed
+
+    def _compiled(self, packed: Packed, at: Stretch, sign: float, notes: Notes | None = None, first: int = 0) -> bool:
+        """Fold a stretch by the CPU's kernel; whether all results are finite."""
+        assert self._kernel is not None
+        before, out = at.untouched.view(len(at.out), -1), at.out.view(len(at.out), -1)
+        return self._kernel.add(packed, at.rows, self._weight * sign, before, out, notes, first)
+
+    def _is_compiled(self, at: Stretch) -> bool:
+        """Whether the CPU's kernel can fold these rows."""
+        return self._kernel is not None and at.untouched.dtype == at.out.dtype and at.untouched.device == at.out.device
+
+    def _look(self, at: Stretch) -> _Look:
+        pick, share = sample(at.out.shape)
+        up, down = self._joined(self._short, at.out.device)
+        added = torch.mm(up[at.rows][pick], down).mul_(self._weight)
+        return _Look(pick, share, at.start(pick, self._short).flatten(1), added)
+
+    def _is_enough(self, look: _Look) -> bool:
+        return bool(look.added.norm() <= self._enough * look.kept.norm())
 
     def _launched(self, at: Stretch) -> bool:
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
@@ -193,7 +264,7 @@ def _native(factors: Sequence[Factors], sums: Sums) -> _Native | None:
     return _Native(*short) if exact else None
 
 
-@functools.cache
+@cache
 def _sums_in_float32() -> bool:
     """Whether this machine multiplies bfloat16 in hardware, sums in float32 and rounds once: tried, not believed."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - it has no public name

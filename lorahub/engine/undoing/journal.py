@@ -4,18 +4,25 @@ Adding a change and rounding, then taking it off and rounding, gives back nearly
 recorded when the change is made (``residual``), by doing exactly what undoing will do.  It is exact as long as the
 same arithmetic gives the same bits, which a checksum of what was there proves before anything is written.  Serves
 changes that do not look at the weight.
+
+Where the CPU's compiled kernel folds, it notes the difference on its way, and no copy of what was there is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 from lorahub.engine.crew import Workspace
-from lorahub.engine.folding.fold import Fold
+from lorahub.engine.folding.fold import Change, Fold, Unit
+from lorahub.engine.folding.planes import Noted
+from lorahub.engine.folding.sums import all_finite
+from lorahub.engine.kernels.choice import restore
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.engine.undoing.keeper import Keeper, Policy
-from lorahub.engine.undoing.residual import Residual, Verbatim, encode
+from lorahub.engine.undoing.residual import Residual, Steps, Verbatim, encode
 from lorahub.errors import IntegrityError, NotFinite
 from lorahub.lazy import torch
 
@@ -38,11 +45,11 @@ class Journal(Keeper):
         """
         super().__init__(name, tensor)
         self._reverse = reverse
-        self.entries: dict[int, tuple[Residual, torch.Tensor]] = {}
+        self.entries: dict[int, tuple[Residual | _Noted, torch.Tensor]] = {}
 
     def open(self) -> _Open:
-        """Make the fold."""
-        return _Open(self, self._reverse())
+        """The fold is made when it is first needed."""
+        return _Open(self, self._reverse)
 
     @property
     def held(self) -> int:
@@ -59,9 +66,41 @@ class Journal(Keeper):
 class _Open:
     """A journal and the fold that takes its change off."""
 
-    def __init__(self, journal: Journal, fold: Fold) -> None:
-        self._journal, self._fold = journal, fold
-        self._units = {unit.rows.start: unit for unit in fold.units}
+    def __init__(self, journal: Journal, reverse: Callable[[], Fold]) -> None:
+        self._journal, self._reverse = journal, reverse
+
+    @cached_property
+    def _fold(self) -> Fold:
+        return self._reverse()
+
+    @cached_property
+    def _units(self) -> dict[int, Unit]:
+        return {unit.rows.start: unit for unit in self._fold.units}
+
+    def fold(self, fold: Fold, unit: Unit, untouched: torch.Tensor | None, space: Workspace) -> Change | None:
+        """Note the difference in the pass that folds; see ``Way``."""
+        rows, live = unit.rows, self._journal.tensor[unit.rows]
+        noted = None
+        try:
+            noted = fold.run_noting(unit, live if untouched is None else untouched, live, space)
+            if noted is None:
+                return None
+            self._enter(rows, noted)
+            _demand_finite(noted, fold, unit, live, space)
+            return noted.change()
+        except BaseException:
+            if untouched is None and noted is not None:
+                untouched = _untouched(fold, unit, live, noted.notes.residual, space)
+            if untouched is not None:
+                live.copy_(untouched)
+            self._journal.entries.pop(rows.start, None)
+            self._journal.forget(rows)
+            raise
+
+    def _enter(self, rows: slice, noted: Noted) -> None:
+        before, after = noted.notes.checksums()
+        self._journal.entries[rows.start] = _Noted(noted.notes.residual.copy()), before
+        self._journal.mark(rows, after)
 
     def keep(self, rows: slice, untouched: torch.Tensor | None, space: Workspace) -> torch.Tensor:
         live = self._journal.tensor[rows]
@@ -74,11 +113,14 @@ class _Open:
         self._journal.mark(rows)
 
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
-        residual, expected = self._journal.entries[rows.start]
+        (residual, expected), live = self._journal.entries[rows.start], self._journal.tensor[rows]
         if isinstance(residual, Verbatim):
             return residual.value
-        back = self._taken_off(rows, "undo: restored", space)
-        if back is not None:
+        if isinstance(residual, _Noted):
+            unit = self._unit(rows)
+            assert unit is not None  # of the same step as the one that was folded
+            back: torch.Tensor | None = _restored(self._fold, unit, live, residual.steps, space)
+        elif (back := self._taken_off(rows, "undo: restored", space)) is not None:
             residual.apply(back)
         if back is None or not torch.equal(checksum(back), expected):
             raise IntegrityError(
@@ -91,8 +133,8 @@ class _Open:
 
     def _taken_off(self, rows: slice, name: str, space: Workspace) -> torch.Tensor | None:
         """The rows less the change, or None where that is no number or the rows are cut in another way."""
-        unit, live = self._units.get(rows.start), self._journal.tensor[rows]
-        if unit is None or unit.rows != rows:
+        unit, live = self._unit(rows), self._journal.tensor[rows]
+        if unit is None:
             return None
         back = _scratch(name, live, space)
         try:
@@ -100,6 +142,42 @@ class _Open:
         except NotFinite:
             return None
         return back
+
+    def _unit(self, rows: slice) -> Unit | None:
+        unit = self._units.get(rows.start)
+        return unit if unit is not None and unit.rows == rows else None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """A difference that the kernel noted, to be made up for by the same kernel."""
+
+    steps: Steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.steps.nbytes
+
+
+def _demand_finite(noted: Noted, fold: Fold, unit: Unit, live: torch.Tensor, space: Workspace) -> None:
+    if not noted.finite:
+        raise fold.not_finite(before=not all_finite(_untouched(fold, unit, live, noted.notes.residual, space)))
+
+
+def _untouched(fold: Fold, unit: Unit, live: torch.Tensor, steps: Steps, space: Workspace) -> torch.Tensor:
+    """What rows held before ``fold`` changed them and noted ``steps``."""
+    return _restored(fold, unit, live, steps, space, sign=-1.0)
+
+
+def _restored(
+    fold: Fold, unit: Unit, live: torch.Tensor, steps: Steps, space: Workspace, *, sign: float = 1.0
+) -> torch.Tensor:
+    back = _scratch("undo: restored", live, space)
+    fold.put(unit, live, back, space, sign=sign)
+    restore(steps, back)
+    return back
 
 
 def _scratch(name: str, like: torch.Tensor, space: Workspace) -> torch.Tensor:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from lorahub.engine.crew import Workspace
+from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.lazy import torch
 
@@ -22,6 +23,21 @@ POLICIES: tuple[Policy, ...] = ("auto", "copy", "journal", "host", "reload", "no
 
 class Way(Protocol):
     """A keeper made ready for one pass over its parameter; from several threads on different rows."""
+
+    def fold(self, fold: Fold, unit: Unit, untouched: torch.Tensor | None, space: Workspace) -> Change | None:
+        """Fold rows and take hold of what they held in one go; None, with nothing done, where it takes two.
+
+        Whatever is raised, the rows hold then what they held before anything was merged.
+
+        Args:
+            fold: of the parameter.
+            unit: which rows.
+            untouched: what they held before anything was merged; None where that is what they hold now.
+            space: scratch memory.
+
+        Raises:
+            NotFinite: as ``Fold.run``.
+        """
 
     def keep(self, rows: slice, untouched: torch.Tensor | None, space: Workspace) -> torch.Tensor:
         """Take hold of rows that are about to be written.
@@ -67,6 +83,10 @@ class Keeper(ABC):
     def open(self) -> Way:
         """Make ready, in the thread that goes on with it."""
 
+    def fold(self, fold: Fold, unit: Unit, untouched: torch.Tensor | None, space: Workspace) -> Change | None:
+        """It takes two steps, for keepers that are a ``Way`` themselves."""
+        return None
+
     @property
     @abstractmethod
     def held(self) -> int:
@@ -85,9 +105,9 @@ class Keeper(ABC):
             result[rows] = way.recover(rows, space)
         return result
 
-    def mark(self, rows: slice) -> None:
-        """Remember what rows hold now."""
-        self._marks[rows.start] = rows, checksum(self.tensor[rows])
+    def mark(self, rows: slice, found: torch.Tensor | None = None) -> None:
+        """Remember what rows hold now; ``found`` is its checksum, where that is known."""
+        self._marks[rows.start] = rows, checksum(self.tensor[rows]) if found is None else found
 
     def matches(self, rows: slice, content: torch.Tensor) -> bool:
         """Whether ``content`` is what was written to rows."""

@@ -69,6 +69,10 @@ class Steps(_Coded):
     codes: torch.Tensor
     wide: torch.Tensor
 
+    def copy(self) -> Steps:
+        """The same in memory of its own."""
+        return Steps(self.steps.clone(), self.codes.clone(), self.wide.clone())
+
     def apply(self, given: torch.Tensor) -> None:
         """Turn ``given`` into what was wanted."""
         found = self.steps != _SKIP
