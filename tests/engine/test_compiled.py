@@ -241,6 +241,19 @@ def test_numbers_that_are_none_leave_everything_as_it_was(tools, policy, monkeyp
     assert all(torch.equal(live[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.usefixtures("native")
+def test_a_change_too_large_to_be_noted_is_copied(tools):
+    weights = {"a.weight": tools.weights(200, 300, seed=1, dtype=torch.bfloat16)}
+    world, lora = tools.World(weights), tools.lora(200, 300, seed=3)
+    live = world.live()
+    merged = world.merge(live, {"a.weight": LoRA(lora.up, lora.down, lora.scale * 20)})
+    assert merged.report.changes["a.weight"] > 0.5
+    assert merged.report.undo == {"copy": 200 * 300 * 2, "journal": 0}
+    assert not torch.equal(live["a.weight"], weights["a.weight"])
+    merged.undo()
+    assert torch.equal(live["a.weight"], weights["a.weight"])
+
+
 def test_ranks_beyond_what_a_cache_holds_go_another_way(native):
     assert native.takes(torch.bfloat16, HIGHEST_RANK)
     assert not native.takes(torch.bfloat16, HIGHEST_RANK + 1)

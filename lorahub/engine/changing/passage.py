@@ -225,9 +225,10 @@ class Passage:
         findings = (*judged, *quantised.findings, *told)
         sums |= quantised.sums
         changes = {step.out: sums[step.out].relative for step in self._new.plan.steps}
-        held = {"copy": quantised.nbytes} if len(quantised) else {}
+        held: dict[str, int] = {"copy": quantised.nbytes} if len(quantised) else {}
         for keeper in self._new.keepers.values():
-            held[keeper.policy] = held.get(keeper.policy, 0) + keeper.held
+            for policy, count in keeper.account().items():
+                held[policy] = held.get(policy, 0) + count
         return MergeReport(
             changes=changes,
             seconds=seconds,

@@ -16,7 +16,7 @@ from lorahub.engine.kernels.choice import native
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.choice import can_journal, choose, held_bytes
 from lorahub.engine.undoing.copies import Copies, HostCopies
-from lorahub.engine.undoing.journal import Journal
+from lorahub.engine.undoing.journal import InPassing, Journal
 from lorahub.engine.undoing.keeper import POLICIES, Keeper, Policy
 from lorahub.engine.undoing.memory import free_bytes
 from lorahub.engine.undoing.reload import BaseRows, Reload
@@ -76,9 +76,7 @@ class Keeping:
             BaseMismatch: the files do not have a parameter.
         """
         policy, sizes = self._policy(steps, tensors, bound)
-        passing: frozenset[str] = frozenset()
-        if policy == "copy" and self.policy != "copy":  # it was chosen as the fastest, and this is faster
-            passing = frozenset(step.out for step in steps if _is_noted_in_passing(step, tensors[step.out], bound))
+        passing = policy == "copy" and self.policy != "copy"  # chosen as the fastest, and noting in passing is faster
         if policy == "reload":
             assert self.base is not None  # demanded when this was made
             self.base.demand(tensors)
@@ -87,9 +85,9 @@ class Keeping:
             name, tensor, before = step.out, tensors[step.out], old.get(step.out)
             if policy == "reload" and self.base is not None:
                 result[name] = Reload(name, tensor, self.base)
-            elif name in passing or (
-                policy == "journal" and can_journal(step, *([sizes[name]] if name in sizes else []))
-            ):
+            elif passing and _is_noted_in_passing(step, tensor):
+                result[name] = InPassing(name, tensor, reverse(step))
+            elif policy == "journal" and can_journal(step, *([sizes[name]] if name in sizes else [])):
                 result[name] = Journal(name, tensor, reverse(step))
             else:
                 kind = HostCopies if policy == "host" else Copies
@@ -128,17 +126,14 @@ class Keeping:
         return chosen, sizes
 
 
-def _is_noted_in_passing(step: Step, tensor: torch.Tensor, bound: Bound) -> bool:
-    """Whether the pass that merges notes a journal on its way, which is small enough."""
+def _is_noted_in_passing(step: Step, tensor: torch.Tensor) -> bool:
+    """Whether the pass that merges can note a journal on its way: of ordinary changes, which is for it to see."""
     kernel = native().kernel
     plain = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dim() > 1
-    products = step.terms and all(term.windowed and term.additive and term.rank is not None for term in step.terms)
+    products = all(term.windowed and term.additive and term.rank is not None for term in step.terms)
     if kernel is None or not plain or not products or not can_journal(step):
         return False
-    if not kernel.takes(tensor.dtype, sum(term.rank or 0 for term in step.terms)):
-        return False
-    relative = _relative(step, bound, tensor)
-    return relative is not None and can_journal(step, relative)
+    return kernel.takes(tensor.dtype, sum(term.rank or 0 for term in step.terms))
 
 
 def _relative(step: Step, bound: Bound, tensor: torch.Tensor) -> float | None:

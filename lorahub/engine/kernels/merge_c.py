@@ -157,14 +157,12 @@ class Kernel:
         """Lay factors out for weights of a dtype.
 
         Args:
-            up: ``[m, r]`` float64.
-            down: ``[r, n]`` float64.
+            up: ``[m, r]``; numbers that bfloat16 cannot hold become float32.
+            down: ``[r, n]``.
             storage: of the weights.
         """
         (rank, columns), panels = down.shape, self._whole(down.shape[1]) // self._panel
-        short = up.bfloat16(), down.bfloat16()
-        dots = (storage, True) in self._merge
-        dots = dots and torch.equal(short[0].double(), up) and torch.equal(short[1].double(), down)
+        dots = (storage, True) in self._merge and _is_short(up) and _is_short(down)
         each = 2 if dots else 1
         dtype, even = (torch.bfloat16 if dots else torch.float32), -(-rank // each) * each
         left, right = up.new_zeros(len(up), even, dtype=dtype), up.new_zeros(even, panels * self._panel, dtype=dtype)
@@ -235,6 +233,11 @@ class Kernel:
 
     def _whole(self, columns: int) -> int:
         return -(-columns // self._panel) * self._panel
+
+
+def _is_short(numbers: torch.Tensor) -> bool:
+    """Whether bfloat16 holds these numbers."""
+    return numbers.dtype == torch.bfloat16 or torch.equal(numbers.bfloat16().to(numbers.dtype), numbers)
 
 
 def _book(steps: torch.Tensor, codes: torch.Tensor, apart: torch.Tensor) -> _Book:

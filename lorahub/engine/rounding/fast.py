@@ -146,7 +146,9 @@ class Product:
     def _pack(self, at: Stretch) -> Packed:
         if self._packed is None:
             assert self._kernel is not None
-            self._packed = self._kernel.pack(*joined(self._factors, at.out.device, torch.float64), at.out.dtype)
+            short = {(each.up.dtype, each.down.dtype, each.weight) for each in self._factors}
+            dtype = torch.bfloat16 if short == {(torch.bfloat16, torch.bfloat16, self._weight)} else torch.float32
+            self._packed = self._kernel.pack(*joined(self._factors, at.out.device, dtype), at.out.dtype)
         return self._packed
 
     def _compiled(self, packed: Packed, at: Stretch, sign: float, notes: Notes | None = None, first: int = 0) -> bool:

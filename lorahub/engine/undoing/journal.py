@@ -10,7 +10,7 @@ Where the CPU's compiled kernel folds, it notes the difference on its way, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
@@ -29,11 +29,16 @@ from lorahub.lazy import torch
 __all__ = ["Journal"]
 
 
-@final
 class Journal(Keeper):
-    """The journal of one parameter."""
+    """The journal of one parameter.
+
+    Attributes:
+        entries: first row of a unit -> what it holds of the way back, and a checksum of what was there.
+    """
 
     policy: ClassVar[Policy] = "journal"
+    encodes: ClassVar[bool] = True
+    """Whether rows that nobody noted in passing are folded again and compared; otherwise they are copied."""
 
     def __init__(self, name: str, tensor: torch.Tensor, reverse: Callable[[], Fold]) -> None:
         """Nothing is held yet.
@@ -60,6 +65,20 @@ class Journal(Keeper):
         """Free the entries."""
         super().drop()
         self.entries.clear()
+
+
+@final
+class InPassing(Journal):
+    """A journal where a kernel notes it in the pass that folds, and a copy where none does."""
+
+    encodes: ClassVar[bool] = False
+
+    def account(self) -> Mapping[Policy, int]:
+        """Bytes of each; see ``Keeper``."""
+        copied = sum(entry.nbytes for entry, _ in self.entries.values() if isinstance(entry, Verbatim))
+        noted = self.held - copied
+        held: dict[Policy, int] = {"copy": copied, "journal": noted}
+        return {policy: count for policy, count in held.items() if count or policy == "journal"}
 
 
 @final
@@ -107,7 +126,7 @@ class _Open:
         return _scratch("undo: kept", live, space).copy_(live) if untouched is None else untouched
 
     def written(self, rows: slice, before: torch.Tensor, space: Workspace) -> None:
-        back = self._taken_off(rows, "undo: back", space)
+        back = self._taken_off(rows, "undo: back", space) if self._journal.encodes else None
         residual = Verbatim(before.clone()) if back is None else encode(before, back)
         self._journal.entries[rows.start] = residual, checksum(before)
         self._journal.mark(rows)

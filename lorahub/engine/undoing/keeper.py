@@ -6,6 +6,7 @@ A keeper is told before rows are written and after, and can say what was in them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from lorahub.engine.crew import Workspace
@@ -91,6 +92,10 @@ class Keeper(ABC):
     @abstractmethod
     def held(self) -> int:
         """Bytes that are held."""
+
+    def account(self) -> Mapping[Policy, int]:
+        """Bytes that are held, by what they are."""
+        return {self.policy: self.held}
 
     @property
     def units(self) -> tuple[slice, ...]:
