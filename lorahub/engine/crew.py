@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TypeAlias, final
 
+from lorahub.engine.interrupts import held
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
 
@@ -70,51 +72,77 @@ def run_jobs(
     """
     crew = _Crew(deque(jobs))
     before = torch.get_num_threads()
-    members = [threading.Thread(target=crew.work, name=f"lorahub-{number}") for number in range(threads)]
-    try:
-        for member in members:
-            member.start()
-    except BaseException as error:  # noqa: BLE001 - raised below, when those that did start are idle
-        crew.interrupt(error, go_on=to_the_end)
-    while waiting := next((member for member in members if member.is_alive()), None):
-        try:
-            waiting.join(_TICK)
+    with held() as interrupts:
+
+        def look() -> None:
+            interrupts.demand_none()
             if tick and not crew.interrupted:
                 tick()
-        except BaseException as error:  # noqa: BLE001 - as above
-            crew.interrupt(error, go_on=to_the_end)
-    if to_the_end:  # whatever is left where no thread could be started
-        crew.work()
-    torch.set_num_threads(before)  # members set what later threads start with; their own setting ended with them
-    if failure := crew.failure or crew.interrupted:
-        raise failure
-    if tick:
-        tick()
+
+        for number in range(threads):
+            with crew.noting_interrupts(go_on=to_the_end):
+                threading.Thread(target=crew.work, name=f"lorahub-{number}").start()
+        while not crew.rests():
+            with crew.noting_interrupts(go_on=to_the_end):
+                look()
+        if to_the_end:  # whatever is left where no thread could be started
+            crew.work()
+        crew.close()
+        torch.set_num_threads(before)  # members set what later threads start with; their own setting ended with them
+        if failure := crew.failure or crew.interrupted:
+            raise failure
+        look()
 
 
 @final
 class _Crew:
-    """The jobs that wait, how many are being done, and the first failure."""
+    """The jobs that wait, how many are being done, and the first failure.
+
+    Whether all are idle is asked of the jobs and not of the threads: a ``Thread.join`` that is interrupted says that
+    its thread has ended while it runs (CPython 3.11), and one that has not begun yet does no harm.
+    """
 
     def __init__(self, jobs: deque[Job]) -> None:
         self.failure: BaseException | None = None
         self.interrupted: BaseException | None = None
         self._jobs = jobs
-        self._busy = 0
-        self._changed = threading.Condition()
+        self._busy = self._members = 0
+        self._closed = False
+        lock = threading.Lock()
+        self._changed, self._resting = threading.Condition(lock), threading.Condition(lock)
 
-    def stop(self, reason: BaseException) -> None:
-        with self._changed:
-            self.failure = self.failure or reason
-            self._changed.notify_all()
+    @contextmanager
+    def noting_interrupts(self, *, go_on: bool) -> Iterator[None]:
+        """What is raised here ends the crew, or is kept until it has ended."""
+        try:
+            yield
+        except BaseException as reason:  # noqa: BLE001 - raised by ``run_jobs`` when all are idle
+            self.interrupted = self.interrupted or reason
+            if not go_on:
+                with self._changed:
+                    self._stop(reason)
 
-    def interrupt(self, reason: BaseException, *, go_on: bool) -> None:
-        self.interrupted = self.interrupted or reason
-        if not go_on:
-            self.stop(reason)
+    def rests(self) -> bool:
+        """Wait a little; whether nobody does a job and nobody here will."""
+        with self._resting:
+            if not self._over:
+                self._resting.wait(_TICK)
+            return self._over
+
+    def close(self) -> None:
+        """Wait until all members have gone; who comes later goes again."""
+        with self._resting:
+            self._closed = True
+            while self._members:
+                self._resting.wait()
 
     def work(self) -> None:
         """Do jobs until none is left or one has failed."""
+        with self._changed:
+            if self._closed:
+                return
+            self._members += 1
+        failure: BaseException | None = None
         try:
             torch.set_num_threads(1)
             space = Workspace()
@@ -122,7 +150,23 @@ class _Crew:
                 while job := self._next():
                     self._done(list(job(space) or ()))
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
-            self.stop(error)
+            failure = error
+        with self._changed:
+            self._members -= 1
+            if failure:
+                self._busy = max(self._busy - 1, 0)
+                self._stop(failure)
+            self._resting.notify_all()
+
+    @property
+    def _over(self) -> bool:
+        nobody_came = bool(self.interrupted) and not self._members
+        return not self._busy and (bool(self.failure) or not self._jobs or nobody_came)
+
+    def _stop(self, reason: BaseException) -> None:
+        self.failure = self.failure or reason
+        self._changed.notify_all()
+        self._resting.notify_all()
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -135,6 +179,8 @@ class _Crew:
 
     def _done(self, more: list[Job]) -> None:
         with self._changed:
-            self._busy -= 1
             self._jobs.extendleft(reversed(more))
+            self._busy -= 1
             self._changed.notify_all()
+            if self._over:
+                self._resting.notify_all()

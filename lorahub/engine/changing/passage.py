@@ -17,6 +17,7 @@ from lorahub.engine.changing.state import State, demand_unaltered, untouched
 from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.retention import judge, measured, overall
+from lorahub.engine.interrupts import held
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding.fast import FAST, told_of_kernels
@@ -67,6 +68,10 @@ class Passage:
                 failure, and nothing is merged any more.
             BaseException: what a fold or ``progress`` raised.
         """
+        with held() as interrupts:
+            return self._run(progress, interrupts.demand_none)
+
+    def _run(self, progress: Progress | None, demand_no_interrupt: Callable[[], None]) -> MergeReport:
         start = time.perf_counter()
         old, new, steps = self._old, self._new, self._new.steps
         if old is not None:
@@ -87,10 +92,13 @@ class Passage:
                 run_jobs(reading, self._threads)
             run_jobs([*map(self._clear, over), *(self._change(step) for step in steps)], self._threads, tick=tick)
             new.quantised.commit()
-            return self._report(time.perf_counter() - start)
+            report = self._report(time.perf_counter() - start)
+            demand_no_interrupt()  # from here on there is a way back, and whoever merges gets it
         except BaseException:
-            self._go_back()
+            with held(deaf=True):
+                self._go_back()
             raise
+        return report
 
     # ------------------------------------------------------------------------------------------------- forward
 

@@ -128,12 +128,12 @@ class Keeping:
 
 def _is_noted_in_passing(step: Step, tensor: torch.Tensor) -> bool:
     """Whether the pass that merges can note a journal on its way: of ordinary changes, which is for it to see."""
-    kernel = native().kernel
     plain = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dim() > 1
     products = all(term.windowed and term.additive and term.rank is not None for term in step.terms)
-    if kernel is None or not plain or not products or not can_journal(step):
+    if not plain or not products or not can_journal(step):
         return False
-    return kernel.takes(tensor.dtype, sum(term.rank or 0 for term in step.terms))
+    kernel = native().kernel
+    return kernel is not None and kernel.takes(tensor.dtype, sum(term.rank or 0 for term in step.terms))
 
 
 def _relative(step: Step, bound: Bound, tensor: torch.Tensor) -> float | None:

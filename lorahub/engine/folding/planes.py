@@ -143,8 +143,9 @@ class Rows:
 
         Results that are no numbers are written and noted like others.
         """
-        kernel = native().kernel
-        if kernel is None or before.dtype != out.dtype or out.device.type != "cpu" or not out.is_contiguous():
+        if before.dtype != out.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            return None
+        if (kernel := native().kernel) is None:
             return None
         steps: list[tuple[Noting, int]] = []
         for recipe, at in self._stretches(windows, before, out, space):
