@@ -24,7 +24,7 @@ CODES: Final = frozenset(
     card-base-replaced card-dataset-removed card-differs card-license-differs card-path-in-text card-replaces-hub-text
     card-unclear case-collision change-cut changes-nothing comfyui-alpha-unread comfyui-dora comfyui-format
     comfyui-oft comfyui-peft comfyui-unknown commit-gone compat-choice compat-chosen compat-refused
-    component-elsewhere components config-conflict
+    component-elsewhere components config-conflict controlnet-apart controlnet-needed
     config-contradicts-tensors config-missing config-refused config-unknown
     config-unreadable delta-lost diffusers-alpha-twice diffusers-alpha-unread diffusers-difference
     diffusers-dora-scale diffusers-flux diffusers-format diffusers-kind diffusers-left-out diffusers-lokr

@@ -13,7 +13,8 @@ from lorahub import inspection, weighing
 from lorahub.adapter import RECORD_FINDINGS, Adapter, AdapterHeader, open_header, recognise
 from lorahub.adapter import load as load_tensors
 from lorahub.bases.index import BaseIndex
-from lorahub.bases.layout import Target
+from lorahub.conversion.settled import settled
+from lorahub.conversion.translate import TRANSLATED
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.disputes import as_compat
 from lorahub.errors import UsageError
@@ -153,6 +154,8 @@ def weigh(
 ) -> weighing.Weighing:
     """How much an adapter changes, target by target: norms, spectra, energy; reads its tensors.
 
+    Where there is a base, under its names, into which those of another vocabulary are translated as for a merge.
+
     Args:
         source: a folder, a file, or a reference, which is pulled.
         base: see ``open_base``: for relative norms, and for changes that depend on weights.
@@ -168,13 +171,16 @@ def weigh(
         return weighing.weigh(load(source, compat=compat, hub=hub), progress=progress)
     registry, opened = load_registry(), open_base(base, hub=hub)
     header = header_of(source, registry, hub=hub, progress=quiet, index=opened.index, compat=compat)
-    adapter = load_tensors(header, registry, index=opened.index)
-    siblings = {
-        Target(target.component, target.module, name) for target, each in adapter.deltas.items() for name in each.reads
-    }
+    home = settled(header, opened.index, opened.framework, registry.kinds)
+    adapter = load_tensors(home.header, registry, index=opened.index)
+    adapter = replace(adapter, deltas=home.deltas(adapter.deltas))
+    touches = home.header.touches.items()
+    siblings = {replace(target, parameter=name) for target, touch in touches for name in touch.reads}
     layouts = opened.framework.layouts(opened.index, {*adapter.deltas, *siblings})
+    noted = tuple(each for each in home.header.findings if each.code == TRANSLATED)
     with opened.tensors() as read:
-        return weighing.weigh(adapter, base=BaseWeights(opened.index, layouts, read), progress=progress)
+        found = weighing.weigh(adapter, base=BaseWeights(opened.index, layouts, read), progress=progress)
+    return replace(found, findings=noted)
 
 
 def load(

@@ -22,6 +22,7 @@ from lorahub.composition.algebra.truncate import norm, one_thread, singular_valu
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.errors import Incompatible
+from lorahub.findings import Finding
 from lorahub.lazy import torch
 from lorahub.pictures.grid import arrange
 from lorahub.pictures.heat_map import HeatMap
@@ -88,10 +89,12 @@ class Weighing:
     Attributes:
         targets: every parameter that could be weighed, in natural order.
         left_out: target -> why it could not.
+        findings: what there is to say of its names in the base.
     """
 
     targets: tuple[Weighed, ...]
     left_out: Mapping[str, str]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def norm(self) -> float:
@@ -104,6 +107,7 @@ class Weighing:
             "norm": self.norm,
             "targets": [each.document() for each in self.targets],
             "left_out": dict(self.left_out),
+            "findings": [each.document() for each in self.findings],
         }
 
 
@@ -150,10 +154,9 @@ def weigh(
     left_out: dict[str, str] = {}
     for done, target in enumerate(sorted(adapter.deltas, key=lambda each: natural(each.name))):
         progress(done, len(adapter.deltas))
-        delta = adapter.deltas[target]
         weight = base.weight(target) if base is not None else None
         try:
-            found.append(_weighed(target, delta, weight, base))
+            found.append(_weighed(target, _delta(adapter, target), weight, base))
         except _CannotWeigh as error:
             left_out[target.name] = str(error)
     progress(len(adapter.deltas), len(adapter.deltas))
@@ -164,6 +167,18 @@ def weigh(
 
 class _CannotWeigh(Exception):
     """Why a change has no numbers."""
+
+
+def _delta(adapter: Adapter, target: Target) -> Delta:
+    """A change, where it can be had under the base's names.
+
+    Raises:
+        _CannotWeigh: it cannot.
+    """
+    try:
+        return adapter.deltas[target]
+    except Incompatible as error:
+        raise _CannotWeigh(error.message) from None
 
 
 def _with_energy(each: Weighed, total: float) -> Weighed:

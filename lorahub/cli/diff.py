@@ -102,6 +102,7 @@ def diff(
         text=comparison_text(a, b, found),
         bare="equal" if found.equal else "different",
     )
+    out.findings(found.findings)
     return 0 if found.equal else 1
 
 

@@ -58,6 +58,7 @@ def inspect(
     """
     parsed = fetching.as_ref(ref)
     path = Path(parsed.path).expanduser() if parsed.path is not None else None
+    weighed: weighing.Weighing | None = None
     weights = weights or base is not None or show is not None or svg is not None
     if path is not None and listing.is_collection(path):
         if hashes or weights:
@@ -93,7 +94,7 @@ def inspect(
     out.answer(document, text=text, bare=found.format, picture=drawn)
     if weights and svg and drawn:
         out.say(f"the heat map is in {svg}")
-    out.findings(found.findings)
+    out.findings((*found.findings, *(weighed.findings if weighed else ())))
 
 
 def _hashes(ref: str, found: Inspection, hub: str | None, progress: fetching.Progress) -> dict[str, str]:

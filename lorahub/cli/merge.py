@@ -15,7 +15,8 @@ from lorahub.engine.rounding.table import MODES, STOCHASTIC
 from lorahub.engine.writing.ranks import Ranks
 from lorahub.errors import UsageError
 from lorahub.fetching import quiet
-from lorahub.merging.preparing import prepare
+from lorahub.merging.apart import Weight
+from lorahub.merging.preparing import named_weights, prepare
 
 __all__ = ["merge"]
 
@@ -29,6 +30,13 @@ __all__ = ["merge"]
     "target",
     metavar="FOLDER",
     help="Where the merged checkpoint goes; must not exist yet. X.safetensors for one file.",
+)
+@click.option(
+    "--weight",
+    "parts",
+    multiple=True,
+    metavar="[ADAPTER:]COMPONENT=NUMBER",
+    help="Of a pipeline: weigh one component apart, times the adapter's own weight. unet=0.8; ink:text_encoder=0.",
 )
 @click.option("--in-place", is_flag=True, help="Write to the base's own files, only what changes.")
 @click.option("--keep-undo", is_flag=True, help="With --in-place: keep the old bytes there, for --undo.")
@@ -58,6 +66,7 @@ def merge(
     refs: tuple[str, ...],
     base: str | None,
     target: str | None,
+    parts: tuple[str, ...],
     in_place: bool,
     keep_undo: bool,
     undo: str | None,
@@ -73,9 +82,10 @@ def merge(
 ) -> None:
     """Merge one or more adapters into a base and write a new checkpoint, shard by shard.
 
-    Weights go behind a colon: acme/ink@1.2:0.8 acme/sql:0.5. A run that was killed goes on with the shards that
-    are missing when the same command is given again; one in place is completed, or has changed nothing. Under torchrun
-    (torchrun --nproc-per-node 4 -m lorahub merge ...) every process makes a part of the shards.
+    Weights go behind a colon: acme/ink@1.2:0.8 acme/sql:0.5; --weight unet=0.8 weighs one component of a pipeline. A
+    run that was killed goes on with the shards that are missing when the same command is given again; one in place is
+    completed, or has changed nothing. Under torchrun (torchrun --nproc-per-node 4 -m lorahub merge ...) every process
+    makes a part of the shards.
     """
     if undo is not None:
         if refs or base or target or in_place:
@@ -104,6 +114,7 @@ def merge(
         job = prepare(
             base,
             refs,
+            weights=_apart(refs, parts) if parts else None,
             allow=allow,
             compat=compat,
             mode=mode,
@@ -148,6 +159,34 @@ def merge(
     ]
     place = str(target or base)
     out.answer(report.document(), text=f"{place}\n{aligned(facts)}", bare=place)
+
+
+def _apart(refs: tuple[str, ...], parts: tuple[str, ...]) -> dict[str, Weight]:
+    """The weights of all adapters, those of some by component.
+
+    Raises:
+        UsageError: a part cannot be read, is said twice, or does not say of which adapter it is.
+    """
+    weights = {name: weight for name, (_, weight) in named_weights(refs).items()}
+    found: dict[str, dict[str, float]] = {}
+    for part in parts:
+        place, sign, text = part.rpartition("=")
+        name, _, component = place.rpartition(":")
+        if not sign or not component:
+            raise UsageError(f"--weight {part} is no COMPONENT=NUMBER", "--weight unet=0.8 --weight text_encoder=0.3")
+        if not name and len(weights) > 1:
+            raise UsageError(f"--weight {part} does not say of which adapter", f"--weight {next(iter(weights))}:{part}")
+        name = name or next(iter(weights))
+        if name not in weights:
+            raise UsageError(f"no adapter is called '{name}'", f"the adapters are {', '.join(weights)}")
+        if component in found.get(name, {}):
+            raise UsageError(f"{component} of '{name}' has two weights", "give it one")
+        try:
+            number = float(text)
+        except ValueError:
+            raise UsageError(f"--weight {part}: {text!r} is no number", f"--weight {place}=0.8") from None
+        found.setdefault(name, {})[component] = weights[name] * number
+    return {name: {**found[name], "default": weight} if name in found else weight for name, weight in weights.items()}
 
 
 def _kept(retention: Retention) -> str:

@@ -11,19 +11,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorahub import checks
 from lorahub.adapter import Adapter
 from lorahub.adapter import load as load_tensors
-from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.comparing.opened import (
     DIRECTIONS,
     TOLERANCE,
     Beside,
+    about_names,
     base_weights,
     beside,
     expect_tolerance,
     parts_of,
+    read_beside,
 )
 from lorahub.composition.analysis.comparing import Comparison, compare, compare_parts
 from lorahub.composition.analysis.interference_report import InterferenceReport
@@ -34,7 +34,7 @@ from lorahub.fetching import Progress, Source, quiet
 from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
-from lorahub.sources import Given, header_of
+from lorahub.sources import Given
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,14 +84,14 @@ def diff(
     expect_tolerance(tolerance)
     registry = load_registry()
     opened = open_base(base, hub=hub) if base is not None else None
-    index = opened.index if opened else None
-    first, second = (_loaded(each, registry, index, allow, hub, progress) for each in (one, other))
+    first, second = (_loaded(each, registry, opened, allow, hub, progress) for each in (one, other))
     with ExitStack() as held:
         targets = {*first.deltas, *second.deltas}
         reads = _reads(each.deltas for each in (first, second))
         weights = held.enter_context(base_weights(opened, targets, reads)) if opened else None
         found = compare(first.deltas, second.deltas, tolerance=tolerance, weights=weights)
-    return replace(found, rows=(*found.rows, *compare_parts(*(parts_of(each) for each in (first, second)))))
+    rows = (*found.rows, *compare_parts(*(parts_of(each) for each in (first, second))))
+    return replace(found, rows=rows, findings=about_names([first.header, second.header]))
 
 
 def similarity(
@@ -195,16 +195,16 @@ def subspace_overlap(
 def _loaded(
     source: Given,
     registry: Registry,
-    index: BaseIndex | None,
+    base: Base | None,
     allow: Collection[str],
     hub: str | None,
     progress: Progress,
 ) -> Adapter:
-    if isinstance(source, Adapter) and (index is None or source.header is None):
+    if isinstance(source, Adapter) and (base is None or source.header is None):
         return source
-    header = header_of(source, registry, hub=hub, progress=progress, index=index)
-    checks.refuse(header.findings, allowed=allow, subject=header.label)
-    return load_tensors(header, registry)
+    header, deltas = read_beside(source, registry, base, allow, hub, progress)
+    adapter = load_tensors(header, registry)
+    return replace(adapter, deltas=deltas(adapter.deltas))
 
 
 def _reads(adapters: Iterable[Mapping[Target, Delta]]) -> set[Target]:

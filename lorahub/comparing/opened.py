@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,6 +21,8 @@ from lorahub.composition.analysis.interference_report import InterferenceReport
 from lorahub.composition.analysis.similarity import Similarity
 from lorahub.composition.analysis.subspaces import Subspaces
 from lorahub.composition.together import together
+from lorahub.conversion.settled import settled
+from lorahub.conversion.translate import TRANSLATED
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.engine.crew import crew_size
@@ -32,12 +34,23 @@ from lorahub.lazy import torch
 from lorahub.names import did_you_mean, matches
 from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
+from lorahub.registry import Registry
 from lorahub.sources import Given, header_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DIRECTIONS", "TOLERANCE", "Beside", "base_weights", "beside", "expect_tolerance", "parts_of"]
+__all__ = [
+    "DIRECTIONS",
+    "TOLERANCE",
+    "Beside",
+    "about_names",
+    "base_weights",
+    "beside",
+    "expect_tolerance",
+    "parts_of",
+    "read_beside",
+]
 
 TOLERANCE = 1e-6
 """Relative difference up to which changes count as the same."""
@@ -177,22 +190,20 @@ def beside(
     factors = _factors(adapters, weights)
     registry = load_registry()
     opened = open_base(base, hub=hub) if base is not None else None
-    index = opened.index if opened else None
     with ExitStack() as held:
         headers: list[AdapterHeader | None] = []
         parts: list[dict[str, tuple[str, str | None]]] = []
         deltas: list[Mapping[Target, Delta]] = []
         for each in adapters:
-            if isinstance(each, Adapter) and (index is None or each.header is None):
+            if isinstance(each, Adapter) and (opened is None or each.header is None):
                 headers.append(each.header)
                 deltas.append(each.deltas)
                 parts.append(parts_of(each))
                 continue
-            header = header_of(each, registry, hub=hub, progress=progress, index=index)
-            checks.refuse(header.findings, allowed=allow, subject=header.label)
+            header, there = read_beside(each, registry, opened, allow, hub, progress)
             headers.append(header)
             parts.append(parts_of_header(header))
-            deltas.append(held.enter_context(open_deltas(header, registry)).deltas)
+            deltas.append(there(held.enter_context(open_deltas(header, registry)).deltas))
         targets = {target for each in deltas for target in each}
         around = {replace(target, parameter=name) for target in targets for name in ("weight", "bias")}
         yield Beside(
@@ -206,9 +217,37 @@ def beside(
                 for one, other in combinations(range(len(parts)), 2)
                 if not _alike(parts[one], parts[other])
             ),
-            findings=_together([header for header in headers if header is not None]),
+            findings=(*_together([header for header in headers if header is not None]), *about_names(headers)),
             base=_locked(held.enter_context(base_weights(opened, targets, around))) if opened else None,
         )
+
+
+def read_beside(
+    source: Given,
+    registry: Registry,
+    base: Base | None,
+    allow: Collection[str],
+    hub: str | None,
+    progress: Progress,
+) -> tuple[AdapterHeader, Callable[[Mapping[Target, Delta]], Mapping[Target, Delta]]]:
+    """An adapter's header, under the base's names where there is one, and what brings its deltas under them.
+
+    Raises:
+        Degraded, Incompatible, IntegrityError: part of it cannot be read.
+    """
+    header = header_of(source, registry, hub=hub, progress=progress, index=base.index if base else None)
+    if base is None:
+        checks.refuse(header.findings, allowed=allow, subject=header.label)
+        return header, lambda deltas: deltas
+    home = settled(header, base.index, base.framework, registry.kinds)
+    checks.refuse(home.header.findings, allowed=allow, subject=header.label)
+    return home.header, home.deltas
+
+
+def about_names(headers: Sequence[AdapterHeader | None]) -> tuple[Finding, ...]:
+    """What there is to say of modules that adapters call otherwise than their base does."""
+    noted = (each for header in headers if header for each in header.findings if each.code == TRANSLATED)
+    return tuple(dict.fromkeys(noted))
 
 
 def _factors(adapters: Sequence[Given], weights: Sequence[float] | None) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.composition.gathering import Weights
 from lorahub.composition.together import together
+from lorahub.conversion.settled import Settled, settled
 from lorahub.conversion.weights import BaseWeights
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import Compat
@@ -48,6 +49,7 @@ class Opened:
         adapter: the one that was given open, or None.
         pin: what of a hub it is, or None.
         requested: what was asked for, as text.
+        home: it under the base's names, or None without a base; ``header`` is its.
     """
 
     label: str
@@ -55,6 +57,7 @@ class Opened:
     adapter: Adapter | None = None
     pin: Pin | None = None
     requested: str = ""
+    home: Settled | None = None
 
     @property
     def record(self) -> AdapterRecord | None:
@@ -69,7 +72,13 @@ class Opened:
         assert self.header is not None  # one of the two is there
         reading = self.header.reading
         base = {"base_repo": reading.base_repo, "base_revision": reading.base_revision}
-        return {**reading.hints, **{name: value for name, value in base.items() if value}}
+        hints = {**reading.hints, **{name: value for name, value in base.items() if value}}
+        return self.home.hints(hints) if self.home else hints
+
+    @property
+    def moved(self) -> bool:
+        """Whether the base has some of what it changes under other names."""
+        return self.home is not None and self.home.moved
 
     @property
     def format(self) -> str | None:
@@ -98,15 +107,33 @@ def open_one(
     *,
     label: str,
     hub: str | None,
-    index: BaseIndex | None,
+    base: Base | None,
     compat: Compat | None,
     progress: Progress,
 ) -> Opened:
-    """Fetch one adapter and read its header.
+    """Fetch one adapter and read its header, under the base's names where there is one.
 
     Raises:
         NotFound, Unavailable, UnsupportedFormat, IntegrityError: see ``lorahub.load``.
     """
+    index = base.index if base else None
+    one = _read(source, registry, label=label, hub=hub, index=index, compat=compat, progress=progress)
+    if base is None or one.header is None or one.adapter is not None:
+        return one
+    home = settled(one.header, base.index, base.framework, registry.kinds)
+    return replace(one, header=home.header, home=home)
+
+
+def _read(
+    source: Given,
+    registry: Registry,
+    *,
+    label: str,
+    hub: str | None,
+    index: BaseIndex | None,
+    compat: Compat | None,
+    progress: Progress,
+) -> Opened:
     if isinstance(source, Adapter):
         if source.header is None:
             return Opened(label=label, header=None, adapter=source, requested=label)
@@ -197,7 +224,8 @@ def holding(opened: Sequence[Opened], registry: Registry) -> Iterator[list[Held]
                 continue
             assert each.header is not None  # one of the two is there
             reader = stack.enter_context(open_deltas(each.header, registry, kept=0))
-            held.append(Held(deltas=reader.deltas, content=content or reader.content))
+            deltas = each.home.deltas(reader.deltas) if each.home else reader.deltas
+            held.append(Held(deltas=deltas, content=content or reader.content))
         yield held
 
 

@@ -21,10 +21,11 @@ from lorahub.composing.asked import Request
 from lorahub.composing.ingredients import Held, Opened, base_weights, holding, judge, open_one
 from lorahub.composing.provenance import about_bases, begun, hints, portable, recipe_digest, settings
 from lorahub.composing.result import Composed, ComposeReport, Home, lost
+from lorahub.composing.spelling import layout_of, spelled
 from lorahub.composition.algebra.budgeting import Shared, budget_of
 from lorahub.composition.algebra.truncate import Budget
 from lorahub.composition.combining import Combined, Part, combine, methods_for, whole_for
-from lorahub.composition.explaining import Outline, outline
+from lorahub.composition.explaining import Outline, Seen, outline, seen
 from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
 from lorahub.composition.uncut import Uncut, addable
@@ -97,8 +98,8 @@ class Composition:
         targets = [tuple(header.touches) for header in headers]
         budget = _budget(self.recipe)
         return outline(
-            headers,
-            self.registry.kinds,
+            [_seen(each, self.registry) for each in self.opened if each.header is not None],
+            [header.label for header in headers],
             self._methods(targets).__getitem__,
             self._weights(targets),
             rank=budget.rank if isinstance(budget, Budget) else None,
@@ -281,13 +282,14 @@ class Composition:
         """The result, written and read back."""
         if not found.deltas:
             raise UsageError("the budget leaves nothing of any target", "give more parameters, or a rank")
-        layout = self.recipe.format or _layout(found.deltas, self.opened)
+        layout = self.recipe.format or layout_of(found.deltas, self.opened)
         record = self._record(found.deltas, parents)
         home = Home() if folder is None else None
         place = folder or (home.path if home else Path()) / self.recipe.method
         told = hints(self.opened, self.base.index if self.base else None, found.deltas)
-        made = Adapter(deltas=found.deltas, record=record, hints=told)
         try:
+            deltas, said = spelled(found.deltas, told, layout, self.opened, self.base.index if self.base else None)
+            made = Adapter(deltas=deltas, record=record, hints=said)
             save(made, place, registry=self.registry, format=layout)
         except CannotCarry as error:
             raise _with_a_way(error, found) from None
@@ -338,7 +340,7 @@ def prepare_composition(
             registry,
             label=label,
             hub=hub,
-            index=base.index if base else None,
+            base=base,
             compat=recipe.compat,
             progress=progress,
         )
@@ -363,12 +365,21 @@ def _budget(recipe: Recipe) -> Budget | Shared | None:
     return None
 
 
-def _layout(deltas: Collection[Target], opened: Sequence[Opened]) -> str:
-    """The format that adapters share; else PEFT's, or the first one's where there are parts of a pipeline."""
-    formats = list(dict.fromkeys(each.format for each in opened if each.format))
-    if len(formats) == 1 or (formats and any(target.component for target in deltas)):
-        return formats[0]
-    return "peft"
+def _seen(one: Opened, registry: Registry) -> Mapping[Target, Seen]:
+    """What an adapter does to each target, under the base's names where there is one."""
+    assert one.header is not None
+    found = seen(one.header, registry.kinds)
+    home = one.home
+    if home is None or not home.moved:
+        return found
+    result: dict[Target, Seen] = {}
+    for target, sources in home.sources.items():
+        read = [found[source] for source in sources if source in found]
+        shape = home.shape(target)
+        for each in read:
+            rank = home.header.touches[target].rank
+            result[target] = Seen(shape=shape or each.shape, rank=rank if shape else each.rank, whole=each.whole)
+    return result
 
 
 def _with_a_way(error: CannotCarry, found: Combined) -> CannotCarry:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast, final
 
 from lorahub.attaching import Policy, plan_one
-from lorahub.bases.layout import Target
+from lorahub.bases.layout import Layout, Target
 from lorahub.bases.torch_module import held_parameters
 from lorahub.composition.searching.descending import descend
 from lorahub.composition.searching.places import narrowed, standing_in, terms_of, weighable, whole
@@ -212,7 +212,7 @@ class Stage:
         generator = torch.Generator().manual_seed(seed)
         terms = weighable(plan)
         result: dict[Target, Delta] = {}
-        with self._weights(terms, deltas) as weights:
+        with self._weights(terms) as weights:
             for target in sorted(terms):
                 delta, found = deltas[target], terms[target]
                 if is_stack(delta):
@@ -243,7 +243,7 @@ class Stage:
                 continue
             seen |= {*terms}
             deltas: dict[Target, Delta] = {}
-            with self._weights(terms, adapter.deltas) as weights:
+            with self._weights(terms) as weights:
                 for target in sorted(terms):
                     own, found = adapter.deltas[target], terms[target]
                     shape = weights.shape(target) or own.shape()
@@ -260,9 +260,13 @@ class Stage:
         return result, leaves
 
     @contextmanager
-    def _weights(self, terms: Collection[Target], deltas: Mapping[Target, Delta]) -> Iterator[BaseWeights]:
-        reads = {replace(target, parameter=name) for target in terms for name in deltas[target].reads}
-        layouts = self._base.framework.layouts(self._base.index, {*terms, *reads})
+    def _weights(self, terms: Mapping[Target, Sequence[tuple[Step, Term]]]) -> Iterator[BaseWeights]:
+        layouts: dict[Target, Layout] = {}  # as planned, which knows the makers' names too
+        for target, found in terms.items():
+            layouts[target] = Layout(target=target, pieces=tuple(term.piece for _, term in found))
+            for name, piece in found[0][1].siblings.items():
+                sibling = replace(target, parameter=name)
+                layouts[sibling] = Layout(target=sibling, pieces=(piece,))
         with self._base.tensors() as read:
             yield BaseWeights(self._base.index, layouts, read)
 

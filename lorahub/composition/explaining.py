@@ -17,7 +17,7 @@ from lorahub.composition.method import ElementMethod, Method
 from lorahub.deltas.kind import JSON, Kind
 from lorahub.shapes import ShapeMisfit, bind, instantiate
 
-__all__ = ["Line", "Outline", "outline"]
+__all__ = ["Line", "Outline", "Seen", "outline", "seen"]
 
 
 WRITING = 1.05
@@ -96,8 +96,8 @@ class Outline:
 
 
 def outline(
-    headers: Sequence[AdapterHeader],
-    kinds: Mapping[str, Kind],
+    adapters: Sequence[Mapping[Target, Seen]],
+    labels: Sequence[str],
     method_of: Callable[[Target], Method],
     weights: Sequence[Mapping[Target, float]],
     *,
@@ -108,19 +108,18 @@ def outline(
     """Work out what composing these adapters takes.
 
     Args:
-        headers: the adapters.
-        kinds: registered kinds.
+        adapters: for each, what it does to each target.
+        labels: what they are called.
         method_of: the method of a target.
         weights: for each adapter, of each target.
         rank: the budget's, or None.
         undecided: whether the budget demands a quality, so that the numbers decide the ranks.
         item: bytes of a number of the result.
     """
-    found = [_touched(header, kinds) for header in headers]
-    targets = sorted({target for each in found for target in each}, key=lambda target: natural(target.name))
+    targets = sorted({target for each in adapters for target in each}, key=lambda target: natural(target.name))
     lines = []
     for target in targets:
-        here = [each.get(target) for each in found]
+        here = [each.get(target) for each in adapters]
         shape = next((each.shape for each in here if each and each.shape is not None), None)
         ranks = tuple(0 if each is None else each.rank for each in here)
         whole = any(each.whole for each in here if each)
@@ -128,13 +127,13 @@ def outline(
         lines.append(_line(target, shape, whole, ranks, weighed, method_of(target), rank, undecided, item))
     return Outline(
         method=(lines and method_of(targets[0]).name) or "",
-        adapters=tuple(header.label for header in headers),
+        adapters=tuple(labels),
         lines=tuple(lines),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class Seen:
     """One target of one adapter: the parameter's shape, the change's rank, and whether it is a whole new value."""
 
     shape: tuple[int, ...] | None
@@ -142,19 +141,20 @@ class _Seen:
     whole: bool
 
 
-def _touched(header: AdapterHeader, kinds: Mapping[str, Kind]) -> dict[Target, _Seen]:
+def seen(header: AdapterHeader, kinds: Mapping[str, Kind]) -> dict[Target, Seen]:
     """What an adapter does to each target, as far as headers tell."""
-    result: dict[Target, _Seen] = {}
+    result: dict[Target, Seen] = {}
     for group in header.reading.groups:
         kind = kinds[group.kind]
         for touch in kind.touches(group):
-            slots = tuple((name, kind.slot(name).dims, ref.shape) for name, ref in group.slots.items())
+            used = [(name, group.slots[name]) for name in touch.slots if name in group.slots]
+            slots = tuple((name, kind.slot(name).dims, ref.shape) for name, ref in used)
             try:
                 shape = instantiate(touch.dims, bind(slots))
             except (ShapeMisfit, KeyError):  # a shape that only the base tells
                 shape = None
             target = Target(group.component, group.module, touch.parameter)
-            result[target] = _Seen(shape=shape, rank=touch.rank, whole=touch.replaces)
+            result[target] = Seen(shape=shape, rank=touch.rank, whole=touch.replaces)
     return result
 
 

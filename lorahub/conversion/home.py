@@ -6,8 +6,8 @@ vocabulary where it is complete and exact, and is refused else.  Splitting and f
 knows no files.
 
 Facts: kohya's sd-scripts and musubi-tuner train and read Flux, Stable Diffusion 3 and Wan under their makers' names
-behind ``lora_unet_``, Qwen-Image under its own, and CLIP below ``text_model.``; ComfyUI and OneTrainer read diffusers'
-names behind ``lora_transformer_``.
+behind ``lora_unet_``, Stable Diffusion XL's UNet under Stability's, Qwen-Image under its own, and CLIP below
+``text_model.``; ComfyUI and OneTrainer read diffusers' names behind ``lora_transformer_``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import MappingProxyType
 from lorahub.bases.index import BaseIndex, natural
 from lorahub.conversion.change import Change, Weight
 from lorahub.conversion.rewording import in_words, short
+from lorahub.conversion.unet_blocks import counted
 from lorahub.conversion.vocabulary import Lexicon, component_of, family_of, is_foreign, lexicons
 from lorahub.conversion.vocabulary import lexicon as lexicon_of
 from lorahub.deltas.kind import JSON
@@ -39,6 +40,10 @@ _MODELS = frozenset({"", "unet", "transformer", "transformer_2"})
 _QWEN = re.compile(r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.|txt_norm$")
 _CLIP = re.compile(r"(encoder\.layers\.\d+\.(self_attn|mlp|layer_norm[12])\.?|embeddings\.|final_layer_norm$)")
 _T5 = re.compile(r"encoder\.block\.\d+\.")
+
+_COUNTED_BY = "add_embedding.linear_1"
+"""Of UNets, those of Stable Diffusion XL have it, which sd-scripts names as Stability does; of older ones as diffusers.
+"""
 
 _BASE = "--base DIFFUSERS_FOLDER"
 
@@ -179,8 +184,9 @@ def _as_they_are(
     if any(_QWEN.match(module) for module in (*modules, *own)) or model.startswith("QwenImage"):
         return "qwen", [_renamed(change, "unet", short(change.target.module)) for change in changes], []
     if component not in ("transformer", "transformer_2") and component_of(modules) != "transformer":
-        unprefixed = [_renamed(change, component, short(change.target.module)) for change in changes]
-        return "", unprefixed, []
+        names = counted(own) if _COUNTED_BY in own else {}
+        bare = [(change, short(change.target.module)) for change in changes]
+        return "", [_renamed(change, component, names.get(module, module)) for change, module in bare], []
     if told := family_of(*_told(index, component)):
         raise _unknown(to, modules, f"are not all known under {told}'s own names", "--to diffusers")
     prefix = "lora_transformer_" if component == "transformer" else "lycoris_"

@@ -134,6 +134,8 @@ def _mochi() -> tuple[Word, ...]:
     return (
         fused(f"{block}.attn.qkv_x", *(f"{own}.attn1.to_{each}" for each in "qkv")),
         fused(f"{block}.attn.qkv_y", *(f"{own}.attn1.add_{each}_proj" for each in "qkv")),
+        *(fused(f"{block}.attn.{each}_norm_x", f"{own}.attn1.norm_{each}") for each in "qk"),
+        *(fused(f"{block}.attn.{each}_norm_y", f"{own}.attn1.norm_added_{each}") for each in "qk"),
         fused(f"{block}.attn.proj_x", f"{own}.attn1.to_out.0"),
         fused(f"{block}.attn.proj_y", f"{own}.attn1.to_add_out"),
         # gate and value, which diffusers keeps the other way round

@@ -17,9 +17,18 @@ from lorahub.deltas.kind import JSON
 from lorahub.errors import CannotCarry, UsageError
 from lorahub.formats.flat_names import PREFIXES, take_apart
 
-__all__ = ["Chosen", "as_part", "choose_component", "known_roles", "own_name", "respell_hints", "unresolved"]
+__all__ = [
+    "BY_TARGET",
+    "Chosen",
+    "as_part",
+    "choose_component",
+    "known_roles",
+    "own_name",
+    "respell_hints",
+    "unresolved",
+]
 
-_BY_TARGET = ("roles", "transposed")
+BY_TARGET = ("roles", "transposed")
 """Hints whose keys or items are names of targets."""
 
 _OWN_NAMES: Mapping[str, str] = MappingProxyType(
@@ -150,7 +159,7 @@ def respell_hints(hints: Mapping[str, JSON], changes: Sequence[Change]) -> dict[
         for origin in change.origins:
             renamed.setdefault(origin.target.name, []).append(change.target.name)
     result = dict(hints)
-    for hint in _BY_TARGET:
+    for hint in BY_TARGET:
         given = hints.get(hint)
         if isinstance(given, dict):
             result[hint] = {new: value for old, value in given.items() for new in renamed.get(old, [])}

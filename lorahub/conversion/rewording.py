@@ -51,7 +51,12 @@ def in_words(
         if shape is None:
             stuck[change.target] = "its parts have sizes that only a base tells"
             continue
-        layout = _layout(change.target, word, at, shape, component, shapes)
+        own = change.target.parameter
+        parameter = word.other(own) if at < 0 else word.own(own)
+        if not parameter:
+            stuck[change.target] = f"{own} is no parameter that {word.name} has in both"
+            continue
+        layout = _layout(change.target, word, at, shape, Target(component, "", parameter), shapes)
         if layout is None:
             stuck[change.target] = f"{list(shape)} is no size that {word.name} has"
         else:
@@ -75,12 +80,15 @@ def in_words(
 
 
 def _layout(
-    target: Target, word: Word, at: int, shape: tuple[int, ...], component: str, shapes: dict[str, tuple[int, ...]]
+    target: Target, word: Word, at: int, shape: tuple[int, ...], there: Target, shapes: dict[str, tuple[int, ...]]
 ) -> Layout | None:
-    """Where a parameter lands in the other vocabulary, or None where its size is none that the word allows."""
+    """Where a parameter lands in the other vocabulary, or None where its size is none that the word allows.
+
+    ``there`` has the component and the parameter that it has in the other vocabulary.
+    """
 
     def named(module: str) -> str:
-        return Target(component, module, target.parameter).name
+        return replace(there, module=module).name
 
     size, rest, total = shape[0] if shape else 0, shape[1:], sum(word.shares)
     if len(word.parts) == 1:

@@ -1,5 +1,7 @@
 """The UNet of Stable Diffusion 1, 2 and XL, whose blocks Stability counts through and diffusers groups: by rule.
 
+So with the ControlNets that are made of its encoder.
+
 A block of diffusers with ``depth`` layers is ``depth`` numbers of the original's, and one more for what changes the
 resolution; up-blocks have a layer more.  Names alone, from the one count into the other and back.
 
@@ -46,6 +48,14 @@ _COUNT = re.compile(r"(input|output)_blocks\.(\d{1,3})\.(\d)\.(.+)")
 _MIDDLE_COUNT = re.compile(r"middle_block\.(\d{1,2})\.(.+)")
 _DOWN = re.compile(r"input_blocks\.(\d{1,3})\.0\.op")
 
+_HINTS = "controlnet_cond_embedding.blocks."
+_HINT, _ZERO = re.compile(re.escape(_HINTS) + r"(\d{1,2})"), re.compile(r"controlnet_down_blocks\.(\d{1,2})")
+_CONTROL: Mapping[str, str] = MappingProxyType(
+    {"controlnet_mid_block": "middle_block_out.0", "controlnet_cond_embedding.conv_in": "input_hint_block.0"}
+)
+_LAST = "controlnet_cond_embedding.conv_out"
+"""Module of diffusers' ControlNet -> of the original: what it has besides the encoder of the UNet."""
+
 _GROUPED, _COUNTED = "down_blocks.0.resnets.0.conv1", "input_blocks.1.0.in_layers.2"
 
 
@@ -68,8 +78,22 @@ def counted(modules: Collection[str]) -> dict[str, str]:
     depth = len({module.split(".")[3] for module in modules if module.startswith("down_blocks.0.resnets.")})
     above = [module.split(".") for module in modules if module.startswith("up_blocks.")]
     attending = {path[1] for path in above if "attentions" in path}
-    found = {module: _OUTER.get(module) or _middle(module) or _count(module, depth, attending) for module in modules}
+    hints = sum(module.startswith(_HINTS) for module in modules)
+    found = {
+        module: _OUTER.get(module) or _middle(module) or _count(module, depth, attending) or _control(module, hints)
+        for module in modules
+    }
     return {module: name for module, name in found.items() if name}
+
+
+def _control(module: str, hints: int) -> str:
+    """What only a ControlNet has; ``hints`` layers between the first and the last that read its picture."""
+    if found := _ZERO.fullmatch(module):
+        return f"zero_convs.{found[1]}.0"
+    if found := _HINT.fullmatch(module):
+        return f"input_hint_block.{2 * (int(found[1]) + 1)}"
+    last = {_LAST: f"input_hint_block.{2 * (hints + 1)}"}
+    return {**_CONTROL, **last}.get(module, "")
 
 
 def grouped(modules: Collection[str]) -> dict[str, str]:

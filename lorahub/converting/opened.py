@@ -12,7 +12,7 @@ from typing import cast, final
 
 from lorahub import checks
 from lorahub.adapter import Adapter, AdapterHeader
-from lorahub.bases.framework import Created, Edits, Framework
+from lorahub.bases.framework import Created, Edits, Framework, Widens
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Target
 from lorahub.conversion.carry import Misfit, refusal
@@ -155,10 +155,12 @@ class Opened:
         return self._weights.weight(target) if self._weights and not self._weightless else None
 
     def _shape(self, target: Target, delta: Delta) -> tuple[int, ...] | None:
-        layout = self._layouts.get(target)
+        layout, own = self._layouts.get(target), delta.shape()
         if layout is None or self.base is None or delta.replacement() is not None:
-            return delta.shape()
-        return logical_shape(layout, self.base.index)
+            return own
+        shape = logical_shape(layout, self.base.index)
+        widens = own is not None and len(own) == len(shape) > 1 and own[1] > shape[1]  # placed: there is a way to
+        return own if widens else shape
 
     def _is_the_bases(self, change: Change) -> bool:
         """Whether a buffer that a module kept for itself is bit for bit the base's: the layout need not have it."""
@@ -247,6 +249,10 @@ class _Declared:
     def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
         """The framework's."""
         return self._framework.edits(index, created, hints)
+
+    def widening(self, index: BaseIndex, name: str, shape: tuple[int, ...]) -> Edits | None:
+        """The framework's, where it has one."""
+        return self._framework.widening(index, name, shape) if isinstance(self._framework, Widens) else None
 
 
 def _is_meta(base: Base) -> bool:

@@ -3,7 +3,8 @@
 A key is a component of the pipeline, a module's dotted path and a suffix: ``unet.mid_block.to_q.lora_A.weight``.
 Releases before 0.22 spelled the suffixes in other ways, and those before 0.18 wrote no component.  Alpha comes from a
 tensor or from ``lora_adapter_metadata`` in the header; where both speak they must agree, and without either the scale
-is 1, as diffusers has it.  ai-toolkit, SimpleTuner and OneTrainer write further kinds behind the same names.
+is 1, as diffusers has it.  Flux's control adapters have whole norms beside the factors.  ai-toolkit, SimpleTuner and
+OneTrainer write further kinds behind the same names.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from lorahub.lazy import torch
 __all__ = ["DiffusersFormat", "lorahub_formats"]
 
 FILE = "pytorch_lora_weights.safetensors"
+_VALUE = "set_weight"
+"""Suffix of a whole new weight, for whoever reads keys by their suffixes."""
+
 COMPONENTS = frozenset(
     {
         "clip_g",
@@ -79,6 +83,9 @@ _ORIGINAL: Mapping[str, str] = MappingProxyType(
 
 _FOREIGN = ("base_model.model.", "diffusion_model.")
 """How keys of other formats begin."""
+
+_NORMS = frozenset({"norm_added_k", "norm_added_q", "norm_k", "norm_q"})
+"""Norms of a transformer that a control adapter brings whole: their new weight stands in the file by its own name."""
 
 _ENDS = tuple(
     f".{leaf.suffix}"
@@ -154,6 +161,9 @@ class DiffusersFormat:
         spellings: dict[str, Spelling] = {}
         for (component, module), parameters in modules.items():
             stem = f"{component}.{module}" if component else module
+            if _is_norm(component, module) and (value := _whole(parameters)) is not None:
+                tensors[f"{stem}.weight"] = value
+                continue
             first = PAIRS[0].suffix
             part, path = apart(f"{stem}.{first}")
             if not module or (part, *endings.split(path)) != (component, module, first):
@@ -227,6 +237,9 @@ class _Apart:
             return "", ""
         first, _, rest = key.partition(".")
         if first in self._components:
+            module, _, parameter = rest.rpartition(".")
+            if parameter == "weight" and _is_norm(first, module):
+                return first, f"{module}.{_VALUE}"
             return _ORIGINAL.get(first, first), _unprocessed(rest)
         return "", _unprocessed(key)
 
@@ -235,6 +248,11 @@ class _Apart:
 def _apart(configs: frozenset[str]) -> _Apart:
     """The same for the same components: keys are remembered by it."""
     return _Apart(configs)
+
+
+def _is_norm(component: str, module: str) -> bool:
+    """Whether a file has a whole new weight of this module, which diffusers puts in the place of the model's."""
+    return component == "transformer" and module.rpartition(".")[2] in _NORMS
 
 
 def _unprocessed(path: str) -> str:
@@ -267,6 +285,11 @@ def _spell(ways: Ways, parameters: Mapping[str, Delta]) -> tuple[Spelling, Group
     if not options.get("scale"):
         raise CannotCarry("a scale of 0 has no alpha here: 0 means that there is none")
     return spelling, group, {suffixes[slot]: tensor for slot, tensor in tensors.items()}
+
+
+def _whole(parameters: Mapping[str, Delta]) -> torch.Tensor | None:
+    """The new weight of a module, where that is all that changes."""
+    return parameters["weight"].replacement() if parameters.keys() == {"weight"} else None
 
 
 def _refusal(lost: Mapping[str, Sequence[str]]) -> CannotCarry:

@@ -21,6 +21,7 @@ from lorahub.files.header import Header, Known
 from lorahub.files.raw import open_regular
 from lorahub.formats.format import AdapterFiles
 from lorahub.formats.glimpse import PICKLE, is_pointer, of_any_name, of_pickles_name
+from lorahub.formats.networks import network_of
 
 __all__ = ["LARGEST", "RECENT", "Seen", "as_config", "explain", "header_fault", "survey", "survey_in"]
 
@@ -248,6 +249,11 @@ def explain(files: AdapterFiles) -> LorahubError:
         )
     if files.headers:
         keys = [key for header in files.headers.values() for key in header.tensors]
+        if network := network_of(keys):
+            return UnsupportedKind(
+                f"{', '.join(files.headers)} in {files.folder} is {network.title}, which is {network.what}",
+                network.use,
+            )
         shown = ", ".join(keys[:3])
         if all(key.endswith(_WHOLE) for key in keys):
             return UnsupportedFormat(

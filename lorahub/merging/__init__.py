@@ -18,6 +18,7 @@ from lorahub.engine.undoing.reload import BaseRows
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.errors import UsageError
 from lorahub.fetching import Progress, Source, quiet
+from lorahub.merging.apart import Weight
 from lorahub.merging.job import Job, demand_own_layers
 from lorahub.merging.preparing import Several, open_recorded, prepare
 from lorahub.names import Ref
@@ -34,7 +35,7 @@ def plan(
     base: Source | nn.Module | Base,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     allow: Collection[str] = (),
     compat: str | None = None,
     mode: str = "fast",
@@ -52,7 +53,7 @@ def merge(
     base: Source | nn.Module,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     out: None = None,
     undo: Policy = "auto",
     origin: Source | None = None,
@@ -71,7 +72,7 @@ def merge(
     base: Source,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     out: str | os.PathLike[str],
     allow: Collection[str] = (),
     compat: str | None = None,
@@ -89,7 +90,7 @@ def merge(
     base: Source,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     in_place: Literal[True],
     keep_undo: bool = False,
     allow: Collection[str] = (),
@@ -106,7 +107,7 @@ def merge(
     base: Source | nn.Module,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     out: str | os.PathLike[str] | None = None,
     in_place: bool = False,
     keep_undo: bool = False,
@@ -128,7 +129,9 @@ def merge(
     Args:
         base: a live model (merged in place) or a folder, file or ``ns/name[@COMMIT]`` (then ``out`` is needed).
         adapters: name -> adapter, a list of references, or a sum of open adapters: ``0.7 * a - b``.
-        weights: one per adapter; 1 by default, or the weight in the reference.
+        weights: one per adapter; 1 by default, or the weight in the reference.  Besides a number each may be one by
+            component (``{"ink": {"unet": 0.8, "text_encoder": 0.3}}``; 1 where nothing is said), by block or by
+            layer: any rule of a recipe.
         out: the new checkpoint's folder, or its one file (``.safetensors``); must not exist.
         in_place: write to the base's own files, only what changes; a run that was killed is completed by the next
             merge in place there, or has changed nothing.

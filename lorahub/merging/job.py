@@ -31,6 +31,7 @@ from lorahub.fetching import Progress, quiet
 from lorahub.files.digest import file_digest
 from lorahub.findings import Finding, Verdict, worst
 from lorahub.hub.contents import survey
+from lorahub.merging.apart import Weight, plain
 from lorahub.opening import Base
 from lorahub.plugins import load_registry
 from lorahub.record_fields import RecordPart
@@ -60,6 +61,8 @@ class Job:
             choice, where it says.
         made: name -> changes of those adapters that lie in no file.
         parents: adapters whose tokenizer, processor and template files go along besides.
+        rules: name -> the weight of an adapter whose changes have several, as it was asked for; it is in the plan, and
+            1 in ``weights``.
     """
 
     base: Base
@@ -71,6 +74,7 @@ class Job:
     compat: Compat | None = None
     made: Mapping[str, HasDeltas] = field(default_factory=lambda: MappingProxyType({}))
     parents: tuple[AdapterHeader, ...] = ()
+    rules: Mapping[str, Weight] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def verdict(self) -> Verdict:
@@ -105,7 +109,7 @@ class Job:
             known = header.record
             said: dict[str, JSON] = {
                 "name": name,
-                "weight": self.weights[name],
+                "weight": plain(self.rules.get(name, self.weights[name])),
                 "sha256": None if name in self.made else file_digest(header.folder / header.reading.file)[0],
                 "recorded_name": known.name if known else None,
                 "version": known.version if known else None,

@@ -17,12 +17,14 @@ from lorahub.bases.layout import Layout, Target
 from lorahub.bases.repeated import repeated, why_not
 from lorahub.combination import Combination
 from lorahub.conversion.translate import Translating, translated
-from lorahub.deltas.disputes import as_compat
+from lorahub.deltas.disputes import Compat, as_compat
 from lorahub.engine.planning.casting import cast as cast_plan
+from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import Unavailable, UsageError
 from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.findings import Finding, Verdict
+from lorahub.merging.apart import Weight, factors, is_number, targets_of, weighted
 from lorahub.merging.job import Job
 from lorahub.names import Ref
 from lorahub.opening import Base, open_base, recorded_base
@@ -42,7 +44,7 @@ def prepare(
     base: Source | nn.Module | Base | None,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
     allow: Collection[str] = (),
     compat: str | None = None,
     mode: str = "fast",
@@ -56,7 +58,8 @@ def prepare(
     Args:
         base: a folder, a file, ``ns/name[@COMMIT]`` or a live model; None takes the one that the first adapter records.
         adapters: by name, a list of references whose names are taken from them, or a sum (``0.7 * a - b``).
-        weights: one per adapter, in order or by name; they replace weights in references.
+        weights: one per adapter, in order or by name; they replace weights in references.  Each is a number, or apart
+            for components, blocks, layers: see ``apart.Weight``.
         allow: finding codes to accept.
         compat: "peft" or "strict": whose result counts where PEFT's is not the declared one.  None takes what each
             adapter's record or file says; where that is nothing, a finding asks.
@@ -71,7 +74,9 @@ def prepare(
     named = _named(adapters)
     if not named:
         raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
-    chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
+    own = {name: weight for name, (_, weight) in named.items()}
+    plain, rules = _rules(list(named), weights)
+    chosen = _weights(list(named), plain, own)
     if base is None:
         source = next(iter(named.values()))[0]
         first = header_of(source, registry, hub=hub, progress=progress, whole=whole, allow=allow)
@@ -104,6 +109,7 @@ def prepare(
         compat=choice,
         mode=mode,
     )
+    planned = _weighed(planned, rules, choice) if rules else planned
     planned = planned if dtype is None else cast_plan(planned, index, dtype)
     found = tuple(
         dict.fromkeys(
@@ -123,6 +129,40 @@ def prepare(
         findings=found,
         allowed=tuple(allow),
         compat=choice,
+        rules=rules,
+    )
+
+
+def _rules(
+    names: Sequence[str], given: Sequence[Weight] | Mapping[str, Weight] | None
+) -> tuple[Sequence[float] | Mapping[str, float] | None, dict[str, Weight]]:
+    """Weights as one number an adapter, and the rules of those that have more than one, which are at 1 there."""
+    if given is None:
+        return None, {}
+    if isinstance(given, Mapping):
+        rules = {name: weight for name, weight in given.items() if not is_number(weight)}
+        return {name: 1.0 if name in rules else cast("float", weight) for name, weight in given.items()}, rules
+    rules = {name: weight for name, weight in zip(names, given, strict=False) if not is_number(weight)}
+    return [cast("float", weight) if is_number(weight) else 1.0 for weight in given], rules
+
+
+def _weighed(planned: Plan, rules: Mapping[str, Weight], compat: Compat | None) -> Plan:
+    """The plan with weights by component, block or layer.
+
+    Raises:
+        UsageError: under ``compat="peft"``, where an adapter's weight goes into its factors.
+        RecipeError: a rule speaks of what the adapter does not change.
+    """
+    if compat == "peft":
+        raise UsageError(
+            'under compat="peft" weights go into the factors, one for each adapter', "give each adapter one number"
+        )
+    return weighted(
+        planned,
+        {
+            name: factors(rules[name], targets, name=name) if name in rules else dict.fromkeys(targets, 1.0)
+            for name, targets in targets_of(planned).items()
+        },
     )
 
 
@@ -216,6 +256,11 @@ def _weight(source: Given) -> float:
 def _weights(
     names: Sequence[str], given: Sequence[float] | Mapping[str, float] | None, own: Mapping[str, float]
 ) -> dict[str, float]:
+    values = given.values() if isinstance(given, Mapping) else given or ()
+    if not all(map(is_number, values)):
+        raise UsageError(
+            "here an adapter has one weight", "by component or block: lorahub.merge, and load_lora_weights of a plugin"
+        )
     if given is None:
         result = dict(own)
     elif isinstance(given, Mapping):

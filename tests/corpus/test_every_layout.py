@@ -53,6 +53,7 @@ class Layout:
     file: str = "adapter_model.safetensors"
     metadata: Mapping[str, str] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()  # tensors without numbers, which say what a file is
 
     def write(self, folder: Path, extra: Shapes | None = None) -> Path:
         """The folder with these files; single numbers are 1, so is everything else."""
@@ -185,6 +186,22 @@ LAYOUTS: dict[str, Layout] = {
         kinds=("lora", "replace"),  # the bias beside a factor is a slot of LoRA; the norms are whole
         file="lora.safetensors",
     ),
+    "Stability's Control-LoRA": Layout(
+        format="control-lora",
+        tensors={
+            "lora_controlnet": (0,),
+            "input_blocks.1.0.in_layers.2.up": (OUT, R, 1, 1),
+            "input_blocks.1.0.in_layers.2.down": (R, IN, 3, 3),
+            "input_blocks.1.0.in_layers.2.bias": (OUT,),
+            "time_embed.0.up": (OUT, R),
+            "time_embed.0.down": (R, IN),
+            "zero_convs.0.0.weight": (OUT, OUT, 1, 1),
+            "zero_convs.0.0.bias": (OUT,),
+        },
+        kinds=("lora", "replace"),
+        file="control-lora-canny-rank128.safetensors",
+        marks=("lora_controlnet",),
+    ),
     "MLX": Layout(
         format="mlx",
         tensors={"model.layers.0.self_attn.q_proj.lora_a": (IN, R), "model.layers.0.self_attn.q_proj.lora_b": (R, OUT)},
@@ -312,7 +329,7 @@ def test_a_layout_is_one_format_and_all_of_it_is_read(name: str, tmp_path: Path,
     assert [each for each in header.findings if each.level > Verdict.UNVERIFIED] == []
     refs = [ref.key for group in header.reading.groups for ref in group.slots.values()]
     refs += [ref.key for part in header.reading.parts.values() for ref in part.tensors.values()]
-    assert sorted(refs) == sorted(layout.tensors)
+    assert sorted([*refs, *layout.marks]) == sorted(layout.tensors)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

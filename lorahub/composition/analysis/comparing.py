@@ -16,6 +16,7 @@ from lorahub.bases.layout import Target
 from lorahub.composition.algebra.gram import Relation, relate, relate_dense
 from lorahub.deltas.delta import Delta, LowRank
 from lorahub.deltas.kind import JSON
+from lorahub.findings import Finding
 from lorahub.lazy import torch
 
 __all__ = ["Comparison", "Row", "State", "Weights", "compare", "compare_parts", "identical"]
@@ -68,10 +69,12 @@ class Comparison:
     Attributes:
         rows: every target of either, in natural order.
         tolerance: the relative difference up to which changes count as the same.
+        findings: what there is to say of their names in the base.
     """
 
     rows: tuple[Row, ...]
     tolerance: float
+    findings: tuple[Finding, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -110,6 +113,7 @@ class Comparison:
             "relative_difference": whole.relative,
             "targets": {state: self.count(state) for state in states},
             "rows": [row.document() for row in self.rows],
+            "findings": [{**each.document()} for each in self.findings],  # type: ignore[dict-item]  # JSON values alone
         }
 
 

@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -67,6 +68,8 @@ def _compiler() -> Sequence[str]:
     found = next((path for name in (asked[:1] or _COMPILERS) if (path := shutil.which(name))), None)
     if found is None:
         raise NotCompiled(f"there is no C compiler here ({', '.join(asked[:1] or _COMPILERS)})")
+    if sys.platform == "darwin" and found.startswith("/usr/bin/"):
+        _run(["xcode-select", "-p"])  # without the tools, what lies there would ask the user to install them
     return [found, *asked[1:]]
 
 

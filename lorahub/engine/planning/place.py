@@ -22,7 +22,7 @@ from lorahub.files.dtypes import nbytes
 from lorahub.findings import Finding
 from lorahub.shapes import Binding, ShapeMisfit, instantiate, unify
 
-__all__ = ["FLOATS", "Created", "Placed", "Placement", "logical_shape", "place"]
+__all__ = ["FLOATS", "Created", "Placed", "Placement", "components_here", "logical_shape", "place"]
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Dtypes in which a weight is a number of its own, so that a change can be added to it."""
@@ -117,7 +117,7 @@ def place(
         shared: (kind, slot) -> tensor, for slots that an adapter has once.
         hints: what the adapter says of its task, for the framework.
     """
-    could_be = _components_here(groups, index)
+    could_be = components_here(groups, index)
     placer = _Placer(kinds, index, framework, shared)
     touched = list(placer.touched(groups))
     wanted = {placer.there(target, could_be) for _, _, target in touched}
@@ -135,7 +135,7 @@ def place(
     )
 
 
-def _components_here(groups: Sequence[Group], index: BaseIndex) -> frozenset[str]:
+def components_here(groups: Sequence[Group], index: BaseIndex) -> frozenset[str]:
     """Which of an adapter's components a base could be that has none itself: those with modules in it.
 
     What has no component any more was found in the base under another name, and the rest is elsewhere.

@@ -126,12 +126,18 @@ class PeftFormat:
             findings=(*findings, *notes),
             base_repo=repo,
             base_revision=revision,
-            hints=_hints(config, groups) | layers | in_order(owned) | choice.hint(),
+            hints=_hints(config, groups) | layers | in_order(owned) | _undecided(choice, ways, index) | choice.hint(),
         )
 
     def write(self, deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[str, JSON]) -> Written:
         """Spell the deltas as PEFT would; see ``lorahub.formats.peft.write.write``."""
         return write(deltas, kinds, hints)
+
+
+def _undecided(choice: Choice, ways: Ways, index: BaseIndex | None) -> dict[str, JSON]:
+    """A choice that may decide something once a base is known."""
+    waits = index is None and any(spelling.disputed_on for _, spelling in ways)
+    return {"compat": choice.compat} if waits and choice.compat else {}
 
 
 def _weights_file(files: AdapterFiles) -> str:

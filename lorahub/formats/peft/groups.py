@@ -102,6 +102,8 @@ def group_factors(
         slots: dict[str, TensorRef] = {}
         try:
             options, dispute = _fill(slots, owner, fit, keys, header, config)
+            if (on := fit.spelling.disputed_on) and (shape := stems.shape(module, owner.parameter)):
+                dispute = dispute or on(shape, options)
             settled = choice.settle(dispute, options, target=f"{module}.{owner.parameter}", keys=keys.values())
             if settled is None:
                 continue

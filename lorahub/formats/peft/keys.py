@@ -55,6 +55,11 @@ class Stems:
         name = f"{found}.{parameter}" if found else parameter
         return self._index is not None and found is not None and name in self._index.parameters
 
+    def shape(self, module: str, parameter: str) -> tuple[int, ...] | None:
+        """Of a parameter of the base's module, [out, in, *k] but for stored turns; None where it is not known."""
+        info = self._index.parameters.get(self._index.stored(f"{module}.{parameter}")) if self._index else None
+        return info.shape if info else None
+
 
 @dataclass(frozen=True, slots=True)
 class Bare:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from lorahub.bases.index import natural
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
-from lorahub.deltas.disputes import Compat
+from lorahub.deltas.disputes import COMPATS, Compat
 from lorahub.deltas.kind import JSON, Group, Kind, Leaf, Spelling, TensorRef
 from lorahub.deltas.stacks import stack
 from lorahub.errors import CannotCarry
@@ -59,7 +59,8 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
         kinds: every registered kind.
         hints: ``roles`` (target name -> role of its module, such as "embedding"), ``base_repo`` and ``base_revision``,
             ``modules_to_save`` (names to keep modules under), ``fan_in_fan_out``, ``task_type``, ``auto_mapping``,
-            ``parameter_order`` (module -> its adapted parameters in the order in which it registers them).
+            ``compat`` (whose result was chosen), ``parameter_order`` (module -> its adapted parameters in the order in which it registers them), ``training``
+            (``dropout``, of the adapter's own path).
 
     Raises:
         CannotCarry: listing every target that PEFT has no word for, by reason.
@@ -107,7 +108,7 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
     return Written(
         file=FILE,
         tensors={key: draft.tensors[key] for key in sorted(draft.tensors)},
-        metadata={"format": "pt", **described(unit for unit, _ in units), **_chosen(draft, config)},
+        metadata={"format": "pt", **described(unit for unit, _ in units), **_chosen(draft, config, hints)},
         configs={CONFIG: config},
     )
 
@@ -193,8 +194,10 @@ def _spell_factors(draft: _Draft, unit: Unit, way: _Way) -> None:
     )
 
 
-def _chosen(draft: _Draft, config: Mapping[str, JSON]) -> dict[str, str]:
+def _chosen(draft: _Draft, config: Mapping[str, JSON], hints: Mapping[str, JSON]) -> dict[str, str]:
     """Whose result the factors are for, as a file says it; empty where that makes no difference.
+
+    Where that shows with the base alone, ``hints`` say what was chosen.
 
     Raises:
         CannotCarry: part of them are for PEFT's result, and part for the declared one.
@@ -204,6 +207,9 @@ def _chosen(draft: _Draft, config: Mapping[str, JSON]) -> dict[str, str]:
         if dispute is not None:
             compat: Compat = "strict" if _agree(dispute.declared, group.options) else "peft"
             draft.choices.setdefault(compat, []).append(name)
+    shows_later = [spelling for spelling in draft.spellings.values() if spelling.disputed_on]
+    if shows_later and not draft.choices and (said := hints.get("compat")) in COMPATS:
+        return {COMPAT: str(said)}
     if len(draft.choices) > 1:
         says = "PEFT's own result is meant for a part of the adapter, and the declared one for"
         raise _cannot_carry({says: [name for names in draft.choices.values() for name in names]})
@@ -263,6 +269,9 @@ def _config(draft: _Draft, hints: Mapping[str, JSON]) -> dict[str, JSON]:
     if parameters:
         config["target_parameters"] = _list(parameters)
     config |= own
+    dropout = _mapping(hints.get("training")).get("dropout")
+    if dropout and (name := f"{spelling.tag.lower()}_dropout") in own:
+        config[name] = dropout
     if draft.biases:
         everywhere = any(module not in draft.groups for module in draft.biases)
         config["bias"] = "all" if everywhere else f"{spelling.tag.lower()}_only"
@@ -275,6 +284,10 @@ def _config(draft: _Draft, hints: Mapping[str, JSON]) -> dict[str, JSON]:
         if config[name] is None:  # PEFT's own config class has no such field
             del config[name]
     return dict(sorted(config.items()))
+
+
+def _mapping(value: JSON) -> Mapping[str, JSON]:
+    return value if isinstance(value, dict) else {}
 
 
 def _list(modules: Iterable[str]) -> list[JSON]:

@@ -51,7 +51,7 @@ def widening(class_name: str, index: BaseIndex, name: str, shape: tuple[int, ...
     """
     first = FIRST.get(class_name)
     before = index.config.get(first.takes) if first else None
-    if first is None or name != first.weight or before != index.parameters[name].shape[1]:
+    if first is None or name.rpartition(":")[2] != first.weight or before != index.parameters[name].shape[1]:
         return None
     given = index.config.get(first.gives)
     return Edits(config={first.takes: shape[1], first.gives: before if given is None else given})

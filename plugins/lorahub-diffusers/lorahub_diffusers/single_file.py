@@ -23,8 +23,9 @@ from lorahub.deltas.kind import JSON
 from lorahub.errors import UnsupportedFormat, UsageError
 from lorahub.files.header import TensorInfo
 from lorahub.findings import Claim
+from lorahub_diffusers.framework import class_of
 from lorahub_diffusers.roles import role_of
-from lorahub_diffusers.single_file_names import Named, named, told_apart
+from lorahub_diffusers.single_file_names import ALIKE, Named, named, told_apart
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,14 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "flux-2": "FLUX.2",
         "flux": "FLUX.1",
         "wan": "Wan",
+        "z-image": "Z-Image",
+        "lumina-2": "Lumina-Image 2.0",
+        "ltx-video": "LTX-Video",
+        "sana": "Sana",
+        "auraflow": "AuraFlow",
+        "mochi": "Mochi",
+        "qwen-image": "Qwen-Image",
+        "hidream": "HiDream",
     }
 )
 """Model -> how people call it."""
@@ -63,8 +72,10 @@ class SingleFile:
     requires = ""
 
     def claims(self, files: BaseFiles) -> Claim | None:
-        """By names that only an original checkpoint has."""
+        """By names that only an original checkpoint has, or by those of a model without a configuration."""
         model, _ = told_apart(files.tensors)
+        if model in ALIKE and class_of(files.config):
+            return None
         return Claim(0.95, f"its names are those of an original checkpoint of {_TITLES[model]}") if model else None
 
     def claims_model(self, model: nn.Module) -> Claim | None:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from lorahub.conversion.unet_blocks import grouped, is_counted
 
-__all__ = ["COMPONENTS", "MODEL", "Named", "named", "told_apart"]
+__all__ = ["ALIKE", "COMPONENTS", "MODEL", "Named", "named", "told_apart"]
 
 MODEL = "model.diffusion_model."
 """What stands before the diffusion model's names in a file with more than that."""
@@ -81,9 +81,27 @@ _MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "flux-2": ("double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"),
         "flux": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
         "wan": ("blocks.0.self_attn.q.weight", "head.head.weight"),
+        "z-image": ("layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"),
+        "lumina-2": ("layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.1.weight", "cap_embedder.1.weight"),
+        "ltx-video": ("patchify_proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn1.q_norm.weight"),
+        "sana": ("blocks.0.mlp.inverted_conv.conv.weight", "blocks.0.cross_attn.kv_linear.weight"),
+        "auraflow": ("double_layers.0.attn.w2q.weight", "init_x_linear.weight"),
+        "mochi": ("blocks.0.attn.qkv_x.weight", "t5_y_embedder.to_kv.weight"),
+        "qwen-image": (
+            "transformer_blocks.0.attn.add_q_proj.weight",
+            "transformer_blocks.0.img_mod.1.weight",
+            "txt_norm.weight",
+        ),
+        "hidream": ("double_stream_blocks.0.block.adaLN_modulation.1.weight", "caption_projection.0.linear.weight"),
     }
 )
 """Model -> parameters that its diffusion model has, without a prefix; the first that has all."""
+
+ALIKE = frozenset({"hidream", "qwen-image"})
+"""Models that diffusers has under their makers' names, so that names do not tell a file of the one from the other's."""
+
+_T5_FIRST = frozenset({"ltx-video", "mochi"})
+"""Models whose pipeline has a T5 for its only text encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +152,7 @@ def named(names: Collection[str], model: str, prefix: str) -> dict[str, Named]:
         if found is None:
             continue
         if found.component == "text_encoder_3" and lone_t5:  # Flux has CLIP and T5
-            found = Named(component="text_encoder_2", name=found.name)
+            found = Named(component="text_encoder" if model in _T5_FIRST else "text_encoder_2", name=found.name)
         result[name] = found
     return result
 

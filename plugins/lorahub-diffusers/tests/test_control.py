@@ -15,7 +15,7 @@ from tiny_diffusers import flux
 from tiny_files import inverted
 
 import lorahub
-from lorahub.errors import BaseMismatch, Incompatible, UsageError
+from lorahub.errors import BaseMismatch, CannotCarry, Incompatible, UsageError
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -176,6 +176,78 @@ def test_a_file_of_their_makers_brings_biases_and_norms_too(
     assert found.keys() == expected.keys()
     for name, each in expected.items():
         assert (found[name] - each).abs().max() <= 2**-20 * each.abs().max().clamp_min(1)
+
+
+def converted(source: Path, to: str, out: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """The file that a conversion writes."""
+    report = lorahub.convert(source, to, out, **more)
+    assert report.max_error == 0.0
+    tensors: dict[str, torch.Tensor] = load_file(next(out.glob("*.safetensors")) if out.is_dir() else out)
+    return tensors
+
+
+@pytest.mark.parametrize("known", ["pipeline", "model", "nothing"])
+def test_a_file_of_their_makers_becomes_one_that_diffusers_reads(
+    known: str, pipe: Any, base: Path, tmp_path: Path
+) -> None:
+    adapter, more = original(tmp_path), {}
+    if known == "pipeline":
+        pipe.save_pretrained(tmp_path / "pipe")
+        more = {"base": tmp_path / "pipe"}
+    elif known == "model":
+        more = {"base": base, "component": "transformer"}
+    found = converted(adapter, "diffusers", tmp_path / "out", **more)
+    assert found["transformer.x_embedder.lora_A.weight"].shape == (2, WIDE)
+    norm = "transformer.transformer_blocks.0.attn.norm_q.weight"
+    assert torch.equal(found[norm], load_file(adapter)["double_blocks.0.img_attn.norm.query_norm.scale"])
+    theirs = flux()
+    quietly(lambda: theirs.load_lora_weights(tmp_path / "out"))
+    quietly(lambda: theirs.fuse_lora(components=["transformer"]))
+    theirs.transformer.unload_lora()
+    lorahub.merge(base, {"makers": str(adapter)}, out=tmp_path / "one")
+    lorahub.merge(base, {"diffusers": str(tmp_path / "out")}, out=tmp_path / "two")
+    one, two = (load_file(tmp_path / each / "diffusion_pytorch_model.safetensors") for each in ("one", "two"))
+    before = load_file(base / "diffusion_pytorch_model.safetensors")
+    assert one.keys() == two.keys() == theirs.transformer.state_dict().keys()
+    for name, each in theirs.transformer.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        assert (one[name] - each).abs().max() <= 4e-6 * each.abs().max().clamp_min(1)
+    changed = {
+        name for name in one if one[name].shape != before[name].shape or not torch.equal(one[name], before[name])
+    }
+    assert len(changed) == 2 + 6 + 3  # the first layer, three projections, each with its bias, and norms
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_a_widening_adapter_goes_to_other_layouts_and_back(to: str, pipe: Any, base: Path, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "pipe")
+    stacked = factors("x_embedder", WIDTH, WIDE, 1) | factors("transformer_blocks.0.attn.to_out.0", WIDTH, WIDTH, 2)
+    (tmp_path / "own").mkdir()
+    save_file(stacked, tmp_path / "own" / "pytorch_lora_weights.safetensors")
+    there = tmp_path / ("there" if to == "peft" else "there.safetensors")
+    converted(tmp_path / "own", to, there, base=base if to == "peft" else tmp_path / "pipe")
+    back = converted(there, "diffusers", tmp_path / "back", base=base, component="transformer")
+    assert back.keys() == stacked.keys()
+    assert all(torch.equal(back[name], each) for name, each in stacked.items())
+
+
+def test_norms_have_no_word_for_kohyas_tools(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(CannotCarry) as stop:
+        lorahub.convert(original(tmp_path), "kohya", tmp_path / "out.safetensors", base=tmp_path / "pipe")
+    (found,) = stop.value.findings
+    assert set(found.where) == {
+        "unet:double_blocks.0.img_attn.norm.key_norm.scale",
+        "unet:double_blocks.0.img_attn.norm.query_norm.scale",
+        "unet:single_blocks.1.norm.query_norm.scale",
+    }
+
+
+def test_a_conversion_widens_nothing_but_the_first_layer(base: Path, tmp_path: Path) -> None:
+    save_file(factors(QUERY, WIDTH, 2 * WIDTH, 3), tmp_path / "odd.safetensors")
+    with pytest.raises(BaseMismatch) as stop:
+        lorahub.convert(tmp_path / "odd.safetensors", "peft", tmp_path / "out", base=base)
+    assert "shape-mismatch" in {each.code for each in stop.value.findings}
 
 
 def test_a_live_model_keeps_its_layers_and_says_what_to_do(adapter: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusers import flux, sd, sd3, sdxl, unet
 from tiny_files import METADATA, as_file, inverted, original_unet
 from tiny_loras import save_lora
+from tiny_originals import CONVERTERS, SMALL
 
 import lorahub
 from lorahub.errors import BaseMismatch, UnsupportedFormat
@@ -295,6 +296,135 @@ def test_an_adapter_of_diffusers_lands_in_the_bands_of_a_fused_projection(
     name = f"{prefix}{fused}.weight"
     assert (merged[name] - stored[name]).norm() / stored[name].norm() > 1e-2
     assert all(torch.equal(merged[key], each) for key, each in stored.items() if key.startswith("text_encoders."))
+
+
+def exact(model: Any, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An adapter of every linear layer under diffusers' names, and what their weights become with it.
+
+    Its factors are small multiples of a power of two, so that no sum of products is rounded.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for name in linear(model):
+        weight = model.get_submodule(name).weight.detach()
+        out, into = weight.shape
+        down, up = (torch.randint(-3, 4, size, generator=generator) / 16 for size in ((3, into), (out, 3)))
+        tensors |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        change = up.double() @ down.double()
+        assert change.norm() / weight.norm() > 1e-2
+        expected[f"{name}.weight"] = (weight.double() + change).float()
+    folder.mkdir()
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return folder, expected
+
+
+def linear(model: Any) -> list[str]:
+    """Names of the linear layers."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+
+
+PREFIXES = ("", "model.diffusion_model.")
+CASES = [(family, prefix) for family in CONVERTERS if family != "lumina2" for prefix in PREFIXES]
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [
+        *CASES,
+        pytest.param("lumina2", PREFIXES[1], marks=pytest.mark.slow),
+    ],  # whose conversion knows its true size alone
+)
+def test_every_parameter_of_a_merged_checkpoint_is_the_models_to_the_bit(
+    family: str, prefix: str, tmp_path: Path
+) -> None:
+    """As diffusers' own conversion takes it out of the file."""
+    kind, arguments = SMALL[family]
+    if family == "lumina2":
+        arguments = {**arguments, "num_layers": 1}
+    torch.manual_seed(0)
+    model = quietly(lambda: getattr(diffusers, kind)(**arguments))
+    converter, besides = CONVERTERS[family]
+    plain = inverted(model) | {name: torch.zeros(size) for name, size in besides.items()}
+    save_file({f"{prefix}{name}": each.clone() for name, each in plain.items()}, tmp_path / "base.safetensors")
+    adapter, expected = exact(model, tmp_path / "adapter")
+    assert isinstance(open_base(tmp_path / "base.safetensors").framework, SingleFile)
+    lorahub.merge(tmp_path / "base.safetensors", {"one": str(adapter)}, out=tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == {f"{prefix}{name}" for name in plain}
+    stripped = {name.removeprefix(prefix): each for name, each in merged.items()}
+    found, before = (getattr(single_file_utils, converter)(dict(each)) for each in (stripped, plain))
+    assert found.keys() == before.keys() >= expected.keys()
+    for name, each in found.items():
+        assert torch.equal(each, expected.get(name, before[name])), name
+    assert all(torch.equal(before[f"{name}.weight"], model.get_submodule(name).weight) for name in linear(model))
+
+
+QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (8, 4, 4),
+}
+HIDREAM = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "caption_channels": [16, 8],
+    "text_emb_dim": 16,
+    "num_routed_experts": 2,
+    "num_activated_experts": 1,
+    "axes_dims_rope": (4, 2, 2),
+    "max_resolution": (8, 8),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("QwenImageTransformer2DModel", QWEN), ("HiDreamImageTransformer2DModel", HIDREAM)]
+)
+def test_models_that_diffusers_has_under_their_makers_names_lie_in_one_file_too(
+    kind: str, arguments: Mapping[str, Any], prefix: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = quietly(lambda: getattr(diffusers, kind)(**arguments))
+    with torch.no_grad():
+        for each in model.parameters():
+            each.copy_(torch.randn(each.shape) * 0.05)  # some are made without numbers
+    stored = {f"{prefix}{name}": each.clone() for name, each in model.state_dict().items()}
+    save_file(stored, tmp_path / "base.safetensors")
+    adapter, expected = exact(model, tmp_path / "adapter")
+    assert isinstance(open_base(tmp_path / "base.safetensors").framework, SingleFile)
+    lorahub.merge(tmp_path / "base.safetensors", {"one": str(adapter)}, out=tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == stored.keys()
+    for name, each in model.state_dict().items():
+        assert torch.equal(merged[f"{prefix}{name}"], expected.get(name, each))
+    model.save_pretrained(tmp_path / "folder")
+    assert open_base(tmp_path / "folder").framework.name == "diffusers"
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_"])
+def test_flat_names_of_a_model_that_all_name_alike_land_in_one_file(prefix: str, tmp_path: Path) -> None:
+    model = quietly(lambda: diffusers.QwenImageTransformer2DModel(**QWEN))
+    stored = {f"model.diffusion_model.{name}": each.clone() for name, each in model.state_dict().items()}
+    save_file(stored, tmp_path / "base.safetensors")
+    tensors = kohya({f"{prefix}transformer_blocks_1_attn_add_q_proj": (32, 32)})
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    (step,) = lorahub.plan(tmp_path / "base.safetensors", {"one": str(tmp_path / "kohya.safetensors")}).steps
+    assert step.out == "transformer:transformer_blocks.1.attn.add_q_proj.weight"
+
+
+def test_the_t5_of_ltx_is_its_only_text_encoder() -> None:
+    key = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert named({key, "patchify_proj.weight"}, "ltx-video", "")[key].component == "text_encoder"
 
 
 def test_the_t5_of_flux_is_its_second_text_encoder_and_that_of_stable_diffusion_3_its_third() -> None:
