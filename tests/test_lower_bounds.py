@@ -133,7 +133,8 @@ from lorahub.testing import FrameworkCase, check_framework
 from lorahub_transformers import Transformers
 
 sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
-for name, kind in (("LlamaForCausalLM", "llama"), ("BertForSequenceClassification", "bert")):
+kinds = {"LlamaForCausalLM": "llama", "BertForSequenceClassification": "bert", "OPTForCausalLM": "opt"}
+for name, kind in kinds.items():
     config = transformers.AutoConfig.for_model(kind, **sizes)
     model = getattr(transformers, name)(config).eval()
     model.save_pretrained(kind)

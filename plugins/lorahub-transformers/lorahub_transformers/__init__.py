@@ -12,6 +12,7 @@ from lorahub_transformers.framework import Transformers
 if TYPE_CHECKING:
     from lorahub_transformers.callback import RecordCallback
     from lorahub_transformers.checkpoints import TraineeCallback
+    from lorahub_transformers.inputs import tasks
     from lorahub_transformers.loading import from_pretrained, handle, tokenizer_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "from_pretrained",
     "handle",
     "lorahub_frameworks",
+    "tasks",
     "tokenizer_of",
 ]
 
@@ -32,6 +34,7 @@ _HOME = {
     "TraineeCallback": "checkpoints",
     "from_pretrained": "loading",
     "handle": "loading",
+    "tasks": "inputs",
     "tokenizer_of": "loading",
 }
 """What needs torch and transformers -> the module it is in."""

@@ -113,12 +113,18 @@ def older_names(model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, str]
     """
     loading: Any = import_module("transformers.core_model_loading")
     mapping: Any = import_module("transformers.conversion_mapping")
+    changes: Any = getattr(loading, "PrefixChange", None)
     steps = mapping.get_model_conversion_mapping(model, add_legacy=False)
-    if not any(isinstance(each, loading.PrefixChange) for each in steps):
+    if changes is None:  # the first releases of the fifth take a missing prefix of every name, and say nothing of it
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        kept = converted(model, stored_shapes(model, shapes), shapes).live if steps else {}
+        found = {old.removeprefix(prefix): name for old, name in kept.items()}
+    elif any(isinstance(each, changes) for each in steps):
+        back = [each.reverse_transform() for each in steps[::-1] if isinstance(each, loading.WeightRenaming)]
+        found = {loading.apply_renamings(name, back): name for name in shapes}
+    else:
         return {}
-    back = [each.reverse_transform() for each in steps[::-1] if isinstance(each, loading.WeightRenaming)]
-    found = {loading.apply_renamings(name, back): name for name in shapes}
-    taken = converted(model, {old: shapes[name] for old, name in found.items()}, shapes).live
+    taken = converted(model, {old: shapes[name] for old, name in found.items() if name in shapes}, shapes).live
     return {old: name for old, name in found.items() if old != name and taken.get(old) == name}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["FAMILIES", "OUTER", "Family", "Head"]
+__all__ = ["BY_CLASS", "FAMILIES", "Family", "Head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +88,6 @@ class Family:
     def head(self, name: str) -> Head | None:
         """The class of that name."""
         return next((head for head in self.heads if head.name == name), None)
-
-
-OUTER: Mapping[str, str] = MappingProxyType({"clip_text_model": "text_model."})
-"""``model_type`` -> a level around all modules that releases before the fifth had, and their files have still."""
 
 
 def _each(stem: str, *leaves: str) -> tuple[str, ...]:
@@ -332,8 +328,44 @@ def _gpt_neox() -> Family:
     )
 
 
-def _llama(stem: str, *, answers: str | None = "transformer.") -> Family:
-    """Llama, and the models that name their modules as it does; ``answers``: the question-answering class's prefix."""
+def _llama(
+    stem: str, *, answers: str | None = "transformer.", tied: bool = False, lacking: tuple[str, ...] = ()
+) -> Family:
+    """Llama, and the models that name their modules as it does.
+
+    Args:
+        stem: how its classes begin.
+        answers: the question-answering class's prefix, where that is another.
+        tied: as in ``Family``.
+        lacking: the ends of the classes that it does not have.
+    """
+    heads = (
+        Head(name=f"{stem}Model", task="FEATURE_EXTRACTION"),
+        Head(
+            name=f"{stem}ForCausalLM",
+            task="CAUSAL_LM",
+            parameters=("lm_head.weight",),
+            tied=(("model.embed_tokens.weight", "lm_head.weight"),),
+        ),
+        Head(
+            name=f"{stem}ForSequenceClassification",
+            task="SEQ_CLS",
+            parameters=("score.weight",),
+            labels="score.weight",
+        ),
+        Head(
+            name=f"{stem}ForTokenClassification",
+            task="TOKEN_CLS",
+            parameters=_affine("score"),
+            labels="score.weight",
+        ),
+        Head(
+            name=f"{stem}ForQuestionAnswering",
+            task="QUESTION_ANS",
+            parameters=_affine("qa_outputs"),
+            prefix=answers,
+        ),
+    )
     return Family(
         prefix="model.",
         others=("", "transformer.") if answers else ("",),
@@ -342,37 +374,13 @@ def _llama(stem: str, *, answers: str | None = "transformer.") -> Family:
         embedding=("embed_tokens",),
         layers="layers",
         leftovers=("rotary_emb.inv_freq", "layers.*.self_attn.rotary_emb.inv_freq"),
-        heads=(
-            Head(name=f"{stem}Model", task="FEATURE_EXTRACTION"),
-            Head(
-                name=f"{stem}ForCausalLM",
-                task="CAUSAL_LM",
-                parameters=("lm_head.weight",),
-                tied=(("model.embed_tokens.weight", "lm_head.weight"),),
-            ),
-            Head(
-                name=f"{stem}ForSequenceClassification",
-                task="SEQ_CLS",
-                parameters=("score.weight",),
-                labels="score.weight",
-            ),
-            Head(
-                name=f"{stem}ForTokenClassification",
-                task="TOKEN_CLS",
-                parameters=_affine("score"),
-                labels="score.weight",
-            ),
-            Head(
-                name=f"{stem}ForQuestionAnswering",
-                task="QUESTION_ANS",
-                parameters=_affine("qa_outputs"),
-                prefix=answers,
-            ),
-        ),
+        tied=tied,
+        heads=tuple(head for head in heads if not head.name.endswith(lacking)) if lacking else heads,
     )
 
 
-def _t5() -> Family:
+def _t5(stem: str) -> Family:
+    """T5, and the models that name their modules as it does."""
     # Conditional generation, the usual class, keeps encoder and decoder at the top; two others put a prefix before.
     stacks = ("encoder", "decoder")
     encoder = (("shared.weight", "encoder.embed_tokens.weight"),)
@@ -406,18 +414,18 @@ def _t5() -> Family:
         ),
         parts=("decoder",),
         tied=True,
-        unties=False,  # T5Config overrides tie_word_embeddings, and reads it as whether outputs are scaled
+        unties=False,  # these configurations override tie_word_embeddings, and read it as whether outputs are scaled
         heads=(
-            Head(name="T5Model", task="FEATURE_EXTRACTION", tied=both),
-            Head(name="T5EncoderModel", tied=encoder, without=("decoder",)),
+            Head(name=f"{stem}Model", task="FEATURE_EXTRACTION", tied=both),
+            Head(name=f"{stem}EncoderModel", tied=encoder, without=("decoder",)),
             Head(
-                name="T5ForConditionalGeneration",
+                name=f"{stem}ForConditionalGeneration",
                 task="SEQ_2_SEQ_LM",
                 parameters=("lm_head.weight",),
                 tied=(*both, ("shared.weight", "lm_head.weight")),
             ),
             Head(
-                name="T5ForSequenceClassification",
+                name=f"{stem}ForSequenceClassification",
                 task="SEQ_CLS",
                 parameters=_affine("classification_head.dense", "classification_head.out_proj"),
                 labels="classification_head.out_proj.weight",
@@ -425,7 +433,7 @@ def _t5() -> Family:
                 prefix="transformer.",
             ),
             Head(
-                name="T5ForTokenClassification",
+                name=f"{stem}ForTokenClassification",
                 task="TOKEN_CLS",
                 parameters=_affine("classifier"),
                 labels="classifier.weight",
@@ -434,13 +442,34 @@ def _t5() -> Family:
                 prefix="transformer.",
             ),
             Head(
-                name="T5ForQuestionAnswering",
+                name=f"{stem}ForQuestionAnswering",
                 task="QUESTION_ANS",
                 parameters=_affine("qa_outputs"),
                 labels="qa_outputs.weight",
                 tied=both,
             ),
         ),
+    )
+
+
+def _clip(older: str, head: Head, *, below: bool = False) -> Family:
+    """One half of CLIP; releases before the fifth had a level around it always, and their files still do.
+
+    Args:
+        older: that level.
+        head: the class.
+        below: this class still has it.
+    """
+    pictures = older == "vision_model."
+    return Family(
+        prefix=older if below else "",
+        others=("" if below else older,),
+        attention=_each("encoder.layers.*.self_attn", "k_proj", "v_proj", "q_proj", "out_proj"),
+        feed_forward=_each("encoder.layers.*.mlp", "fc1", "fc2"),
+        embedding=_each("embeddings", *(() if pictures else ("token_embedding",)), "position_embedding"),
+        conv=("embeddings.patch_embedding",) if pictures else (),
+        leftovers=("embeddings.position_ids",),
+        heads=(head,),
     )
 
 
@@ -500,18 +529,39 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bert": _bert(),
         "camembert": _roberta("Camembert", head_first=True),
+        "clip_text_model": _clip("text_model.", Head(name="CLIPTextModel", task="FEATURE_EXTRACTION")),
+        "clip_vision_model": _clip("vision_model.", Head(name="CLIPVisionModel")),
         "distilbert": _distilbert(),
+        "gemma2": _llama("Gemma2", answers=None, tied=True, lacking=("QuestionAnswering",)),
         "gpt2": _gpt2(),
         "gpt_neox": _gpt_neox(),
         "llama": _llama("Llama"),
         "mistral": _llama("Mistral", answers=None),
+        "mt5": _t5("MT5"),
         "openai_privacy_filter": _privacy_filter(),
         "qwen2": _llama("Qwen2"),
         "qwen3": _llama("Qwen3"),
         "roberta": _roberta("Roberta"),
-        "t5": _t5(),
+        "t5": _t5("T5"),
+        "umt5": _t5("UMT5"),
         "vit": _vit(),
         "xlm-roberta": _roberta("XLMRoberta", head_first=True),
     }
 )
 """``model_type`` of a configuration -> its architecture."""
+
+BY_CLASS: Mapping[tuple[str, str], Family] = MappingProxyType(
+    {
+        ("clip_text_model", "CLIPTextModelWithProjection"): _clip(
+            "text_model.",
+            Head(name="CLIPTextModelWithProjection", parameters=("text_projection.weight",)),
+            below=True,
+        ),
+        ("clip_vision_model", "CLIPVisionModelWithProjection"): _clip(
+            "vision_model.",
+            Head(name="CLIPVisionModelWithProjection", parameters=("visual_projection.weight",)),
+            below=True,
+        ),
+    }
+)
+"""(``model_type``, class) -> the architecture, where a class names its modules otherwise than the others of it do."""

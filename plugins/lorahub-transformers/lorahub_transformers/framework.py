@@ -27,8 +27,9 @@ from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
 from lorahub.storages.storage import held_in
 from lorahub_transformers import heads, parts, undeclared, vocabulary
-from lorahub_transformers.families import FAMILIES, Family, Head
-from lorahub_transformers.fused import fused_layout
+from lorahub_transformers.families import BY_CLASS, FAMILIES, Family, Head
+from lorahub_transformers.fused import fused_layouts
+from lorahub_transformers.headed import headed
 from lorahub_transformers.layers import layer_list
 from lorahub_transformers.names import aliases, is_below, matches, spelling_of
 from lorahub_transformers.order import registered
@@ -125,6 +126,7 @@ class Transformers:
         config: dict[str, JSON] = json.loads(cast("Any", model).config.to_json_string())
         if not held_in(model):
             _refuse_quantised(config, f"the live {type(model).__name__}")
+        config |= _own_class(config, model)
         family = _family(config)
         if family is None:
             return undeclared.from_model(model, ref, config)
@@ -146,10 +148,8 @@ class Transformers:
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
         """Whole parameters, and rows of fused ones where the table declares how they lie; see ``fused``."""
         found = whole_layouts(index, targets)
-        for target in targets:
-            if target not in found and not target.component and (layout := fused_layout(index, target)):
-                found[target] = layout
-        return found
+        left = [target for target in targets if target not in found and not target.component]
+        return {**found, **dict(fused_layouts(index, left))}
 
     def targets(self, index: BaseIndex, preset: str) -> list[Target]:
         """The parameters of the backbone that a preset names, one of ``presets.PRESETS``.
@@ -174,6 +174,8 @@ class Transformers:
         if found is None and index.declared:
             linear = index.presets.get("all-linear", ()) if family is None else _named(family, index, "all-linear")
             found = vocabulary.resized(index, created, linear)
+            if found is None and family is None:
+                found = headed(index, created, hints)
         return found
 
     def untie(self, index: BaseIndex, names: Collection[str]) -> Edits | None:
@@ -242,7 +244,21 @@ class Transformers:
 
 def _family(config: Mapping[str, JSON]) -> Family | None:
     kind = config.get("model_type")
-    return FAMILIES.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str):
+        return None
+    own = (BY_CLASS.get((kind, name)) for name in _architectures(config))
+    return next(filter(None, own), FAMILIES.get(kind))
+
+
+def _own_class(config: Mapping[str, JSON], model: nn.Module) -> dict[str, JSON]:
+    """What saving a live model would say of its class, where some of its architecture have names of their own."""
+    kind = config.get("model_type")
+    others = [family for (each, _), family in BY_CLASS.items() if each == kind]
+    if not others:
+        return {}
+    known = {head.name for family in (FAMILIES[str(kind)], *others) for head in family.heads}
+    named: list[JSON] = [each.__name__ for each in type(model).__mro__ if each.__name__ in known]
+    return {"architectures": named[:1]}
 
 
 def _architectures(config: Mapping[str, JSON]) -> list[str]:

@@ -7,15 +7,35 @@ in, or a later one, where it is in the cache already and masks and positions are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, final
 
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
 
-__all__ = ["Before", "Prefix", "Prompt"]
+__all__ = ["Before", "Prefix", "Prompt", "TaskPrompt", "tasks"]
 
 _IGNORED = -100
 """The label of tokens that no loss counts."""
+
+_TASKS: ContextVar[tuple[int, ...]] = ContextVar("lorahub_tasks", default=())
+
+
+@contextmanager
+def tasks(*numbers: int) -> Iterator[None]:
+    """Say which tasks the rows are for, of prompts that were trained for several (multitask prompt tuning).
+
+    For ``generate``, which passes nothing on that a model's ``forward`` does not name; a call of the model itself takes
+    ``task_ids=`` as PEFT's does.  One number is for every row; of several, each is for one row of the input, also where
+    beams or ``num_return_sequences`` make more of it.
+    """
+    before = _TASKS.set(numbers)
+    try:
+        yield
+    finally:
+        _TASKS.reset(before)
 
 
 class Before(ABC):
@@ -57,7 +77,6 @@ class Before(ABC):
         inputs["attention_mask"] = _ones_before(mask, self.count)
 
 
-@final
 class Prompt(Before):
     """Vectors before the embedded input."""
 
@@ -98,6 +117,98 @@ class Prompt(Before):
         """The model counts them itself."""
         inputs.pop("position_ids", None)
         inputs.pop("cache_position", None)
+
+
+@final
+class TaskPrompt(Prompt):
+    """Vectors before the embedded input, others for each task."""
+
+    def __init__(
+        self, *, name: str, vectors: torch.Tensor, embedding: Any, labels: bool, shifted: Callable[..., Any] | None
+    ) -> None:
+        """Keep them.
+
+        Args:
+            name: of the part.
+            vectors: [tasks, tokens, width]; where a decoder has some of its own, those come second, as many.
+            embedding: what embeds the words.
+            labels: there is a label for every token.
+            shifted: what makes a decoder's input of labels, where the decoder has vectors of its own.
+        """
+        self._name, self._shifted = name, shifted
+        self._each, *second = vectors.chunk(2, dim=1) if shifted else (vectors,)
+        self._decoder = second[0] if second else None
+        super().__init__(vectors=self._each[0], embedding=embedding, labels=labels)
+        self._given: ContextVar[torch.Tensor | None] = ContextVar("lorahub_task_ids", default=None)
+
+    def first(self, inputs: dict[str, Any]) -> None:
+        """As for any, for the tasks of ``task_ids``.
+
+        Raises:
+            UsageError: nobody says which task a row is for, or it is none of those that there are.
+        """
+        before = self._given.set(inputs.pop("task_ids", None))
+        try:
+            super().first(inputs)
+            if self._decoder is not None and self._shifted is not None:
+                self._decoded(inputs, self._decoder, self._shifted)
+        finally:
+            self._given.reset(before)
+
+    def _decoded(self, inputs: dict[str, Any], vectors: torch.Tensor, shifted: Callable[..., Any]) -> None:
+        """The decoder's own before its input, in a call of the whole model; PEFT's ``generate`` has none of them."""
+        labels, embedded = inputs.get("labels"), inputs.get("decoder_inputs_embeds")
+        if embedded is None:
+            words = inputs.pop("decoder_input_ids", None)
+            if words is None and labels is None:  # the encoder alone
+                return
+            embedded = self._embedding(shifted(labels) if words is None else words)
+        chosen = vectors.to(embedded.device, embedded.dtype)[self._chosen(embedded.shape[0]).to(embedded.device)]
+        inputs["decoder_inputs_embeds"] = torch.cat((chosen, embedded), dim=1)
+        if (mask := inputs.get("decoder_attention_mask")) is not None:
+            inputs["decoder_attention_mask"] = _ones_before(mask, self.count)
+        if labels is not None:
+            new = labels.new_full((labels.shape[0], self.count), _IGNORED)
+            inputs["labels"] = torch.cat((new, labels), dim=1)
+
+    def later(self, inputs: dict[str, Any], held: int) -> None:
+        """The cache has it by then, whichever it was."""
+        inputs.pop("task_ids", None)
+        super().later(inputs, held)
+
+    def before(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Embeddings with the vectors of each row's task before them."""
+        if self._each.device != embedded.device or self._each.dtype != embedded.dtype:
+            self._each = self._each.to(embedded.device, embedded.dtype)
+        return torch.cat((self._each[self._chosen(embedded.shape[0]).to(embedded.device)], embedded), dim=1)
+
+    def _chosen(self, rows: int) -> torch.Tensor:
+        """The task of each row."""
+        count, given, said = len(self._each), self._given.get(), _TASKS.get()
+        if given is not None:
+            chosen = given.reshape(-1).cpu()
+        elif said:
+            chosen = torch.tensor(said)
+            if rows % len(said) == 0:  # generate makes more of each row, one beside the other
+                chosen = chosen.repeat_interleave(rows // len(said))
+        elif count == 1:
+            chosen = torch.zeros(1, dtype=torch.long)
+        else:
+            raise UsageError(
+                f"'{self._name}' was trained for {count} tasks, and nobody says which one the rows are for",
+                "model(..., task_ids=torch.tensor([0, 1])); around generate, with lorahub_transformers.tasks(0, 1)",
+            )
+        if len(chosen) not in (1, rows):
+            raise UsageError(
+                f"'{self._name}' is told {len(chosen)} tasks for {rows} rows",
+                "say one for each row, or one for all of them",
+            )
+        if bool((chosen < 0).any()) or bool((chosen >= count).any()):
+            raise UsageError(
+                f"'{self._name}' was trained for {count} tasks, and is asked for {sorted(set(chosen.tolist()))}",
+                f"tasks are numbered from 0 to {count - 1}",
+            )
+        return chosen.expand(rows)
 
 
 @final

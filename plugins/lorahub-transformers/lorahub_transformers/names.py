@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from lorahub_transformers.families import OUTER, Family
+from lorahub_transformers.families import Family
 
-__all__ = ["Spelling", "aliases", "checkpoint_name", "is_below", "matches", "outer_aliases", "spelling_of"]
+__all__ = ["Spelling", "aliases", "checkpoint_name", "is_below", "matches", "spelling_of"]
 
 # Checkpoints of the first releases; transformers itself renames these for every architecture.
 _OLD_LEAVES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -73,14 +73,6 @@ def aliases(family: Family, modules: Iterable[str]) -> tuple[tuple[str, str], ..
             if module.startswith(family.prefix):
                 pairs += [(f"{module}.", f"{other}{old.removeprefix(family.prefix)}.") for other in family.others]
     return tuple(pairs)
-
-
-def outer_aliases(kind: object, names: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """The same for a model outside the table whose names have, or had, one level more around them."""
-    outer = OUTER.get(kind, "") if isinstance(kind, str) else ""
-    if not outer:
-        return ()
-    return ((outer, ""),) if any(name.startswith(outer) for name in names) else (("", outer),)
 
 
 def matches(pattern: str, path: str) -> bool:

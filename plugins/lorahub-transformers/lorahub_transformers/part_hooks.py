@@ -1,6 +1,6 @@
 """The hooks by which a prompt or prefix reaches a model's calls; each asks first whether it acts now.
 
-A copy or a pickle of the model does not take them along: it is the model without adapters.
+A copy or a pickle of the model does not take them along; see ``lorahub.live.copies``.
 """
 
 from __future__ import annotations
@@ -11,27 +11,17 @@ from contextvars import ContextVar
 from typing import Any
 
 from lorahub.lazy import torch
-from lorahub.live.hooks import unattached
+from lorahub.live.copies import Bound
 from lorahub_transformers.inputs import Before, Prompt
 
 __all__ = ["BeforeEncoder", "BeforeModel", "Head", "InsideEncoder"]
 
 
-def _unattached() -> Callable[..., None]:
-    return unattached
-
-
-class _Hook:
+class _Hook(Bound):
     """Bound to one model and no copy of it."""
 
     def __init__(self, acts: Callable[[], bool]) -> None:
         self.acts = acts
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
-        return unattached
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unattached, ()
 
 
 class BeforeModel(_Hook):

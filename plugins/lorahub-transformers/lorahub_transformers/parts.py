@@ -1,7 +1,8 @@
 """Prompts and prefixes on a live Transformers model: trained vectors before its input, or keys and values in its cache.
 
 They come in by hooks before the model's call, as PEFT's own models pass them on, so that ``forward`` and ``generate``
-give what PEFT gives.  The papers: prompt tuning (arXiv 2104.08691), P-tuning (2103.10385), prefix tuning (2101.00190).
+give what PEFT gives.  The papers: prompt tuning (arXiv 2104.08691), multitask prompt tuning (2303.02861), P-tuning
+(2103.10385), prefix tuning (2101.00190).
 A head that was trained beside them takes the place of the model's own while they act.
 """
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub.errors import BaseMismatch, IntegrityError, UnsupportedKind
 from lorahub.lazy import torch
-from lorahub_transformers.inputs import Prefix, Prompt
+from lorahub_transformers.inputs import Prefix, Prompt, TaskPrompt
 from lorahub_transformers.part_hooks import BeforeEncoder, BeforeModel, Head, InsideEncoder
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ __all__ = ["HEAD", "VECTORS", "apply_part"]
 VECTORS = "prompt_embeddings"
 """Under which name PEFT keeps a prompt or a prefix."""
 
+_COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+"""Where it keeps the factors of what a task makes of a prompt: [tasks, tokens, rank] and [tasks, rank, width]."""
+
 HEAD = "base_model."
 """How the names of a head begin that it keeps beside."""
 
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "multitask-prompt-tuning": "every call would have to say which task each row is for",
         "cpt": "its loss weighs the examples that its prompt was made from",
         "cartridge": "its prefix is kept in two pieces, of which one may be frozen",
         "adaption-prompt": "its gates lie inside the attention, whose classes it replaces",
@@ -63,7 +66,7 @@ def apply_part(model: nn.Module, part: OpenPart, acts: Callable[[], bool]) -> Pa
         raise UnsupportedKind(f"'{part.name}' cannot be attached: {why}", "load it with the library that made it")
     if VECTORS not in part.tensors:
         raise IntegrityError(f"'{part.name}' holds no {VECTORS}", "fetch it again, or ask its author")
-    heads = {name: value for name, value in part.tensors.items() if name != VECTORS}
+    heads = {name: value for name, value in part.tensors.items() if name not in (VECTORS, _COLUMNS, _ROWS)}
     found = [*_heads(model, part.name, heads, acts)]  # all are known to fit before one is put in
     found += _WAYS[part.kind](model, part, acts)
     return _Handles(
@@ -80,6 +83,36 @@ _Found = list[tuple[Any, Any]]
 
 
 def _prompt(model: Any, part: OpenPart, acts: Callable[[], bool]) -> _Found:
+    embedding = model.get_input_embeddings()
+    return _put(model, Prompt(vectors=_vectors(model, part), embedding=embedding, labels=_labelled(part)), acts)
+
+
+def _multitask(model: Any, part: OpenPart, acts: Callable[[], bool]) -> _Found:
+    """What a task makes of the vectors is a product of two factors, by which each of their numbers is multiplied."""
+    shared, count, ranks = _vectors(model, part), _number(part, "num_tasks"), _number(part, "num_ranks")
+    columns, rows = part.tensors.get(_COLUMNS), part.tensors.get(_ROWS)
+    if columns is None or rows is None:
+        raise IntegrityError(f"'{part.name}' holds no {_COLUMNS} or no {_ROWS}", "fetch it again, or ask its author")
+    whole = len(part.tensors[VECTORS])
+    if columns.shape != (count, whole, ranks) or rows.shape != (count, ranks, shared.shape[1]):
+        raise IntegrityError(
+            f"'{part.name}' says it has {count} tasks of rank {ranks} and holds {tuple(columns.shape)} and "
+            f"{tuple(rows.shape)}",
+            "ask its author for the whole folder",
+        )
+    inner = model.config.is_encoder_decoder and whole > len(shared)
+    prompt = TaskPrompt(
+        name=part.name,
+        vectors=(part.tensors[VECTORS] * (columns @ rows)) if inner else shared * (columns[:, : len(shared)] @ rows),
+        embedding=model.get_input_embeddings(),
+        labels=_labelled(part),
+        shifted=model.prepare_decoder_input_ids_from_labels if inner else None,
+    )
+    return _put(model, prompt, acts)
+
+
+def _vectors(model: Any, part: OpenPart) -> torch.Tensor:
+    """Those that stand before the input: [tokens, width]."""
     vectors, count = part.tensors[VECTORS], _number(part, "num_virtual_tokens")
     embedding = model.get_input_embeddings()
     width = getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1]
@@ -90,7 +123,15 @@ def _prompt(model: Any, part: OpenPart, acts: Callable[[], bool]) -> _Found:
             f"'{part.name}' is for embeddings of {vectors.shape[1]}, and this {type(model).__name__} has {width}",
             "use the base that it was trained on",
         )
-    prompt = Prompt(vectors=vectors[:count], embedding=embedding, labels=part.options.get("task_type") == "CAUSAL_LM")
+    return vectors[:count]
+
+
+def _labelled(part: OpenPart) -> bool:
+    """Whether there is a label for every token."""
+    return part.options.get("task_type") == "CAUSAL_LM"
+
+
+def _put(model: Any, prompt: Prompt, acts: Callable[[], bool]) -> _Found:
     if not model.config.is_encoder_decoder:
         return [(model, BeforeModel(prompt, acts))]
     inside = BeforeEncoder(prompt, acts)
@@ -137,7 +178,12 @@ _SLIDING = frozenset({"gemma2", "gemma3_text"})
 """Types of models for which PEFT makes the cache that their configuration asks for; others get a plain one."""
 
 _WAYS: Mapping[str, Callable[[Any, OpenPart, Callable[[], bool]], _Found]] = MappingProxyType(
-    {"prompt-tuning": _prompt, "p-tuning": _prompt, "prefix-tuning": _prefix}
+    {
+        "prompt-tuning": _prompt,
+        "multitask-prompt-tuning": _multitask,
+        "p-tuning": _prompt,
+        "prefix-tuning": _prefix,
+    }
 )
 """Kind -> the modules that are hooked for it, and with what."""
 

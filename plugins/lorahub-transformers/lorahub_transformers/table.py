@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 
 from lorahub_transformers.families import FAMILIES, Family
-from lorahub_transformers.fused import FUSED, Fused, entries_of
+from lorahub_transformers.fused import entries_of
+from lorahub_transformers.fusions import FUSED, Fused
 
 __all__ = ["Row", "rows", "table"]
 
@@ -45,9 +46,11 @@ class Row:
 def rows() -> list[Row]:
     """A row for each architecture of the tables, and one for all the others."""
     found = [_declared(kind, family) for kind, family in sorted(FAMILIES.items())]
-    others = sorted({kind for fused in FUSED for kind in fused.kinds} - FAMILIES.keys())
     asked = ("attention", "all-linear", "all-conv", "all-embedding", "experts")
-    found += [Row(kinds=(kind,), source="classes", presets=asked, fused=_fused(kind)) for kind in others]
+    alike: dict[tuple[tuple[str, tuple[str, ...], str], ...], list[str]] = {}
+    for kind in sorted({kind for fused in FUSED for kind in fused.kinds} - FAMILIES.keys()):
+        alike.setdefault(_fused(kind), []).append(kind)
+    found += [Row(kinds=tuple(kinds), source="classes", presets=asked, fused=fused) for fused, kinds in alike.items()]
     return [*found, Row(kinds=(), source="classes", presets=asked)]
 
 

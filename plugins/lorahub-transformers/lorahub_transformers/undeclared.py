@@ -23,7 +23,6 @@ from lorahub.deltas.kind import JSON
 from lorahub_transformers.building import build
 from lorahub_transformers.converting import Converted, Shape, converted, inverse, older_names, stored_shapes
 from lorahub_transformers.moved import moved
-from lorahub_transformers.names import outer_aliases
 from lorahub_transformers.presets import presets_of
 
 if TYPE_CHECKING:
@@ -45,11 +44,13 @@ class _Seen:
         live: the index of the class itself.
         converted: what becomes of the stored names.
         older: older name -> live name.
+        around: (beginning, other beginning) of all names.
     """
 
     live: BaseIndex
     converted: Converted
     older: Mapping[str, str]
+    around: tuple[tuple[str, str], ...]
 
 
 def from_files(ref: BaseRef, files: BaseFiles, stored: Mapping[str, ParameterInfo]) -> BaseIndex:
@@ -84,7 +85,7 @@ def from_files(ref: BaseRef, files: BaseFiles, stored: Mapping[str, ParameterInf
         ref=ref,
         framework=_NAME,
         parameters=in_order(kept.items()),
-        aliases=_aliases([*seen.older.items(), *names.items()], files.config, kept),
+        aliases=(*_aliases([*seen.older.items(), *names.items()], files.config, kept), *seen.around),
         tied=tuple(group for group in live.tied if group[0] in kept),
         extras=in_order(extras.items()),
         config=files.config,
@@ -109,7 +110,8 @@ def from_model(model: nn.Module, ref: BaseRef, config: Mapping[str, JSON]) -> Ba
     apart = frozenset(index.presets.get("experts", ()))
     few = stored_shapes(model, {name: shape for name, shape in shapes.items() if name not in apart})
     names = [*older_names(model, shapes).items(), *converted(model, few, shapes).live.items()]
-    return replace(index, aliases=_aliases(names, config, entries), elsewhere=_Elsewhere(model, shapes))
+    aliases = (*_aliases(names, config, entries), *_around(model))
+    return replace(index, aliases=aliases, elsewhere=_Elsewhere(model, shapes))
 
 
 def untie(index: BaseIndex) -> Edits | None:
@@ -170,7 +172,12 @@ def _seen(text: str, stored: tuple[tuple[str, Shape], ...]) -> _Seen | None:
     entries, groups = _entries(model)
     live = _of_class(model, BaseRef(), config, entries, groups)
     shapes = _shapes(entries, groups)
-    return _Seen(live=live, converted=converted(model, dict(stored), shapes), older=older_names(model, shapes))
+    return _Seen(
+        live=live,
+        converted=converted(model, dict(stored), shapes),
+        older=older_names(model, shapes),
+        around=_around(model),
+    )
 
 
 def _describes(seen: _Seen, stored: Mapping[str, ParameterInfo]) -> bool:
@@ -224,7 +231,7 @@ def _bare(ref: BaseRef, config: Mapping[str, JSON], stored: Mapping[str, Paramet
         ref=ref,
         framework=_NAME,
         parameters=in_order(stored.items()),
-        aliases=(*moved(config, in_order(stored.items())), *outer_aliases(config.get("model_type"), stored)),
+        aliases=tuple(moved(config, in_order(stored.items()))),
         config=config,
         declared=False,
     )
@@ -240,8 +247,15 @@ def _aliases(
         if here != there and here and there and live in kept:
             found[f"{here}.", f"{there}."] = None
     found |= dict.fromkeys(moved(config, kept))
-    found |= dict.fromkeys(outer_aliases(config.get("model_type"), kept))
     return tuple(found)
+
+
+def _around(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """How names begin in a model with a head and in the bare one: an adapter may have been trained on either."""
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    if not prefix:
+        return ()
+    return ((f"{prefix}.", ""),) if prefix in dict(model.named_children()) else (("", f"{prefix}."),)
 
 
 def _there(within: Mapping[str, Iterable[Piece]], kept: Collection[str]) -> dict[str, tuple[Piece, ...]]:

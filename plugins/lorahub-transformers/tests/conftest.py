@@ -23,10 +23,13 @@ _USUAL: dict[str, Any] = {
 }
 _SHORT = {**_USUAL, "vocab_size": 50, "max_position_embeddings": 20}
 _GROUPED = {**_SHORT, "num_key_value_heads": 1}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _SHORT,
     "camembert": _SHORT,
+    "clip_text_model": {**_SHORT, "projection_dim": 8, "bos_token_id": 1, "eos_token_id": 2},
+    "clip_vision_model": {**_USUAL, "image_size": 8, "patch_size": 4, "projection_dim": 8},
     "distilbert": {
         "dim": 16,
         "n_layers": 2,
@@ -35,10 +38,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 50,
         "max_position_embeddings": 20,
     },
+    "gemma2": {**_GROUPED, "head_dim": 8},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 20},
     "gpt_neox": _SHORT,
     "llama": _GROUPED,
     "mistral": _GROUPED,
+    "mt5": _T5,
     "openai_privacy_filter": {
         **_GROUPED,
         "head_dim": 8,
@@ -50,7 +55,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
     "roberta": _SHORT,
-    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 50},
+    "t5": _T5,
+    "umt5": _T5,
     "vit": {**_USUAL, "image_size": 8, "patch_size": 4},
     "xlm-roberta": _SHORT,
 }

@@ -15,10 +15,11 @@ from lorahub.bases.layout import Target
 from lorahub.bases.open import index_base, index_live, survey_base
 from lorahub.bases.torch_module import TorchModule, live_entries
 from lorahub.errors import UnsupportedFormat, UsageError
-from lorahub_transformers.families import FAMILIES
+from lorahub_transformers.families import BY_CLASS, FAMILIES
 
-CLASSES = [(kind, head.name) for kind, family in FAMILIES.items() for head in family.heads]
-TYING = [(kind, head.name) for kind, family in FAMILIES.items() for head in family.heads if head.tied]
+OWN = {(kind, head.name): family for kind, family in FAMILIES.items() for head in family.heads} | dict(BY_CLASS)
+CLASSES = list(OWN)
+TYING = [each for each, family in OWN.items() if family.head(each[1]).tied]
 TWO_LABELS = {"DistilBertForQuestionAnswering"}  # the class refuses any other number
 USUAL = [
     ("bert", "BertForMaskedLM"),
@@ -77,9 +78,9 @@ def test_the_table_has_modules_in_the_order_in_which_the_class_builds_them(kind,
     assert len(files.registered) == sum(isinstance(module, types) for module in model.modules())
 
 
-@pytest.mark.parametrize(("kind", "name"), [each for each in CLASSES if FAMILIES[each[0]].layers])
+@pytest.mark.parametrize(("kind", "name"), [each for each in CLASSES if OWN[each].layers])
 def test_the_list_of_layers_is_the_one_that_the_configuration_counts(kind, name, tiny, saved, framework):
-    family = FAMILIES[kind]
+    family = OWN[kind, name]
     model = tiny(kind, name, **{family.count: 3})
     files, live = from_files(framework, saved(model)), framework.index_model(model, BaseRef())
 
@@ -98,7 +99,7 @@ def test_tied_or_not_headers_and_model_agree(kind, name, tie, tiny, saved, frame
     files, live = from_files(framework, saved(model)), framework.index_model(model, BaseRef())
 
     assert essence(files) == essence(live)
-    always = not FAMILIES[kind].unties
+    always = not OWN[kind, name].unties
     assert bool(files.tied) is (tie or always)
     assert files.tied == live.tied
 
@@ -136,8 +137,13 @@ def test_roles_and_orientation_in_the_table_are_those_of_the_modules(kind, name,
 
 @pytest.mark.parametrize(("kind", "name"), CLASSES)
 def test_a_head_in_the_table_has_exactly_the_parameters_of_its_class(kind, name, tiny, framework):
-    family, head = FAMILIES[kind], FAMILIES[kind].head(name)
-    backbone = shapes(framework, on_meta(kind, family.heads[0].name, tiny))
+    family = OWN[kind, name]
+    head = family.head(name)
+    bare = FAMILIES[kind]
+    backbone = {
+        family.prefix + each.removeprefix(bare.prefix): shape
+        for each, shape in shapes(framework, on_meta(kind, bare.heads[0].name, tiny)).items()
+    }
     whole = shapes(framework, on_meta(kind, name, tiny))
 
     optional = {each for each in (*whole, *backbone) if each.startswith(family.parts)} if family.parts else set()
@@ -148,7 +154,7 @@ def test_a_head_in_the_table_has_exactly_the_parameters_of_its_class(kind, name,
 
 @pytest.mark.parametrize(("kind", "name"), [each for each in CLASSES if each[1] not in TWO_LABELS])
 def test_the_rows_of_the_labels_parameter_are_the_number_of_labels(kind, name, tiny, framework):
-    labels = FAMILIES[kind].head(name).labels
+    labels = OWN[kind, name].head(name).labels
     five, seven = (shapes(framework, on_meta(kind, name, tiny, num_labels=count)) for count in (5, 7))
 
     differing = {each.rpartition(".")[0] for each in five if five[each] != seven[each]}
@@ -215,6 +221,32 @@ def test_adapters_may_spell_a_module_in_every_way_the_library_ever_did(
     index = from_files(framework, saved(tiny(kind, name)))
     assert canonical in index.modules()
     assert spelled in index.spellings(canonical)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection"],
+)
+def test_files_of_a_pipelines_encoder_have_one_level_more_than_the_class_and_are_the_same_base(
+    name, tiny, saved, framework
+):
+    part = "text" if "Text" in name else "vision"
+
+    def age(tensors):
+        plain = {key.removeprefix(f"{part}_model."): tensor for key, tensor in tensors.items()}
+        older = {key if "projection" in key else f"{part}_model.{key}": tensor for key, tensor in plain.items()}
+        return older | {f"{part}_model.embeddings.position_ids": torch.arange(20)[None]}
+
+    model = tiny(f"clip_{part}_model", name)
+    folder = resave(saved(model), age)
+    index, live = from_files(framework, folder), framework.index_model(model, BaseRef())
+    assert replace(essence(index), extras={}) == essence(live)
+    assert {info.stored_as for info in index.extras.values()} == {f"{part}_model.embeddings.position_ids"}
+    query = next(module for module in index.modules() if module.endswith("layers.1.self_attn.q_proj"))
+    assert f"{query}.weight" in framework.parameters(model, index)
+    for each in (index, live):
+        plain = query.removeprefix(f"{part}_model.")
+        assert {plain, f"{part}_model.{plain}"} <= {*each.spellings(query), query}
 
 
 def test_a_vit_checkpoint_is_stored_under_its_old_names(tiny, saved, framework):

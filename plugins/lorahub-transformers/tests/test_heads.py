@@ -209,9 +209,12 @@ def test_a_parameter_that_no_class_has_cannot_be_taken(case, framework):
     assert framework.edits(one.index, {"model.layers.0.extra.weight": ((1, 16), "F32")}, {}) is None
 
 
-def test_an_unknown_architecture_takes_no_head(case, framework):
+def test_a_head_of_which_an_architecture_outside_the_table_has_no_class_is_not_taken(case, framework):
     one = case("opt", "OPTForCausalLM")
-    assert framework.edits(one.index, {"score.weight": ((2, 16), "F32")}, {"task_type": "SEQ_CLS"}) is None
+    score = {"score.weight": ((2, 16), "F32")}
+    assert framework.edits(one.index, score, {"task_type": "SEQ_CLS"}).config["architectures"]
+    assert framework.edits(one.index, score, {"task_type": "TOKEN_CLS"}) is None
+    assert framework.edits(one.index, score, {}) is None
 
 
 def test_nothing_created_means_nothing_edited(case, framework):

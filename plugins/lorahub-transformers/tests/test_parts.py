@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,12 +241,22 @@ def test_several_are_chosen_one_at_a_time_beside_changes_of_weights(case, tiny, 
     assert live.adapters == ("two", "lora")
 
 
-def test_copies_are_the_model_without_it(case):
+def test_copies_have_it_too_and_let_go_of_it_by_themselves(case):
     model, _, folder = case("bert", "prompt")
     bare = outputs(model, "bert")
-    lorahub.attach(model, [folder])
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(outputs(twin, "bert"), bare, rtol=0, atol=0)
+    live = lorahub.attach(model, [folder])
+    acting = outputs(model, "bert")
+    assert not torch.equal(acting, bare)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(outputs(twin, "bert"), acting, rtol=0, atol=0)
+    other = lorahub.handle(twin)
+    other.set_adapters([])
+    torch.testing.assert_close(outputs(twin, "bert"), bare, rtol=0, atol=0)
+    torch.testing.assert_close(outputs(model, "bert"), acting, rtol=0, atol=0)
+    live.detach()
+    other.set_adapters(other.adapters)
+    torch.testing.assert_close(outputs(twin, "bert"), acting, rtol=0, atol=0)
+    torch.testing.assert_close(outputs(model, "bert"), bare, rtol=0, atol=0)
 
 
 def test_a_half_precision_model_takes_it_in_its_own_dtype(case):
@@ -258,7 +267,7 @@ def test_a_half_precision_model_takes_it_in_its_own_dtype(case):
     torch.testing.assert_close(model(X).logits, expected, rtol=0, atol=1e-2)
 
 
-def test_what_does_not_fit_is_refused_with_the_reason(case, tiny, tmp_path):
+def test_what_does_not_fit_is_refused_with_the_reason(case, tiny):
     _, _, prompt = case("llama", "prompt")
     _, _, prefix = case("llama", "prefix")
     _, _, headed = case("bert", "prompt")
@@ -274,13 +283,6 @@ def test_what_does_not_fit_is_refused_with_the_reason(case, tiny, tmp_path):
         lorahub.attach(torch.nn.Sequential(torch.nn.Linear(2, 2)), [prompt])
     with pytest.raises(UnsupportedKind, match="cannot be merged"):
         lorahub.load(prompt)
-    model = peft.get_peft_model(
-        build(tiny, "t5"),
-        peft.MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1),
-    )
-    model.save_pretrained(tmp_path / "tasks")
-    with pytest.raises(UnsupportedKind, match="which task each row is for"):
-        lorahub.attach(build(tiny, "t5"), [tmp_path / "tasks"])
 
 
 def test_a_configuration_that_contradicts_the_tensors_is_refused(case):

@@ -25,7 +25,7 @@ from lorahub.errors import UsageError
 from lorahub_transformers import Transformers, undeclared
 from lorahub_transformers.families import FAMILIES
 from lorahub_transformers.framework import _family
-from lorahub_transformers.fused import FUSED
+from lorahub_transformers.fusions import FUSED
 from lorahub_transformers.presets import PRESETS, presets_of
 from lorahub_transformers.table import rows, table
 from lorahub_transformers.undeclared import from_model

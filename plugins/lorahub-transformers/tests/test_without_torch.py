@@ -65,6 +65,18 @@ except UsageError as error:
     print(index.declared, len(index.parameters) > 10, error.hint)
 """
 
+ENCODERS = """
+from lorahub.bases.index import BaseRef
+from lorahub.bases.open import survey_base
+from lorahub_transformers import Transformers
+
+for folder in sys.argv[1:]:
+    index = Transformers().index(BaseRef(), survey_base(folder))
+    targets = Transformers().targets(index, "attention")
+    print(index.config["architectures"][0], index.declared, len(targets))
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
 
 def run(script: str, *arguments: str) -> str:
     done = subprocess.run(
@@ -96,3 +108,19 @@ def test_opening_a_model_says_what_to_install(folder):
 def test_an_architecture_outside_the_table_is_taken_by_names_and_shapes(tiny, saved):
     folder = saved(tiny("opt", "OPTForCausalLM"))
     assert run(UNDECLARED, str(folder)) == "False True name the modules, or give the live model"
+
+
+def test_text_encoders_of_pipelines_are_known_without_their_classes(tiny, saved):
+    encoders = {
+        "CLIPTextModel": "clip_text_model",
+        "CLIPTextModelWithProjection": "clip_text_model",
+        "CLIPVisionModelWithProjection": "clip_vision_model",
+        "T5EncoderModel": "t5",
+        "UMT5EncoderModel": "umt5",
+        "Gemma2Model": "gemma2",
+        "LlamaModel": "llama",
+        "Qwen3Model": "qwen3",
+        "BertModel": "bert",
+    }
+    folders = [str(saved(tiny(kind, name))) for name, kind in encoders.items()]
+    assert run(ENCODERS, *folders).split("\n") == [f"{name} True 8" for name in encoders]
