@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,18 @@ from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 from lorahub.sources import Given
-from lorahub.training.asked import asked, trainable_kind
+from lorahub.training.asked import asked, demand_seed, task_of, trainable_kind
 from lorahub.training.configs import arguments
+from lorahub.training.going_on import saying
 from lorahub.training.grounds import Terrain, begin, roles_of, whole_seats
+from lorahub.training.peft_targets import completed
 from lorahub.training.resuming import taken_up
 from lorahub.training.rooted import demand_free
-from lorahub.training.seats import Seats
+from lorahub.training.seats import Seat, Seats
 from lorahub.training.seen import seen
 from lorahub.training.targets import Patterns, Resolver
-from lorahub.training.trainee import Made, Trainee, described
+from lorahub.training.targets import named as named_by
+from lorahub.training.trainee import Made, Trainee, described, planned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +82,8 @@ def create(
         target_modules: what to train: a preset ("attention", "all-linear", "all-conv", "all-embedding"), ends of
             modules' paths ("q_proj"), globs ("layers.*.mlp.*"), compiled regular expressions for whole paths, or a list
             of these.  A part of a fused projection ("q" beside "qkv") can be named where its layout is declared.  None:
-            "attention" where the model has it, else "all-linear".
+            the config's, with PEFT's own choice for such a model where that names none; without a config "attention"
+            where the model has it, else "all-linear".
         exclude_modules: what to leave out of that, by ends of paths, globs or regular expressions.
         target_parameters: parameters that are no weight of a layer, such as stacks of experts, by the ends of their
             names.
@@ -118,6 +123,7 @@ def create(
     named = _base_name(base, opened)
     if not name or "." in name:
         raise UsageError(f"an adapter cannot be called {name!r}", "use letters and digits")
+    demand_seed(seed)
     if resume is not None:
         given = {
             "kind": kind, "r": r, "alpha": alpha, "target_modules": target_modules,
@@ -144,6 +150,10 @@ def create(
         "task_type": task_type, **settings,
     }  # fmt: skip
     said |= {key: value for key, value in own.items() if value is not None}
+    if config is not None:
+        layers_there = roles_of(opened)
+        model_type = getattr(getattr(inner, "config", None), "model_type", None)
+        said = completed(said, model_type, lambda end: any(named_by(end, each) for each in layers_there))
     return Trainee(
         _made(opened, registry, said, batches=batches, seed=seed, name=name, dtype=dtype, named=named, allow=allow),
         registry,
@@ -176,6 +186,7 @@ def _made(
         rank_pattern=said.get("rank_pattern"),
         alpha_pattern=said.get("alpha_pattern"),
     )
+    task = task_of(said["task_type"]) if said.get("task_type") else ""
     roles = roles_of(base)
     resolver = Resolver(base.index, base.framework, roles)
     kept = resolver.modules(said["modules_to_save"], "modules_to_save") if said.get("modules_to_save") else []
@@ -203,29 +214,47 @@ def _made(
     whole_of = Seats(seats=(*seats.seats, *more), shared=seats.shared)
     if not any(tensor.numel() for seat in whole_of.seats for tensor in seat.trained.values()):
         raise UsageError("nothing would be trained: all of it is fixed", "choose another kind, or other modules")
-    touched = {base.index.stored(target.name) for target in (*targets, *whole, *biases)}
     hints: dict[str, JSON] = {
         "roles": {seat.target.name: seat.role for seat in whole_of.seats if seat.role},
         "modules_to_save": [*kept],
         "transposed": [seat.target.name for seat in more if seat.turned],
+        "training": saying(whole_of, chosen.dropout),
     }
     first = base.index.parameters.get(base.index.stored(targets[0].name))
     if first is not None and first.transposed:
         hints["fan_in_fan_out"] = True
-    if said.get("task_type"):
-        hints["task_type"] = str(said["task_type"])
+    if task:
+        hints["task_type"] = task
     if named.get("repo"):
         hints |= {"base_repo": named["repo"], "base_revision": named.get("revision") or None}
     kinds = {seat.kind.name for seat in whole_of.seats}
-    return Made(
+    if any(_disputed(seat, terrain) for seat in seats.seats):
+        hints["compat"] = "peft"
+    made = Made(
         base=base,
         seats=whole_of,
         name=name,
         dropout=chosen.dropout,
         hints=hints,
-        record=described(base, kinds, touched, **named),
+        record=described(base, kinds, (), **named),
         allow=allow,
     )
+    # where it lands says what it touches: a part of a fused weight touches that, and a gain on outputs the bias as well
+    steps = planned(made, registry).steps
+    if twice := [step.out for step in steps if len({term.replaces for term in step.terms}) > 1]:
+        raise UsageError(
+            f"{chosen.kind.title} changes {twice[0]} itself, and bias={said['bias']!r} trains it in full",
+            "leave bias out, or choose another kind",
+        )
+    touched = {step.source for step in steps if step.source}
+    return replace(made, record=described(base, kinds, touched, **named))
+
+
+def _disputed(seat: Seat, terrain: Terrain) -> bool:
+    """Whether PEFT's merge of what is trained is not what PEFT computes before it merges."""
+    shape = terrain.shape(seat.target)
+    on = (spelling.disputed_on for spelling in seat.kind.spellings if spelling.format == "peft")
+    return any(each is not None and each(shape, seat.options) is not None for each in on)
 
 
 def _module_of(model: nn.Module) -> nn.Module:

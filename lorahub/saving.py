@@ -32,6 +32,9 @@ from lorahub.registry import Registry
 
 __all__ = ["module_record", "write_folder"]
 
+TRAINING = "lorahub.training"
+"""Of a file's metadata, what going on with a training takes; see ``lorahub.training.going_on``."""
+
 
 def write_folder(
     folder: Path,
@@ -62,6 +65,8 @@ def write_folder(
     groups = _prove(written, stored, writer, registry.kinds)
     described = _described(record, groups, registry.kinds)
     metadata = {**written.metadata, "lorahub": strict_json.compact(described.maths())}
+    if training := hints.get("training"):
+        metadata[TRAINING] = strict_json.compact(training)
     staging = new_staging(folder)
     try:
         save_weights(staging / written.file, written.tensors, metadata)

@@ -86,7 +86,7 @@ CASES = (
         paper="0.77M",
     ),
     Case(name="GPT-3", build=_GPT3, targets=_GPT, layers=96, width=12288, rank=1, paper="4.7M"),
-    Case(name="GPT-3", build=_GPT3, targets=_GPT, layers=96, width=12288, rank=4, paper="18.9M"),
+    Case(name="GPT-3", build=_GPT3, targets=_GPT, layers=96, width=12288, rank=4, paper="18.8M"),
     Case(name="GPT-3", build=_GPT3, targets=_GPT, layers=96, width=12288, rank=8, paper="37.7M"),
 )  # fmt: skip
 """The models of tables 2 to 4, with the ranks that give their figures."""

@@ -30,7 +30,7 @@ import lorahub
 
 __all__ = ["rows"]
 
-RANKS, SEEDS, EPOCHS, RATE = (1, 2, 4, 8, 64), 1, 2, 2e-3
+RANKS, SEEDS, EPOCHS, RATE = (1, 2, 4, 8, 64), 3, 2, 2e-3
 
 
 def rows(ranks: Sequence[int] = RANKS, seeds: int = SEEDS, epochs: int = EPOCHS, every: int = 1) -> list[Row]:

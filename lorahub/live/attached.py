@@ -5,19 +5,24 @@ Built from the plan of a merge, so that what is refused, found and placed there 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from lorahub.bases.framework import Framework
 from lorahub.bases.index import BaseIndex
+from lorahub.bases.layout import Target
+from lorahub.deltas.delta import Delta
 from lorahub.engine.folding.bind import HasDeltas
 from lorahub.engine.planning.plan import Plan
 from lorahub.errors import UsageError
+from lorahub.live.copies import Copies, Recipe, uninstall
 from lorahub.live.desk import Desk
 from lorahub.live.loading import Loader
-from lorahub.live.parts import Parts
+from lorahub.live.parts import OpenPart, Parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +45,9 @@ class Live:
     thread that attached.  No choice costs more for adapters that are not in it.
 
     While adapters are chosen, reading a parameter that no output tells apart (``model.encoder.norm.weight``) gives the
-    changed one; ``parameters()`` and ``state_dict()`` always give the model's own, and copies and pickles of the model
-    are without adapters.  Writing through ``parameter.data`` goes unnoticed: call ``refresh`` then.
+    changed one; ``parameters()`` and ``state_dict()`` always give the model's own.  Writing through ``parameter.data``
+    goes unnoticed: call ``refresh`` then.  ``copy.deepcopy`` of the model takes copies of the adapters along, chosen as
+    they are here, and ``lorahub.handle`` gives their ``Live``; pickles of the model and copies of a part are refused.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Live:
         compat: str | None = None,
         capacity: int = 0,
         parts: Parts | None = None,
+        again: Callable[[nn.Module], Live] | None = None,
     ) -> None:
         """Attach nothing yet.
 
@@ -67,6 +74,7 @@ class Live:
             compat: under "peft", a weight goes into the factors of changes that PEFT scales there.
             capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it.
             parts: what acts beside the weights; ``plan`` puts it there.
+            again: the same for a copy of the model, with nothing attached; None: with the same ``plan`` and ``judge``.
 
         Raises:
             UsageError: adapters are attached to the model, or to a part of it, already.
@@ -76,7 +84,15 @@ class Live:
         self._loader = Loader(model, index, framework, self._desk, inside=compat == "peft")
         self._parts = Parts(model, framework) if parts is None else parts
         self._given: dict[str, float] = {}
+        self._planned: dict[str, Planned] = {}
         self._open = True
+        self._model = model
+
+        def alike(other: nn.Module) -> Live:
+            return Live(other, index, framework, plan=plan, judge=judge, compat=compat, capacity=capacity)
+
+        self._again = alike if again is None else again
+        Copies(model, self._desk, self, self._copied).install()
 
     # ---- choosing
 
@@ -93,16 +109,20 @@ class Live:
 
     @property
     def adapter_names(self) -> tuple[str | None, ...] | None:
-        """Which adapter each row of the batch takes; None where all rows take the same."""
+        """Which adapter each row of the batch takes; None where all rows take the same.
+
+        Set to None it gives all rows what they had together before names were given.
+        """
         return self._desk.choice().by_row
 
     @adapter_names.setter
     def adapter_names(self, names: Sequence[str | None] | None) -> None:
-        if names is None:
-            raise UsageError(
-                "adapter_names takes one name for each row", "for all rows alike: live.set_adapters([...])"
-            )
-        self.set_rows(names)
+        before = self._desk.choice().before
+        if names is not None:
+            self.set_rows(names)
+        elif before is not None:  # all rows take again what all of them took before
+            kept = {name: weight for name, weight in before.items() if name in self._desk.book}
+            self.set_adapters([*kept], weights=[*kept.values()])
 
     def set_adapters(self, names: Sequence[str], *, weights: Sequence[float] | None = None) -> None:
         """Let these adapters act on all rows, together, from the next call on; none for the model as it is.
@@ -143,10 +163,10 @@ class Live:
                     f"'{name}' changes {', '.join(where[:3])}{more}, which is not done for some rows of a batch only",
                     f"run these rows apart: live.set_adapters([{name!r}])",
                 )
-        if once and all(name == once[0] for name in names):
-            self._desk.choose(tuple(chosen), tuple(chosen.values()))
-        else:
-            self._desk.choose(tuple(chosen), tuple(chosen.values()), names)
+        now = self._desk.choice()
+        before = self.active if now.before is None else now.before
+        alike = once and all(name == once[0] for name in names)
+        self._desk.choose(tuple(chosen), tuple(chosen.values()), None if alike else names, before)
 
     @contextmanager
     def using(self, names: Sequence[str], *, weights: Sequence[float] | None = None) -> Iterator[Self]:
@@ -191,9 +211,8 @@ class Live:
             raise UsageError(
                 f"there is an adapter '{name}' already", f"live.swap({name!r}, ...) puts another in its place"
             )
-        loaded = self._loader.load(name, *self._plan(name, adapter), dropout)
+        self._put(name, self._plan(name, adapter), dropout)
         self._given[name] = weight
-        self._desk.exchange([name], {**self._desk.book, name: loaded})
 
     def swap(self, name: str, adapter: object) -> None:
         """Put another adapter in the place of ``name``, for everybody who chose it: at once, or not at all.
@@ -205,8 +224,7 @@ class Live:
             LorahubError: what merging it would raise; nothing changes then.
         """
         self._demand(name)
-        loaded = self._loader.load(name, *self._plan(name, adapter), self._desk.book[name].dropout)
-        self._desk.exchange([name], {**self._desk.book, name: loaded})
+        self._put(name, self._plan(name, adapter), self._desk.book[name].dropout)
 
     def remove(self, name: str) -> None:
         """Take one adapter off.
@@ -219,6 +237,7 @@ class Live:
             raise UsageError(f"'{name}' is chosen", "choose others first: live.set_adapters([...])")
         self._desk.exchange([name], {other: each for other, each in self._desk.book.items() if other != name})
         self._given.pop(name, None)
+        self._planned.pop(name, None)
         self._parts.drop(name)
 
     def refresh(self) -> None:
@@ -231,6 +250,7 @@ class Live:
         if not self._open:
             return
         self._open = False
+        uninstall(self._model)
         self._parts.close()
         self._loader.remove()
         self._desk.close()
@@ -242,6 +262,40 @@ class Live:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    # ---- copying
+
+    def carried(
+        self, owner: object, again: Callable[[nn.Module, dict[int, Any]], object], recipe: Callable[[], Recipe]
+    ) -> None:
+        """Let ``owner`` have copies and pickles of the model; see ``Copies``."""
+        self._desk.pickles = True
+        Copies(self._model, self._desk, owner, again, recipe).install()
+
+    def _copied(self, model: nn.Module, memo: dict[int, Any]) -> Live:
+        """The same on a copy of the model, with copies of the adapters, chosen as by the context that copies it."""
+        live = self._again(model)
+        try:
+            for name, (plan, adapter) in self._planned.items():
+                deltas = {target: _twin(name, delta, memo) for target, delta in adapter.deltas.items()}
+                live._put(name, (plan, _Twins(deltas)), self._desk.book[name].dropout)  # noqa: SLF001 - of its own class
+                live._given[name] = self._given[name]  # noqa: SLF001
+                live._let_act(name, self._parts.of(name))  # noqa: SLF001
+            choice = self._desk.choice()
+            live._desk.choose(choice.names, choice.weights, choice.by_row, choice.before)  # noqa: SLF001
+        except BaseException:
+            live.detach()
+            raise
+        return live
+
+    def _put(self, name: str, planned: Planned, dropout: float) -> None:
+        loaded = self._loader.load(name, *planned, dropout)
+        self._desk.exchange([name], {**self._desk.book, name: loaded})
+        self._planned[name] = planned
+
+    def _let_act(self, name: str, parts: Sequence[OpenPart]) -> None:
+        if parts:
+            self._parts.put(name, parts, lambda: self.active.get(name, 0.0) != 0)
 
     # ---- demands
 
@@ -279,6 +333,27 @@ class Live:
                 self._judge(names)
                 return
             seen |= replaced
+
+
+@dataclass(frozen=True, slots=True)
+class _Twins:
+    """Copies of an adapter's changes."""
+
+    deltas: Mapping[Target, Delta]
+
+
+def _twin(name: str, delta: Delta, memo: dict[int, Any]) -> Delta:
+    """A copy of a change.
+
+    Raises:
+        UsageError: its tensors come out of a graph, of which there is no copy.
+    """
+    if any(not tensor.is_leaf for tensor in delta.tensors().values()):
+        raise UsageError(
+            f"'{name}' has tensors that are computed with gradients, and such tensors cannot be copied",
+            "take it off before the model is copied: live.remove, or detach()",
+        )
+    return copy.deepcopy(delta, memo)
 
 
 def _number(weight: float) -> float:

@@ -14,7 +14,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
@@ -100,12 +100,16 @@ class View:
 @final
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Choice:
-    """What a context chose: names, weights and rows, and the view of that, exchanged when adapters are."""
+    """What a context chose: names, weights and rows, and the view of that, exchanged when adapters are.
+
+    ``before``: of a choice by row, what all rows took together before, with weights.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     by_row: tuple[str | None, ...] | None
     view: View | None
+    before: Mapping[str, float] | None = None
 
 
 @final
@@ -127,6 +131,7 @@ class Desk:
         book: the adapters by name.
         compiled: a graph was made that reads views, so they are filled as soon as they are made.
         read: the complements of keys, of parameters that such graphs read apart from their modules.
+        pickles: whether pickles of the model take the adapters along.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -134,6 +139,7 @@ class Desk:
         self.book: dict[str, Loaded] = {}
         self.compiled = False
         self.read: set[int] = set()
+        self.pickles = False
         self._capacity = capacity
         self._chosen: ContextVar[Choice | None] = ContextVar("lorahub_choice", default=None)
         self._pinned: ContextVar[_Pin | None] = ContextVar("lorahub_pin", default=None)
@@ -235,11 +241,15 @@ class Desk:
         return self._chosen.get() or self._default
 
     def choose(
-        self, names: Sequence[str], weights: Sequence[float], by_row: Sequence[str | None] | None = None
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        by_row: Sequence[str | None] | None = None,
+        before: Mapping[str, float] | None = None,
     ) -> None:
         """Choose for this context; and for those that never chose, in the thread that attached."""
         rows = None if by_row is None else tuple(by_row)
-        choice = Choice(tuple(names), tuple(weights), rows, None)
+        choice = Choice(tuple(names), tuple(weights), rows, None, before)
         with self._lock:
             choice.view = self._look(choice)
             self._choices.add(choice)

@@ -15,7 +15,7 @@ from lorahub.lazy import torch
 
 _FINE = 4  # bytes of a number, from which on float32 sums are not enough; nor are they for float16, as in a merge
 
-__all__ = ["Addend", "change", "changed", "cut", "state_of"]
+__all__ = ["Addend", "change", "changed", "cut", "state_of", "writable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,17 @@ def state_of(*tensors: torch.Tensor) -> tuple[object, ...]:
         )
         for each in tensors
     )
+
+
+def writable(y: torch.Tensor) -> torch.Tensor:
+    """A module's output, or a copy of it where autograd lets nobody write into it.
+
+    So it is of functions that others wrote, as bitsandbytes did, whose outputs can be views or leaves.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y
+    forbidden = y._is_view() or (y.requires_grad and y.is_leaf)  # noqa: SLF001 - as autograd asks
+    return y.clone() if forbidden else y
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

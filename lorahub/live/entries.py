@@ -16,7 +16,7 @@ from lorahub.deltas.delta import Delta, LowRank
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
 from lorahub.live import grouped
-from lorahub.live.effective import change, cut
+from lorahub.live.effective import change, cut, writable
 from lorahub.live.grouped import Rows
 from lorahub.live.spots import Loaded, Part, Spot, Way
 
@@ -137,8 +137,7 @@ class Entry:
 
         ``changes``: also what changes a quantised weight's numbers, which is in ``y`` otherwise already.
         """
-        if y.requires_grad and not torch.compiler.is_compiling() and y._is_view():  # noqa: SLF001 - as autograd asks
-            y = y.clone()  # of somebody's own function, as bitsandbytes': autograd lets nobody write into that
+        y = writable(y)
         added = [(delta.contribution(x, y, self.site), weight) for delta, weight in self.owns]
         if self.changes and changes:
             added.append((_beside(self.spot, self.changes, x, y), torch.ones(())))
@@ -268,7 +267,7 @@ class ByRow:
         Raises:
             UsageError: the batch has another number of rows, or its rows cannot be told apart here.
         """
-        return (self.run if torch.compiler.is_compiling() else _by_row)(self, x, y)
+        return (self.run if torch.compiler.is_compiling() else _by_row)(self, x, writable(y))
 
     def one(self, part: Part, strength: float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What a part without low-rank factors adds to the rows of its adapter; ``y`` is their output before."""

@@ -1,6 +1,6 @@
 """The hooks that an attached model has: on modules at whose output something may be added, and around its own call.
 
-A copy or a pickle of the model does not take them along: it is the model without adapters.
+A copy of the model has its own; see ``copies``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorahub.lazy import torch
+from lorahub.live.copies import Bound, demand_whole, pickled_hook
 from lorahub.live.short import dropped
 
 if TYPE_CHECKING:
@@ -20,25 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["Before", "Begin", "End", "Enter", "Output"]
 
 
-def unattached(*_: object) -> None:
-    """What stands in a copy of an attached model where a hook was: nothing happens."""
-
-
-def _unattached() -> Callable[..., None]:
-    return unattached
-
-
-class _Hook:
+class _Hook(Bound):
     """Bound to one attached model and no copy of it."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
-        return unattached
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        demand_whole(self.desk, memo)
+        return super().__deepcopy__(memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unattached, ()
+        return pickled_hook(self.desk)
 
 
 class Enter(_Hook):

@@ -17,10 +17,11 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from lorahub.lazy import torch
+from lorahub.live.copies import demand_whole, pickled_lookup
 from lorahub.live.standing import OF, standing
 
 if TYPE_CHECKING:
-    from lorahub.live.desk import Desk
+    from lorahub.live.desk import Desk, View
     from lorahub.live.places import Place
 
 __all__ = ["Door", "Lookup", "install", "remove", "stand_for"]
@@ -43,7 +44,7 @@ class Door:
 
 
 class Lookup(dict[str, Any]):
-    """A module's parameters or buffers by name.  Copies and pickles are plain dictionaries of the module's own."""
+    """A module's parameters or buffers by name; copies and pickles of the model have plain dictionaries at first."""
 
     def __init__(self, own: Mapping[str, torch.Tensor | None], desk: Desk) -> None:
         super().__init__(own)
@@ -69,7 +70,7 @@ class Lookup(dict[str, Any]):
                 return own
         if inside or door.forward is None:
             return self.lorahub_desk.weight(view, door.key, own)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _grows(view, own):
             return self.lorahub_desk.weight(view, ~door.key, own)
         return standing(own, partial(self.lorahub_desk.weight, view, ~door.key, own))
 
@@ -78,18 +79,28 @@ class Lookup(dict[str, Any]):
         dict.__setitem__(self, name, getattr(value, OF, value))
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        return dict, (), None, None, iter(self.items())
+        return pickled_lookup(self.lorahub_desk, dict(self.items()))
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self.items())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        demand_whole(self.lorahub_desk, memo)
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
 
 
 def _shards(caller: FrameType) -> bool:
     """Whether it is who puts sharded and gathered parameters in each other's place, and looks them up by name."""
     return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
+
+
+def _grows(view: View, own: torch.Tensor) -> bool:
+    """Whether gradients are wanted for what is read, so that it has to be made at once.
+
+    Nothing that stands in is seen by a function of autograd's, as losses that go over the head in parts are, and it
+    would take the parameter itself.
+    """
+    return view.trains and torch.is_grad_enabled() and not hasattr(own, "device_mesh")
 
 
 def stand_for(changed: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

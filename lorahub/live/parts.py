@@ -101,6 +101,7 @@ class Parts:
         """Apply nothing yet."""
         self._model, self._framework = model, framework
         self._held: dict[str, tuple[PartHandle, ...]] = {}
+        self._given: dict[str, tuple[OpenPart, ...]] = {}
 
     def put(self, name: str, parts: Sequence[OpenPart], acts: Callable[[], bool]) -> None:
         """Let an adapter have these parts, in the place of those that it had.
@@ -124,10 +125,16 @@ class Parts:
         self.drop(name)
         if made:
             self._held[name] = tuple(made)
+            self._given[name] = tuple(parts)
 
     def drop(self, name: str) -> None:
         """Take the parts of an adapter off."""
         _remove(self._held.pop(name, ()))
+        self._given.pop(name, None)
+
+    def of(self, name: str) -> tuple[OpenPart, ...]:
+        """The parts of an adapter, as they were given."""
+        return self._given.get(name, ())
 
     def close(self) -> None:
         """Take all off."""

@@ -2,7 +2,8 @@
 
 Only while an adapter trains; at all other times the changed weight is made once and kept, and nothing is shorter.
 ``W' x`` is what ``Delta.around`` says of it, so the module keeps its own weight, no copy as large as that is held for
-the way back, and the sum is not made in float64 at each step.  Knows spots and outputs; no selections.
+the way back, and the sum is neither made in float64 nor rounded to the weight's dtype at each step.  A part of a fused
+weight acts on its own share of the outputs.  Knows spots and outputs; no selections.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
-from lorahub.deltas.delta import Around, Route
+from lorahub.deltas.delta import ALL, Around, Index, Route, take
 from lorahub.lazy import torch
+from lorahub.live.effective import writable
 from lorahub.live.spots import Loaded, Part, Spot, Way
 
 if TYPE_CHECKING:
@@ -31,12 +33,19 @@ class Step:
         strength: its adapter's weight.
         dropout: the chance of an input of its path to be dropped.
         route: what ``Delta.around`` gave.
+        rows: which of the weight's rows it changes, and so which of the outputs; ``ALL``, or their positions.
     """
 
     part: Part
     strength: float
     dropout: float
     route: Route
+    rows: Index
+
+    @property
+    def whole(self) -> bool:
+        """Whether it changes all of the weight."""
+        return self.rows == ALL
 
 
 @final
@@ -88,17 +97,23 @@ class Short:
         for step in self.steps:
             seen = dropped(x, step.dropout if training else 0.0)
             dropping = seen is not x
-            total = total + (self._one(self._around(step), seen, base, dropping) * step.strength).to(y.dtype)
+            if step.whole:
+                total = total + (self._one(step, seen, base, dropping) * step.strength).to(y.dtype)
+                continue
+            axis = -1 - len(self._site.kernel)
+            rows = torch.arange(y.shape[axis], device=y.device)[_positions(step.rows, y.device)]
+            added = self._one(step, seen, base.index_select(axis, rows), dropping) * step.strength
+            total = total.index_add(axis, rows, added.to(y.dtype))
         return total
 
     def _alone(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.steps[0].route.enters:
             return y
-        around = self._around(self.steps[0])
+        around, y = self._around(self.steps[0]), writable(y)
         if around.low is not None:
             y = self._low(around, x, y)
         if around.change is not None:
-            y = y.add_(self._beside(around.change, x, y))
+            y = y.add_(self._beside(around.change, x, y, ALL))
         if around.factor is None:
             return y
         factor = self._along(around.factor)
@@ -107,14 +122,15 @@ class Short:
             z = z + bias * (1 - factor)
         return z.to(y.dtype)
 
-    def _one(self, around: Around, x: torch.Tensor, base: torch.Tensor, dropping: bool) -> torch.Tensor:
-        """What one part adds at weight 1 to ``base``, the output without a bias."""
-        own = self._again(x, base) if dropping else base
-        z = own if around.inputs is None else self._again(around.inputs(x), base)
+    def _one(self, step: Step, x: torch.Tensor, base: torch.Tensor, dropping: bool) -> torch.Tensor:
+        """What one part adds at weight 1 to ``base``, its share of the output without a bias."""
+        around = self._around(step)
+        own = self._again(x, base, step.rows) if dropping else base
+        z = own if around.inputs is None else self._again(around.inputs(x), base, step.rows)
         if around.low is not None:
             z = self._low(around, x, z.clone())
         if around.change is not None:
-            z = z + self._beside(around.change, x, z)
+            z = z + self._beside(around.change, x, z, step.rows)
         return (z if around.factor is None else z * self._along(around.factor)) - own
 
     def _low(self, around: Around, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -129,27 +145,33 @@ class Short:
         flat.addmm_(inner.reshape(-1, inner.shape[-1]).to(y.dtype), matrix, alpha=around.low.scale)
         return y
 
-    def _beside(self, change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What a change gives by itself; on the way back it is made once more, and not what it is made of kept."""
-        shape = (*reversed(self.spot.shape),) if self._site.transposed else self.spot.shape
-        like = y.new_zeros(()).expand(shape)  # of the weight only shape, dtype and device count
+    def _beside(
+        self, change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor, rows: Index
+    ) -> torch.Tensor:
+        """What a change of some rows gives by itself; on the way back it is made once more, and nothing of it kept."""
+        like = take(y.new_zeros(()).expand(self._shape), rows, 0)  # of the weight only shape, dtype and device count
         if torch.compiler.is_compiling():
             made = change(like)
         else:
             made = torch.utils.checkpoint.checkpoint(change, like, use_reentrant=False, preserve_rng_state=False)
         return self._site.call(x if self._site.op == "embedding" else x.to(y.dtype), made)
 
-    def _again(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """What the module gives for other inputs, without its bias."""
-        weight = self._weight().to(base.dtype)
+    def _again(self, x: torch.Tensor, base: torch.Tensor, rows: Index) -> torch.Tensor:
+        """What the module gives for other inputs, without its bias: those outputs that ``rows`` make."""
+        weight = take(self._weight(), rows, 0).to(base.dtype)
         return self._site.call(x if self._site.op == "embedding" else x.to(base.dtype), weight)
 
     def _around(self, step: Step) -> Around:
-        return step.route.of(self._weight)
+        return step.route.of(lambda: take(self._weight(), step.rows, 0))
 
     def _weight(self) -> torch.Tensor:
         numbers = self.spot.numbers()
         return numbers.transpose(0, 1) if self._site.transposed else numbers
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of the logical weight, [out, in, *k]."""
+        return (*reversed(self.spot.shape),) if self._site.transposed else self.spot.shape
 
     def _along(self, factor: torch.Tensor) -> torch.Tensor:
         """A factor against the module's output."""
@@ -200,14 +222,22 @@ def _short_of(spot: Spot, adapters: Sequence[Loaded], strengths: Sequence[float]
     if not changing or not any(part.trains for part, _, _ in changing):
         return None
     steps = [
-        Step(part, strength, dropout, part.route)
+        Step(part, strength, dropout, part.route, part.piece.of_parameter.rows)
         for part, strength, dropout in changing
         if part.route is not None and not (part.inside and strength != 1)
     ]
     if len(steps) < len(changing):
         return None
     others = any(adapter.takes(spot.key, Way.LOW_RANK, Way.OWN) for adapter in adapters)
-    return Short(spot, tuple(steps), alone=len(steps) == 1 and not others and steps[0].strength == 1)
+    return Short(spot, tuple(steps), alone=_alone(steps) and not others)
+
+
+def _alone(steps: Sequence[Step]) -> bool:
+    return len(steps) == 1 and steps[0].strength == 1 and steps[0].whole
+
+
+def _positions(rows: Index, device: torch.device) -> slice | torch.Tensor:
+    return rows if isinstance(rows, slice) else torch.tensor(rows, device=device)
 
 
 def _together(one: Short, other: Short) -> bool:

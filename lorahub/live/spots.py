@@ -152,10 +152,15 @@ class Spot:
         return Way.CHANGE if way is Way.WEIGHT and self.quantised is not None else way
 
     def route(self, part: Part) -> Route | None:
-        """How training avoids the changed weight for a part whose way it is."""
+        """How training avoids the changed weight for a part whose way it is.
+
+        A part of a fused weight has one where rows of it are what the module puts out: some of its outputs.
+        """
         to = part.piece.of_parameter
-        whole = to.rows == ALL and to.cols == ALL and to.expert is None
-        if self.site is None or self.place.leaf not in ("weight", "bias") or not whole:
+        if self.site is None or self.place.leaf not in ("weight", "bias") or to.cols != ALL or to.expert is not None:
+            return None
+        rows = self.site.op == "linear" or (self.site.op == "conv" and self.site.groups == 1)
+        if to.rows != ALL and not (rows and self.place.leaf == "weight"):
             return None
         if part.whole or part.replaces or part.siblings or to.transposed != self.site.transposed:
             return None

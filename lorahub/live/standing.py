@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from lorahub.errors import UsageError
 from lorahub.lazy import torch
 
 __all__ = ["OF", "standing"]
@@ -23,15 +24,33 @@ _PROPERTIES = (
     *("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu"),
     *("is_quantized", "is_sparse", "nbytes", "itemsize"),
 )
-_METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "stride", "__len__")
+_METHODS = (
+    *("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "stride", "is_contiguous"),
+    "__len__",
+)
 
 
 def standing(own: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Something that looks like ``own`` and computes as ``make()``."""
-    found: torch.Tensor = torch.Tensor._make_subclass(_class(), own.detach())  # noqa: SLF001 - the documented way
+    """Something that looks like ``own`` and computes as ``make()``.
+
+    Of a sharded parameter it can only be looked at, as those do who shard, load and save it.
+
+    Raises:
+        UsageError: somebody computes with a sharded one.
+    """
+    sharded = hasattr(own, "device_mesh")
+    raw = own.to_local() if sharded else own  # type: ignore[attr-defined]  # no subclass of a DTensor
+    found: torch.Tensor = torch.Tensor._make_subclass(_class(), raw.detach())  # noqa: SLF001 - the documented way
     setattr(found, OF, own)
-    setattr(found, _MAKE, make)
+    setattr(found, _MAKE, _refused if sharded else make)
     return found
+
+
+def _refused() -> torch.Tensor:
+    raise UsageError(
+        "a sharded weight that adapters change is used apart from its module, where the weight is not gathered",
+        "shard the module that uses it and the module that has it as one",
+    )
 
 
 @functools.cache

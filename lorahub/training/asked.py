@@ -17,7 +17,7 @@ from lorahub.errors import UsageError
 from lorahub.names import did_you_mean
 from lorahub.registry import Registry
 
-__all__ = ["Asked", "Biases", "asked", "trainable_kind"]
+__all__ = ["Asked", "Biases", "asked", "demand_seed", "task_of", "trainable_kind"]
 
 Biases = Literal["none", "all", "lora_only"]
 """Which of the base's biases are trained too: none, all of them, or those of the modules that take an adapter."""
@@ -118,6 +118,36 @@ def asked(
     return Asked(kind=kind, starting=starting, settings=settings, patterns=patterns, dropout=float(dropout))
 
 
+TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+"""PEFT's words for what an adapter is for (``peft.TaskType``); a config with any other is one that it does not open."""
+
+
+def task_of(given: object) -> str:
+    """PEFT's word for a task, as its enumeration or its name gives it.
+
+    Raises:
+        UsageError: PEFT has no such word.
+    """
+    word = getattr(given, "value", given)
+    if word in TASKS:
+        return str(word)
+    near = did_you_mean(word.upper(), TASKS) if isinstance(word, str) else ""
+    raise UsageError(f"there is no task_type={word!r}.{near}", f"choose one of: {', '.join(TASKS)}")
+
+
+_SEEDS = range(-(2**63), 2**64)
+
+
+def demand_seed(seed: object) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        UsageError: it is no whole number, or one of more than 64 bits.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed not in _SEEDS:
+        raise UsageError(f"seed is {seed!r}", "give a whole number of at most 64 bits")
+
+
 def trainable_kind(name: str, registry: Registry) -> Kind:
     """The kind of that name.
 
@@ -156,6 +186,11 @@ def _checked(kind: Kind, name: str, value: JSON, setting: Setting) -> JSON:
         raise UsageError(f"{kind.title}: {name} should be {_WORDS.get(wanted, wanted.__name__)}, not {value!r}")
     if name == "r" and isinstance(value, int) and isinstance(default, int) and value < 1 <= default:
         raise UsageError(f"{kind.title}: r is {value}", "a rank is 1 or more")
+    if name.startswith("alpha") and value == 0:
+        raise UsageError(
+            f"{kind.title}: {name} is 0, by which the change is multiplied: nothing could be learned",
+            "leave it out, or give another number",
+        )
     return value
 
 

@@ -92,7 +92,7 @@ def arguments(config: object, kinds: Mapping[str, Kind]) -> dict[str, Any]:
             if isinstance(plain, str):
                 found["init"] = plain
         elif field in _SAME or field in settings:
-            found[field] = plain
+            found[field] = sorted(plain) if isinstance(plain, set | frozenset) else plain
         elif field not in _INERT and not _says_nothing(plain):
             refused.append(field)
     if refused:
@@ -100,7 +100,8 @@ def arguments(config: object, kinds: Mapping[str, Kind]) -> dict[str, Any]:
             f"the config sets {', '.join(sorted(refused))}, which has no counterpart for {kind.title} here",
             f"leave it out; settings of {kind.title}: {', '.join(settings)}",
         )
-    return {name: value for name, value in found.items() if not _says_nothing(value) or name in settings}
+    kept = {*settings, "target_modules"}  # of which none is something else than nothing said
+    return {name: value for name, value in found.items() if name in kept or not _says_nothing(value)}
 
 
 def _says_nothing(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lorahub.bases.torch_module import CHILD
 from lorahub.lazy import torch
+from lorahub.live.copies import Bound
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,7 @@ class Wanting:
     def __init__(self, model: nn.Module) -> None:
         """Hook every module with parameters of its own."""
         self._handles = [
-            module.register_forward_hook(_want)
+            module.register_forward_hook(_Want())
             for name, module in model.named_modules()
             if CHILD not in name.split(".") and next(module.parameters(recurse=False), None) is not None
         ]
@@ -45,13 +46,15 @@ class Wanting:
             handle.remove()
 
 
-def _want(module: nn.Module, _args: Any, output: Any) -> None:
+class _Want(Bound):
     """Of a leaf, which nothing that wants gradients went into; a view of one is left as it is."""
-    if (
-        isinstance(output, torch.Tensor)
-        and output.is_floating_point()
-        and not output.requires_grad
-        and module.training
-        and torch.is_grad_enabled()
-    ):
-        output.requires_grad_(True)
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if (
+            isinstance(output, torch.Tensor)
+            and output.is_floating_point()
+            and not output.requires_grad
+            and module.training
+            and torch.is_grad_enabled()
+        ):
+            output.requires_grad_(True)

@@ -17,6 +17,7 @@ from lorahub.merging.preparing import prepare
 from lorahub.opening import Base
 from lorahub.registry import Registry
 from lorahub.sources import Given
+from lorahub.training.going_on import going_on, parted, saying
 from lorahub.training.seats import Seats, seats_of
 from lorahub.training.trainee import Made, described
 
@@ -44,12 +45,13 @@ def taken_up(
         registry: kinds and formats.
         name: what to call it.
         dtype: of what is trained.
-        dropout: None: what its config says.
+        dropout: None: what its file says, or its config.
         named: the base's repository and revision.
         allow: finding codes to accept.
 
     Raises:
         UsageError: it holds nothing that can be trained on.
+        IntegrityError: what its file says of its training cannot be.
         LorahubError: what merging it would raise.
     """
     job = prepare(base, {name: source}, weights=[1.0], allow=allow)
@@ -63,7 +65,11 @@ def taken_up(
     roles = {Target(group.component, group.module, group.parameter).name: group.role for group in header.reading.groups}
     listed = hints.get("transposed")
     turned = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    kept = going_on(header.files.headers[header.reading.file].metadata, header.label)
     seats = seats_of(adapter.deltas, registry.kinds, roles=roles, turned=turned, dtype=dtype)
+    seats = parted(seats, kept.departed, header.label)
+    if dropout is None:
+        dropout = _dropout(header) if kept.dropout is None else kept.dropout
     touched = {step.source for step in job.plan.steps if step.source}
     kinds = {seat.kind.name for seat in seats.seats}
     record = described(base, kinds, touched, **named)
@@ -75,8 +81,8 @@ def taken_up(
         base=base,
         seats=_beside(seats, base),
         name=name,
-        dropout=_dropout(header) if dropout is None else dropout,
-        hints={**hints, "roles": known_roles, **_base_hints(named)},
+        dropout=dropout,
+        hints={**hints, "roles": known_roles, "training": saying(seats, dropout), **_base_hints(named)},
         record=record,
         allow=allow,
     )

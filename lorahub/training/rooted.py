@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, final
 from lorahub.bases.torch_module import CHILD
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
+from lorahub.live.copies import Bound
 from lorahub.training.seats import Seat, Seats
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CHILD", "BaseSaving", "Root", "demand_free", "frozen", "of_child", "unmoved"]
+__all__ = ["CHILD", "BaseSaving", "Root", "demand_free", "frozen", "of_child", "shared_name", "unmoved"]
 
 
 def demand_free(model: nn.Module) -> None:
@@ -55,19 +56,20 @@ def demand_free(model: nn.Module) -> None:
 class Root:
     """The child module of one model."""
 
-    def __init__(self, model: nn.Module, seats: Seats, name: str) -> None:
+    def __init__(self, model: nn.Module, seats: Seats, name: str, found: nn.Module | None = None) -> None:
         """Make it, apart from the model still.
 
         Args:
             model: the model.
             seats: the tensors.
             name: of the adapter.
+            found: a child that holds the tensors of the seats already, as a copy of a model has one; None: a new one.
         """
         self._model = model
-        self.module: nn.Module = torch.nn.Identity()  # a Sequential calls it as its last child
+        self.module: nn.Module = torch.nn.Identity() if found is None else found  # a Sequential calls its last child
         own: nn.Module = torch.nn.Module()
         self._names: dict[tuple[int, str], str] = {}
-        self.module._modules[name] = own  # noqa: SLF001 - add_module refuses names that paths may have
+        own = self.module._modules.setdefault(name, own)  # type: ignore[assignment]  # noqa: SLF001 - add_module refuses names that paths may have
         self._slots: dict[tuple[int, str], tuple[nn.Module, str]] = {}
         self._shared: dict[tuple[str, str], tuple[nn.Module, str]] = {}
         for seat in seats.seats:
@@ -76,16 +78,17 @@ class Root:
                 holder = holder._modules.setdefault(part, torch.nn.Module())  # type: ignore[assignment]  # noqa: SLF001
             for slot in (*seat.trained, *seat.fixed):
                 self._names[id(seat), slot] = ".".join((CHILD, name, *seat.path, seat.name(slot)))
-            for slot, tensor in seat.trained.items():
+            for slot, tensor in seat.trained.items() if found is None else ():
                 holder.register_parameter(seat.name(slot), torch.nn.Parameter(tensor))
-                self._slots[id(seat), slot] = holder, seat.name(slot)
-            for slot, tensor in seat.fixed.items():
+            for slot, tensor in seat.fixed.items() if found is None else ():
                 holder.register_buffer(seat.name(slot), tensor)
+            for slot in (*seat.trained, *seat.fixed):
                 self._slots[id(seat), slot] = holder, seat.name(slot)
         for kind, slots in seats.shared.items():
             for slot, tensor in slots.items():
-                key = f"{kind}_{slot}".replace("-", "_")
-                own.register_buffer(key, tensor)
+                key = shared_name(kind, slot)
+                if found is None:
+                    own.register_buffer(key, tensor)
                 self._shared[kind, slot] = own, key
 
     def tensor(self, seat: Seat, slot: str) -> torch.Tensor:
@@ -129,6 +132,11 @@ class Root:
                 self.register()
 
 
+def shared_name(kind: str, slot: str) -> str:
+    """What a tensor is called in the child that all seats of a kind have together."""
+    return f"{kind}_{slot}".replace("-", "_")
+
+
 def _tensor_of(holder: nn.Module, name: str) -> torch.Tensor:
     own = holder._parameters.get(name)  # noqa: SLF001 - attribute access would take as long again
     found = holder._buffers[name] if own is None else own  # noqa: SLF001
@@ -162,7 +170,7 @@ def unmoved(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @dataclass(slots=True, eq=False)
-class BaseSaving:
+class BaseSaving(Bound):
     """Stands for a model's ``save_pretrained`` meanwhile: saves the base, without what is trained.
 
     Copies and pickles of the model have their own.

@@ -40,6 +40,8 @@ def named(pattern: Pattern, path: str) -> bool:
 
 
 def _listed(patterns: Patterns, what: str) -> tuple[Pattern, ...]:
+    if not isinstance(patterns, str | re.Pattern | Iterable):
+        raise UsageError(f"{what} is {patterns!r}, which is neither a name nor a pattern", f'as {what}=["q_proj"]')
     given = (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
     for each in cast("tuple[object, ...]", given):
         if not isinstance(each, str | re.Pattern) or not each:

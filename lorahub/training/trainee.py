@@ -6,6 +6,7 @@ optimizer and no loop.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Self, cast, final
 
 from lorahub.adapter import Adapter, save
 from lorahub.bases.index import structure_digest
@@ -26,17 +27,22 @@ from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import NotFinite, UsageError
 from lorahub.files.atomic import write_failed
+from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 from lorahub.live.attached import Live
+from lorahub.live.copies import Bound
 from lorahub.merging import merge
-from lorahub.opening import Base
+from lorahub.opening import Base, open_base
+from lorahub.plugins import load_registry
 from lorahub.recording import describe_base
 from lorahub.records import SCHEMA_VERSION, AdapterRecord
 from lorahub.registry import Registry
 from lorahub.sources import load
 from lorahub.training.counts import Counts, count
 from lorahub.training.inputs import Wanting, switches
+from lorahub.training.passing import Passing
 from lorahub.training.rooted import CHILD, BaseSaving, Root, frozen, unmoved
+from lorahub.training.seating import Seating, plain, seating_of
 from lorahub.training.seats import Seat, Seats
 
 if TYPE_CHECKING:
@@ -44,7 +50,7 @@ if TYPE_CHECKING:
 
     from lorahub.engine.changing.merge import Merged
 
-__all__ = ["Made", "Trainee", "described"]
+__all__ = ["Made", "Trainee", "described", "planned"]
 
 
 @final
@@ -90,22 +96,26 @@ class Trainee:
     and of ``model.state_dict()``, so that optimizers, data parallelism, sharding, accelerate and Lightning train, save
     and load them.  ``model.save_pretrained`` saves the base alone, and ``lorahub`` never takes them for a part of the
     base.  The base's parameters want no gradients meanwhile and keep every bit, and so do the running statistics of
-    its normalisations, which are used as they are.
+    its normalisations, which are used as they are.  ``copy.deepcopy`` and pickles of the model are trained like it, on
+    tensors of their own, as moving averages need it; ``lorahub.handle`` gives their ``Trainee``.
 
     Attributes:
         model: the model.
         name: of the adapter.
     """
 
-    def __init__(self, made: Made, registry: Registry) -> None:
-        """Put the adapter into its model; nothing changes where that fails."""
+    def __init__(self, made: Made, registry: Registry, found: nn.Module | None = None) -> None:
+        """Put the adapter into its model; nothing changes where that fails.
+
+        ``found``: a child module that holds its tensors already, apart from the model.
+        """
         assert made.base.model is not None
         self.model: nn.Module = made.base.model
         self.name = made.name
         self._made = made
         self._registry = registry
-        self._plan = _planned(made, registry)
-        self._root = Root(self.model, made.seats, made.name)
+        self._plan = planned(made, registry)
+        self._root = Root(self.model, made.seats, made.name, found)
         self._marks = self._root.marks()
         self._undo: list[Callable[[], None]] = []
         self._wanting: Wanting | None = None
@@ -122,10 +132,11 @@ class Trainee:
         self._undo.append(live.detach)
         live.add(self.name, None, dropout=self._made.dropout)
         live.set_adapters([self.name])
-        self._undo.append(frozen(self.model))
+        self._wanted = tuple(name for name, own in self.model.named_parameters() if own.requires_grad)
+        self._undo += [frozen(self.model), Passing(self.model).remove]
         self._still, self._checkpoints = unmoved(self.model), switches(self.model)
-        modes = [module.training for module in self._still]
-        self._undo.append(lambda: _put_back(self._still, modes))
+        self._modes = tuple(module.training for module in self._still)
+        self._undo.append(lambda: _put_back(self._still, self._modes))
         handle = self.model.register_forward_pre_hook(_Follow(self), prepend=True)  # before what the engine does there
         self._undo.append(handle.remove)
         self._root.register()
@@ -133,6 +144,7 @@ class Trainee:
         if callable(own := getattr(self.model, "save_pretrained", None)):
             vars(self.model)["save_pretrained"] = BaseSaving(self.model, own)
             self._undo.append(lambda: vars(self.model).pop("save_pretrained", None))
+        live.carried(self, lambda model, _memo: self._again().on(model), self._again)
 
     # ---- what optimizers and people ask
 
@@ -153,6 +165,11 @@ class Trainee:
     def targets(self) -> tuple[Target, ...]:
         """The parameters of the base that are changed, in order."""
         return tuple(dict.fromkeys(term.target for step in self._plan.steps for term in step.terms))
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What there is to say of the adapter on this base, none of which forbids it."""
+        return (*self._plan.findings, *_too_wide(self._plan))
 
     @property
     def adapter(self) -> Adapter:
@@ -321,6 +338,20 @@ class Trainee:
             self._live.swap(self.name, None)
             self._marks = marks
 
+    def _again(self) -> _Again:
+        made = self._made
+        return _Again(
+            seating=seating_of(made.seats),
+            name=made.name,
+            dropout=made.dropout,
+            hints=cast("dict[str, JSON]", plain(made.hints)),
+            record=made.record,
+            allow=tuple(made.allow),
+            wanted=self._wanted,
+            modes=self._modes,
+            inputs=self._wanting is not None,
+        )
+
     def _sharded(self) -> bool:
         return any(hasattr(own, "device_mesh") for own in self._root.module.parameters())
 
@@ -329,8 +360,62 @@ class Trainee:
             raise UsageError("this adapter was detached", "create or attach it again")
 
 
-class _Follow:
-    """Bound to one model that is trained, and no copy of it."""
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """What it takes to train the adapter on a copy of the model, besides that and the tensors in its child module.
+
+    Attributes:
+        seating: what these are; the others as in ``Made``.
+        wanted: the base's parameters that want gradients when nothing is trained on it.
+        modes: the modes that the normalisations had whose statistics stay what they are.
+        inputs: what comes out of the model's first layers wants gradients.
+    """
+
+    seating: Seating
+    name: str
+    dropout: float
+    hints: dict[str, JSON]
+    record: AdapterRecord
+    allow: tuple[str, ...]
+    wanted: tuple[str, ...]
+    modes: tuple[bool, ...]
+    inputs: bool
+
+    def on(self, model: nn.Module) -> Trainee | None:
+        """The adapter on a copy of the model; None where that was copied without its child, to be the base."""
+        found = model._modules.pop(CHILD, None)  # noqa: SLF001 - so that nothing takes it for a part of the base
+        if found is None:
+            return None
+        _want(model, self.wanted)
+        _put_back(unmoved(model), self.modes)
+        registry = load_registry()
+        seats = self.seating.seats(cast("nn.Module", found._modules[self.name]), registry.kinds)  # noqa: SLF001
+        made = Made(
+            base=open_base(model),
+            seats=seats,
+            name=self.name,
+            dropout=self.dropout,
+            hints=self.hints,
+            record=self.record,
+            allow=self.allow,
+        )
+        trainee = Trainee(made, registry, found)
+        if self.inputs:
+            trainee.require_input_grads()
+        return trainee
+
+
+def _want(model: nn.Module, names: Collection[str]) -> None:
+    """Let parameters want gradients that are in the model still."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+class _Follow(Bound):
+    """What the model calls before it is called itself."""
 
     def __init__(self, trainee: Trainee) -> None:
         self._trainee = trainee
@@ -339,22 +424,13 @@ class _Follow:
         if not torch.compiler.is_compiling():
             self._trainee._follow()  # noqa: SLF001 - the other half of one thing
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
-        return nothing
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+def planned(made: Made, registry: Registry) -> Plan:
+    """Where it lands in its base.
 
-
-def nothing(*_: object) -> None:
-    """What stands in a copy of the model where the hook was."""
-
-
-def _nothing() -> Callable[..., None]:
-    return nothing
-
-
-def _planned(made: Made, registry: Registry) -> Plan:
+    Raises:
+        LorahubError: as merging it would.
+    """
     heading = made.seats.heading()
     found = plan_merge(
         made.base.index, made.base.framework, {made.name: (heading, 1.0)}, registry.kinds, allow=tuple(made.allow)
@@ -363,12 +439,37 @@ def _planned(made: Made, registry: Registry) -> Plan:
     return found
 
 
+def _too_wide(plan: Plan) -> tuple[Finding, ...]:
+    """What there is to say of ranks that no change of the weight can have."""
+    above = {
+        step.out: side
+        for step in plan.steps
+        if step.before is not None and len(step.before.shape) > 1
+        for side in (min(step.before.shape[0], math.prod(step.before.shape[1:])),)
+        if any((term.rank or 0) > side for term in step.terms)
+    }
+    if not above:
+        return ()
+    name, side = next(iter(above.items()))
+    return (
+        Finding(
+            code="rank-above-side",
+            axis="placement",
+            level=Verdict.COMPATIBLE,
+            message=f"the rank is above the smaller side of {len(above)} weights, {side} of {name}: more parameters are "
+            "trained than are of use",
+            where=tuple(above),
+            remedy="a smaller r, or rank_pattern={...} for these",
+        ),
+    )
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
-def _put_back(modules: tuple[nn.Module, ...], modes: list[bool]) -> None:
+def _put_back(modules: tuple[nn.Module, ...], modes: tuple[bool, ...]) -> None:
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
 

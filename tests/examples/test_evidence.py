@@ -44,7 +44,7 @@ def test_parameters_and_files_are_counted_as_the_page_says_up_to_gpt_3() -> None
     agree = {
         key for key, paper in figures.items() if f"{here[key] / 1e6:.{len(paper.partition('.')[2]) - 1}f}M" == paper
     }
-    assert set(figures) - agree == {("GPT-2 medium", 4), ("GPT-2 large", 4)}  # as the page says of the two
+    assert set(figures) - agree == {("GPT-2 medium", 4), ("GPT-2 large", 4), ("GPT-3", 4)}  # as the page says of them
 
 
 def test_a_wrong_count_ends_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,8 @@ def test_every_way_to_switch_works() -> None:
 
 @pytest.mark.slow
 def test_any_rank_is_better_than_the_head_alone() -> None:
-    alone, one = script("ranks").rows(ranks=[4], seeds=1, epochs=2, every=3)
+    """The least of them, on all texts: a third of these leaves too few to test on to tell the two apart."""
+    alone, one = script("ranks").rows(ranks=[1], seeds=1)
     assert float(one.here.rstrip("%")) > float(alone.here.rstrip("%"))
 
 

@@ -19,6 +19,7 @@ from lorahub.deltas.lora import LoRA
 from lorahub.engine.changing.merge import merge_into
 from lorahub.engine.planning.plan import Form, Plan, Step, Term
 from lorahub.live.attached import Live
+from lorahub.live.copies import owner_of
 
 Deltas = Mapping[str, Delta]
 """Dotted parameter name, or (name, where in it) by ``at``, to change."""
@@ -99,8 +100,10 @@ class Bench:
         return live
 
     def merged(self, model: nn.Module, deltas: Deltas, weight: float = 1.0) -> nn.Module:
-        """A copy of the model with one adapter merged into it."""
+        """A copy of the model, without what is attached, with one adapter merged into it."""
         framework, result = TorchModule(), copy.deepcopy(model)
+        if isinstance(live := owner_of(result), Live):
+            live.detach()
         index = framework.index_model(result, BaseRef())
         plan = plan_of(index, "one", deltas, weight)
         merge_into(framework.parameters(result, index), plan, {"one": holder(deltas)}, threads=1)

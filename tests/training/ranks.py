@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import accelerate
 import torch
 from torch import nn
-from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from training import forks
 from training.nets import Net, batch, numbers, same, train
 
 import lorahub
@@ -54,6 +52,36 @@ def together(way: str, folder: Path, rank: int) -> dict[str, Any]:
     }
 
 
+def accelerated(way: str, folder: Path, rank: int) -> dict[str, Any]:
+    """As a script of accelerate does it: all numbers in every process, or those of the first one handed out."""
+    forks.shards_here()
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=way.endswith("of the first"),
+    )
+    accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = Net(seed=rank if way.endswith("of the first") else 0)
+    before = numbers(Net())
+    trainee = lorahub.create(model, **ARGUMENTS)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainee.parameters(), lr=1e-2))
+    ids, labels = batch()
+    half = slice(rank * 8, rank * 8 + 8)
+    losses = train(wrapped, [], STEPS // 2, optimizer=optimizer, data=(ids[half], labels[half]))
+    accelerator.save_state(str(folder / "state"))
+    train(wrapped, [], 2, optimizer=optimizer, data=(ids[half], labels[half]))
+    accelerator.load_state(str(folder / "state"))
+    losses += train(wrapped, [], STEPS // 2, optimizer=optimizer, data=(ids[half], labels[half]))
+    trainee.save(folder / way)
+    whole = {name: value.full_tensor() for name, value in numbers(model).items()}  # type: ignore[operator]
+    return {
+        "losses": losses,
+        "sharded": accelerator.is_fsdp2 and all(hasattr(own, "device_mesh") for own in trainee.parameters()),
+        "kept": same(whole, before),
+    }
+
+
 def late(rank: int) -> dict[str, Any]:
     model = Net()
     shard(model)
@@ -64,35 +92,11 @@ def late(rank: int) -> dict[str, Any]:
     return {"said": ""}
 
 
-def main(folder: Path, rank: int) -> NoReturn:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+def everything(folder: Path, rank: int) -> dict[str, Any]:
     found = {way: together(way, folder, rank) for way in ("ddp", "fsdp", "fsdp of ia3")}
-    found["late"] = late(rank)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-    barrier()
-    destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads outlive their group, and may take an interpreter down that is being finalised
-
-
-def start(folder: Path, rank: int) -> int:
-    """Fork one rank, which says what it has to say in a file of its own; its process."""
-    if child := os.fork():
-        return child
-    try:
-        said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        main(folder, rank)
-    except BaseException:  # noqa: BLE001 - a fork must not go on with what its parent does
-        traceback.print_exc()
-        sys.stderr.flush()
-    os._exit(1)
+    found |= {way: accelerated(way, folder, rank) for way in ("accelerate", "accelerate, of the first")}
+    return found | {"late": late(rank)}
 
 
 if __name__ == "__main__":
-    ranks = [start(Path(sys.argv[1]), rank) for rank in range(2)]
-    sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]))
+    sys.stdout.write(json.dumps(forks.together(Path(sys.argv[1]), everything)))

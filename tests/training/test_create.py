@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -249,14 +247,6 @@ def test_a_parameter_that_two_modules_share_is_not_parted_unasked():
     with pytest.raises(Degraded, match="shares its storage"):
         lorahub.create(model, r=2, target_modules="head")
     lorahub.create(model, r=2, target_modules="head", allow=["tied-parameter"]).detach()
-
-
-def test_a_copy_of_the_model_is_the_base():
-    model, (ids, _) = Net(), batch()
-    outputs = model(ids).detach()
-    trainee = lorahub.create(model, r=4, target_modules="all-linear")
-    train(model, trainee.parameters())
-    assert torch.equal(copy.deepcopy(model)(ids), outputs)
 
 
 def test_the_adapter_follows_its_tensors_to_another_dtype():

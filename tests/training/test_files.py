@@ -8,12 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from training.nets import Net, batch, numbers, same, train
 
 import lorahub
-from lorahub.errors import NotFinite, UnsupportedKind, UsageError, WriteFailed
+from lorahub.errors import IntegrityError, NotFinite, UnsupportedKind, UsageError, WriteFailed
 from lorahub.records import AdapterRecord
 
 with warnings.catch_warnings():
@@ -30,6 +31,7 @@ CASES = {
     "biases": {"r": 4, "target_modules": "q_proj", "bias": "lora_only"},
     "all biases": {"r": 4, "target_modules": "q_proj", "bias": "all"},
     "pissa": {"r": 4, "target_modules": "all-linear", "init": "pissa"},
+    "olora": {"r": 4, "target_modules": ["q_proj", "up_proj"], "init": "olora", "modules_to_save": ["head"]},
     "dora": {"kind": "dora", "r": 4, "target_modules": "all-linear"},
     "ia3": {"kind": "ia3", "target_modules": "all-linear"},
 }
@@ -76,12 +78,11 @@ def test_training_is_taken_up_where_it_was_left(case, saved):
     folder, outputs = saved(case)
     model, (ids, _) = Net(), batch()
     trainee = lorahub.create(model, resume=folder)
-    # PiSSA is saved as LoRA of twice the rank, which adds up in another order
     assert (model(ids) - outputs).abs().max() <= BOUND * outputs.abs().max()
     assert train(model, trainee.parameters(), 4)[-1] < nn.functional.cross_entropy(outputs, batch()[1])
 
 
-@pytest.mark.parametrize("case", ["lora", "head", "biases"])
+@pytest.mark.parametrize("case", ["lora", "head", "biases", "pissa", "olora"])
 def test_with_the_optimizers_state_the_losses_are_those_of_a_training_that_was_not_interrupted(case, tmp_path):
     model = Net()
     trainee = lorahub.create(model, **CASES[case])
@@ -100,6 +101,63 @@ def test_with_the_optimizers_state_the_losses_are_those_of_a_training_that_was_n
     for name, own in trainee.named_parameters():
         again.state[own] = copy.deepcopy(states[name])
     assert first + train(model, [], 5, optimizer=again) == whole
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_base_is_taken_up_as_what_was_trained_and_no_more(init, tmp_path):
+    """The file is LoRA of rank 8; of that 4 are trained, and the 4 that they began as are not."""
+    model = Net()
+    trainee = lorahub.create(model, r=4, target_modules="all-linear", init=init)
+    train(model, trainee.parameters())
+    trainee.save(tmp_path / "one")
+    again = lorahub.create(Net(), resume=tmp_path / "one")
+    assert again.trainable_parameters() == trainee.trainable_parameters()
+    state = trainee.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
+    again.save(tmp_path / "two")
+    first, second = ((tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("one", "two"))
+    assert first == second
+    assert {delta.down.shape[0] for delta in lorahub.load(tmp_path / "one").deltas.values()} == {8}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
+def test_dropout_is_kept_in_the_files_for_us_and_for_peft(kind, tmp_path):
+    model, (ids, _) = Net(), batch()
+    trainee = lorahub.create(model, kind, r=4, target_modules="q_proj", dropout=0.25)
+    train(model, trainee.parameters(), 2)
+    trainee.save(tmp_path / "out")
+    trainee.detach()
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert config["vera_dropout" if kind == "vera" else "lora_dropout"] == 0.25
+    with lorahub.create(model.train(), resume=tmp_path / "out") as again:
+        assert not torch.equal(model(ids), model(ids))
+        again.save(tmp_path / "again")
+    with lorahub.create(model, resume=tmp_path / "again"):
+        assert not torch.equal(model(ids), model(ids))
+    with lorahub.create(model, resume=tmp_path / "out", dropout=0.0):
+        assert torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ("{", "cannot be"),
+        ('{"dropout": 2}', "no chance"),
+        ('{"departed": "all"}', "no list"),
+        ('{"departed": [3]}', "no list"),
+        ('{"departed": ["layers.7.q_proj.weight"]}', "layers.7.q_proj.weight is not in it"),
+        ('{"departed": ["layers.0.q_proj.weight"]}', "no two halves"),
+    ],
+)
+def test_what_a_file_says_of_its_training_is_held_against_its_tensors(said, match, tmp_path):
+    with lorahub.create(Net(), r=3, target_modules="q_proj") as trainee:
+        trainee.save(tmp_path / "out")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"format": "pt", "lorahub.training": said})
+    (tmp_path / "out" / "lorahub.json").unlink()
+    with pytest.raises(IntegrityError, match=match):
+        lorahub.create(Net(), resume=tmp_path / "out")
 
 
 def test_a_state_goes_into_an_adapter_that_was_made_alike_and_into_no_other():
@@ -265,6 +323,19 @@ def test_what_is_given_beside_a_config_counts_first():
     with lorahub.create(Net(), "lora", config=config, bias="none") as trainee:
         assert {target.parameter for target in trainee.targets} == {"weight"}
         assert {delta.kind for delta in trainee.adapter.deltas.values()} == {"lora"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_what_was_trained_on_a_base_is_known_again_on_it(kind, tmp_path):
+    """Gains on outputs change biases too."""
+    with lorahub.create(Net(), kind, target_modules=["q_proj", "embed"][: 1 + (kind == "lora")]) as trainee:
+        trainee.save(tmp_path)
+    assert not {each.code for each in lorahub.check(tmp_path, Net()).findings} & {"targets-differ", "structure-differs"}
+
+
+def test_biases_that_are_changed_already_are_not_trained_in_full_as_well():
+    with pytest.raises(UsageError, match=r"changes layers\.0\.q_proj\.bias itself, and bias='all' trains it in full"):
+        lorahub.create(Net(), "ia3", target_modules="q_proj", bias="all")
 
 
 @pytest.mark.parametrize("more", [{"kind": "dora"}, {"bias": "all"}, {"seed": 1}, {"task_type": "CAUSAL_LM"}, {"r": 4}])

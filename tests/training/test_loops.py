@@ -129,6 +129,42 @@ def test_accelerate_trains_saves_and_goes_on(plain, tmp_path):
     assert losses == plain
 
 
+class Product(torch.autograd.Function):
+    """As losses over the head are that go through it in parts: no class of tensors is asked what it makes of this."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+class Fused(Net):
+    """The head's weight is multiplied apart from the head."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        found: torch.Tensor = Product.apply(x.mean(1), self.head.weight) + self.head.bias
+        return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+def test_a_weight_that_is_multiplied_apart_from_its_module_is_trained(kind):
+    arguments = {"target_modules": ["q_proj", "head"]}
+    model = Net()
+    own = train(model, lorahub.create(model, kind, **arguments).parameters(), STEPS)
+    model = Fused()
+    trainee = lorahub.create(model, kind, **arguments)
+    assert train(model, trainee.parameters(), STEPS) == pytest.approx(own, rel=1e-5)
+    assert all(each.grad is not None for each in trainee.parameters())
+
+
 def test_lightning_trains_saves_and_goes_on(plain, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its imports say of other packages is not ours
@@ -189,10 +225,10 @@ def test_a_base_in_four_bits_is_trained_on_and_keeps_its_codes(kind):
     assert all(torch.equal(own, codes[name]) for name, own in model.named_parameters())
 
 
-def test_a_copy_of_a_model_that_is_trained_can_be_trained_itself():
+def test_a_copy_of_a_model_that_is_trained_can_be_begun_anew():
     model = Net()
     trainee = lorahub.create(model, **ARGUMENTS)
     train(model, trainee.parameters(), 2)
     again = copy.deepcopy(model)
-    del again._modules["_lorahub"]
+    lorahub.handle(again).detach()
     assert train(again, lorahub.create(again, **ARGUMENTS).parameters(), 2)

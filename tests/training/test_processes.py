@@ -1,4 +1,4 @@
-"""Two processes train one adapter: data parallel and sharded by FSDP2, with the losses of one process.
+"""Two processes train one adapter: data parallel and sharded by FSDP2 and accelerate, with the losses of one process.
 
 The processes are real (gloo); each has half of the batch, so that the mean of their losses is that of one.
 """
@@ -41,6 +41,8 @@ def found(folder: Path, way: str) -> list[Any]:
         ("ddp", "lora", ARGUMENTS),
         ("fsdp", "lora", ARGUMENTS),
         ("fsdp of ia3", "ia3", {"target_modules": "all-linear"}),
+        ("accelerate", "lora", ARGUMENTS),
+        ("accelerate, of the first", "lora", ARGUMENTS),
     ],
 )
 def test_processes_train_together_what_one_trains_alone(folder, way, kind, arguments):

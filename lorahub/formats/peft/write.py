@@ -59,8 +59,8 @@ def write(deltas: Mapping[Target, Delta], kinds: Sequence[Kind], hints: Mapping[
         kinds: every registered kind.
         hints: ``roles`` (target name -> role of its module, such as "embedding"), ``base_repo`` and ``base_revision``,
             ``modules_to_save`` (names to keep modules under), ``fan_in_fan_out``, ``task_type``, ``auto_mapping``,
-            ``compat`` (whose result was chosen), ``parameter_order`` (module -> its adapted parameters in the order in which it registers them), ``training``
-            (``dropout``, of the adapter's own path).
+            ``parameter_order`` (module -> its adapted parameters in the order in which it registers them), ``training``
+            (``dropout``, of the adapter's own path), ``compat`` (whose result was chosen).
 
     Raises:
         CannotCarry: listing every target that PEFT has no word for, by reason.
