@@ -78,6 +78,23 @@ _TELLING: Mapping[str, tuple[frozenset[str], ...]] = {
         frozenset({"transformer_blocks.0.attn1.to_q", "adaln_single.linear", "pos_embed.proj"}),
         frozenset({"blocks.0.cross_attn.kv_linear", "blocks.0.mlp.fc1"}),
     ),
+    "flux3": (
+        frozenset({"single_stream_modulations.image.linear", "single_transformer_blocks.0.ff.linear_in"}),
+        frozenset({"content_mode_blocks.image.0.q_proj"}),
+    ),
+    "krea2": (frozenset({"text_fusion.projector", "time_mod_proj"}), frozenset({"txtfusion.projector", "tproj.1"})),
+    "ideogram4": (
+        frozenset({"layers.0.attention.to_q", "llm_cond_proj"}),
+        frozenset({"layers.0.attention.qkv", "llm_cond_proj"}),
+    ),
+    "ace-step": (
+        frozenset({"layers.0.cross_attn.to_q", "time_embed_r.linear_1"}),
+        frozenset({"layers.0.cross_attn.q_proj", "time_embed_r.linear_1"}),
+    ),
+    "cosmos": (
+        frozenset({"transformer_blocks.0.attn1.to_q", "time_embed.t_embedder.linear_1"}),
+        frozenset({"blocks.0.self_attn.q_proj", "blocks.0.adaln_modulation_self_attn.1"}),
+    ),
 }
 """Family -> modules of which a model of it has all of one set; the first family that fits: some have Flux's."""
 

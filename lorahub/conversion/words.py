@@ -4,7 +4,7 @@ A word says that one module of the first vocabulary is one or several of the sec
 each of those has: ``qkv`` is ``to_q``, ``to_k`` and ``to_v``.  ``{n}`` stands for a number, the same in both.  Data
 alone.
 
-Families whose makers' words are written too; ``more_words`` has others.
+Families whose makers' words are written too; ``more_words`` and ``newer_words`` have others.
 
 Facts: Black Forest Labs' ``flux`` and ``flux2``, Stability's ``sd3``, Wan-Video's ``Wan2.1``, Tencent's
 ``HunyuanVideo``, lodestones' ``Chroma``, and diffusers 0.42.1.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lorahub.conversion.more_words import MORE
+from lorahub.conversion.newer_words import NEWER
 from lorahub.conversion.word import Word, fused
 
 __all__ = ["TABLES"]
@@ -232,6 +233,7 @@ TABLES: Mapping[str, tuple[Word, ...]] = MappingProxyType(
         "sd3": _sd3(),
         "wan": _wan(),
         **MORE,
+        **NEWER,
     }
 )
 """Family -> its words."""

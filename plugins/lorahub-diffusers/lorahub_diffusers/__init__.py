@@ -12,6 +12,7 @@ from lorahub_diffusers.pipelines import Pipelines
 from lorahub_diffusers.single_file import SingleFile
 
 if TYPE_CHECKING:
+    from lorahub_diffusers.inversion import Words, load_textual_inversion
     from lorahub_diffusers.loading import Loras, load_lora_weights, loras
 
 __all__ = [
@@ -20,20 +21,29 @@ __all__ = [
     "Loras",
     "Pipelines",
     "SingleFile",
+    "Words",
     "load_lora_weights",
+    "load_textual_inversion",
     "lorahub_frameworks",
     "loras",
 ]
 
 LORAHUB_HOOKS = (1, 0)
 
-_LOADING = ("Loras", "load_lora_weights", "loras")
+_LATER = {
+    "Loras": "loading",
+    "Words": "inversion",
+    "load_lora_weights": "loading",
+    "load_textual_inversion": "inversion",
+    "loras": "loading",
+}
+"""What needs torch -> the module that has it."""
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch, when it is asked for."""
-    if name in _LOADING:
-        return getattr(import_module("lorahub_diffusers.loading"), name)
+    if name in _LATER:
+        return getattr(import_module(f"lorahub_diffusers.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -28,6 +28,7 @@ from lorahub.errors import MissingDependency, UnsupportedFormat, UsageError
 from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
 from lorahub_diffusers import control
+from lorahub_diffusers.fused import fused_layout
 from lorahub_diffusers.roles import in_attention, role_of
 from lorahub_diffusers.stored_names import canonical, is_copy
 from lorahub_diffusers.unwrapped import demand_apart, unwrapped
@@ -138,8 +139,12 @@ class Diffusers:
         )
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
-        """Whole parameters."""
-        return whole_layouts(index, targets)
+        """Whole parameters, and rows of fused ones where the table declares how they lie; see ``fused``."""
+        found, kind = whole_layouts(index, targets), class_of(index.config)
+        for target in targets:
+            if target not in found and (layout := fused_layout(kind, index, target)):
+                found[target] = layout
+        return found
 
     def targets(self, index: BaseIndex, preset: str) -> list[Target]:
         """The weights a preset names: "attention", "all-linear" or "all-conv".
@@ -149,23 +154,13 @@ class Diffusers:
         """
         if preset not in ("attention", *PRESETS):
             raise UsageError(f"there is no preset '{preset}'", f"presets: attention, {', '.join(PRESETS)}")
-        found = []
-        for name, info in index.parameters.items():
-            module, _, parameter = name.rpartition(".")
-            if parameter != "weight":
-                continue
-            if preset == "attention":
-                chosen = info.role == "linear" and in_attention(module)
-            else:
-                chosen = info.role == PRESETS[preset]
-            if chosen:
-                found.append(Target("", module, parameter))
-        if not found:
-            raise UsageError(
-                f"{class_of(index.config) or 'this model'} has no modules that '{preset}' means",
-                "take another preset: attention, all-linear, all-conv",
-            )
-        return found
+        if found := _meant(index, preset):
+            return found
+        others = [each for each in ("attention", *PRESETS) if _meant(index, each)]
+        raise UsageError(
+            f"{class_of(index.config) or 'this model'} has no modules that '{preset}' means",
+            f"take another preset: {', '.join(others)}" if others else "name the modules",
+        )
 
     def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
         """None, but for nothing: the classes of diffusers have no heads."""
@@ -269,3 +264,15 @@ def _refuse_quantised(config: Mapping[str, JSON], what: str) -> None:
             f"{what} is quantised (method {method}): its stored tensors are not its weights",
             "merge into the model in 16 bits that it was made from, and quantise the result",
         )
+
+
+def _meant(index: BaseIndex, preset: str) -> list[Target]:
+    """The weights a preset names."""
+    found = []
+    for name, info in index.parameters.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight":
+            continue
+        if info.role == "linear" and in_attention(module) if preset == "attention" else info.role == PRESETS[preset]:
+            found.append(Target("", module, parameter))
+    return found

@@ -20,17 +20,21 @@ from lorahub.bases.pipelines import PIPELINE
 from lorahub.bases.site import Site
 from lorahub.bases.torch_module import in_order
 from lorahub.deltas.kind import JSON
-from lorahub.errors import UnsupportedFormat, UsageError
+from lorahub.errors import UnsupportedFormat, UnsupportedKind, UsageError
 from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
+from lorahub.formats.token_vectors import KIND as WORDS
 from lorahub.plugins import load_registry
 from lorahub_diffusers.framework import REQUIRES, class_of, import_diffusers, usual_dtype
 from lorahub_diffusers.unwrapped import own_path, unwrapped
+from lorahub_diffusers.vectors import LOADER
 from lorahub_diffusers.view import as_view, config_of, is_pipeline, is_view, models_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from lorahub.live.parts import OpenPart, PartHandle
 
 __all__ = ["DENOISERS", "Part", "PipelineIndex", "Pipelines"]
 
@@ -215,6 +219,18 @@ class Pipelines:
         frameworks = load_registry().frameworks.values()
         framework = max(frameworks, key=lambda each: claim.score if (claim := each.claims_model(own)) else 0.0)
         return framework.site(own, rest)
+
+    def apply_part(self, model: nn.Module, part: OpenPart, acts: Callable[[], bool]) -> PartHandle:
+        """Refuse it: words go into tokenizers, which the view of a pipeline does not hold.
+
+        Raises:
+            UnsupportedKind: always, with what to call for words.
+        """
+        words = part.kind == WORDS
+        raise UnsupportedKind(
+            f"'{part.name}' is {part.kind}: {part.reason}" + ("" if words else ", and pipelines have no place for it"),
+            LOADER if words else "attach it to the model that it was made for: pipe.text_encoder",
+        )
 
     def open_base(self, folder: Path, *, dtype: str | None = None) -> nn.Module:
         """The view of the pipeline in ``folder``; nothing is fetched and no remote code runs.

@@ -295,6 +295,12 @@ def test_one_adapter_for_each_of_two_transformers_as_diffusers_loads_them(tmp_pa
 
 
 def test_the_package_says_what_it_has() -> None:
-    assert set(lorahub_diffusers.__all__) <= set(dir(lorahub_diffusers)) | {"Loras", "load_lora_weights", "loras"}
+    assert set(lorahub_diffusers.__all__) <= set(dir(lorahub_diffusers)) | {
+        "Loras",
+        "Words",
+        "load_lora_weights",
+        "load_textual_inversion",
+        "loras",
+    }
     with pytest.raises(AttributeError):
         _ = lorahub_diffusers.nothing
