@@ -58,8 +58,11 @@ def translate(
             named = [one for one in fitting if one.component == group.component] or fitting
             if len(named) == 1:
                 found[at] = named[0]
-    # What else is of the same part of the pipeline is of the same part of the base.
-    parts = {header.reading.groups[at].component: place.component for at, place in found.items()}
+    spread: dict[str, set[str]] = {}
+    for at, place in found.items():
+        spread.setdefault(header.reading.groups[at].component, set()).add(place.component)
+    # What else is of the same part of the pipeline is of the same part of the base, where that is one.
+    parts = {component: min(there) for component, there in spread.items() if len(there) == 1}
     groups: list[Group] = []
     layouts: dict[Target, Layout] = {}
     for at, group in enumerate(header.reading.groups):
