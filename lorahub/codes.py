@@ -37,8 +37,10 @@ CODES: Final = frozenset(
     modules-to-save-twice name-missing names-of-diffusers names-of-llama-cpp names-of-torchtune names-translated
     names-unknown no-adapter no-weights norm-left-out not-a-file not-finite not-resized nothing-lands nothing-shared
     oft-scale-assumed original-module parameter-ambiguous parameter-missing parameter-new parameter-twice
-    part-left-out parts-left-out payment-required pickle-weights policy-license policy-owner quantised-merge
-    rate-limited readme-unreadable record-invalid record-stale repo-missing repo-renamed result-of-this-machine
+    part-left-out parts-left-out payment-required peft-files peft-format peft-grouped peft-layer peft-mamba
+    peft-module peft-oblong-kernel peft-oft-unmerged peft-product pickle-weights policy-license policy-owner
+    quantised-merge rank-above-side rate-limited readme-unreadable record-invalid
+    record-stale repo-missing repo-renamed result-of-this-machine
     row-order-unknown runtime-accepts saved-infix saved-twice scale-assumed secret-file secret-text several-adapters
     shape-differs shape-mismatch slot-dtype slot-misfit slot-missing storage-full storage-unsupported
     structure-differs superseded tag-moved taken-whole target-missing target-removed target-unfilled target-unlisted

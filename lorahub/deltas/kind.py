@@ -249,6 +249,7 @@ class Spelling:
         when: whether a config speaks of this kind at all, where kinds share a tag and their tensors' names.
         disputed: ``(config, module, slots, options)`` -> how the result of the tool whose format this is differs from
             the declared one for a group, where it does.
+        disputed_on: ``(shape, options)`` -> the same, where it shows with the shape of the base's weight alone.
         complete: called once for each adapter, with all groups of the kind, where the files leave something out that
             follows from other modules or from the base: it writes the facts into the groups' options (sizes of
             projections, places in an order) or makes groups for modules that have no tensors of their own.  Raises
@@ -270,6 +271,7 @@ class Spelling:
     disputed: Callable[[Mapping[str, JSON], str, Mapping[str, TensorRef], Mapping[str, JSON]], Dispute | None] = (
         _undisputed
     )
+    disputed_on: Callable[[tuple[int, ...], Mapping[str, JSON]], Dispute | None] | None = None
     complete: Completion | None = None
     implied: bool = False
     beside: bool = False

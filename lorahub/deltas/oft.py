@@ -27,6 +27,7 @@ from lorahub.deltas.peft_oft import (
     adjusted,
     config,
     disputed,
+    disputed_on,
     options,
     size_of_blocks,
     turned,
@@ -250,8 +251,15 @@ def _blocks_of(ground: Ground, features: int) -> tuple[int, int]:
             "for blocks of 32: r=0, oft_block_size=32",
         )
     if b:
-        b = adjusted(features, b)
-        return features // b, b
+        size = adjusted(features, b)
+        if size < 2:
+            fits = next(each for each in range(2, features + 1) if features % each == 0)
+            raise UsageError(
+                f"OFT cannot stand on {ground.module} in blocks of {b}, because of the sizes that divide its "
+                f"{features} inputs 1 is the nearest, and there is nothing to turn in one dimension",
+                f"leave it out of target_modules, or choose oft_block_size={fits} or another that divides",
+            )
+        return features // size, size
     n = adjusted(features, n)
     if features // n < 2:
         raise UsageError(
@@ -294,6 +302,7 @@ OFT = Kind(
             options=options,
             config=config,
             disputed=disputed,
+            disputed_on=disputed_on,
         ),
     ),
     starting=STARTING,

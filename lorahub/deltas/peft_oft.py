@@ -18,7 +18,18 @@ from lorahub.deltas.peft_values import PLACES, integer, number, switch
 from lorahub.deltas.rotation import block_size
 from lorahub.errors import CannotCarry, IntegrityError
 
-__all__ = ["FIELDS", "MOST_TERMS", "RULES", "adjusted", "config", "disputed", "options", "size_of_blocks", "turned"]
+__all__ = [
+    "FIELDS",
+    "MOST_TERMS",
+    "RULES",
+    "adjusted",
+    "config",
+    "disputed",
+    "disputed_on",
+    "options",
+    "size_of_blocks",
+    "turned",
+]
 
 
 def series_since_0_18(terms: int) -> tuple[float, ...]:
@@ -121,6 +132,24 @@ _SERIES = Dispute(
     strict="the series that it was trained with",
     followed={},
     declared={},
+)
+
+
+def disputed_on(shape: tuple[int, ...], _options: Mapping[str, JSON]) -> Dispute | None:
+    """On a kernel PEFT computes one thing until it merges, and another from then on."""
+    return _WINDOWS if any(size > 1 for size in shape[2:]) else None
+
+
+_WINDOWS = Dispute(
+    topic="oft-on-kernels",
+    says="as long as PEFT has not merged OFT on a convolution, it turns overlapping windows of the input and adds them "
+    "up before it convolves, which changes outputs even where nothing is turned; its merge turns the kernel instead",
+    upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/oft/layer.py",
+    holds="kernels larger than 1, PEFT 0.21.2",
+    peft="the turned kernel, which is PEFT's own merge and what lorahub trains",
+    strict="what PEFT trains there is no change of the weight",
+    followed={},
+    declared=None,
 )
 
 

@@ -1,7 +1,7 @@
 """What a runtime is to lorahub: a table of rules about adapters it cannot load, or would load differently.
 
 A rule looks at an adapter's headers and config, and says where it applies; the rest is text.  Nothing here runs or
-imports a runtime, and nothing knows which model will be served.
+imports a runtime, and which model will be served is known only where a base is given beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from lorahub.bases.index import BaseIndex
 from lorahub.deltas.kind import JSON
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.format import AdapterFiles, Reading
@@ -31,6 +32,10 @@ class Subject(Protocol):
     @property
     def reading(self) -> Reading:
         """What its format makes of that."""
+
+    @property
+    def index(self) -> BaseIndex | None:
+        """The base under whose names it was read, or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

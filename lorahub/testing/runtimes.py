@@ -35,6 +35,7 @@ class _Subject:
     label: str
     files: AdapterFiles
     reading: Reading
+    index: None = None
 
 
 def rules_can_be_told_apart(runtime: Runtime) -> None:

@@ -215,7 +215,9 @@ class Trainee:
         component: str = "",
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write the adapter with its record: files that PEFT, vLLM and everybody else read, and ``lorahub.json``.
+        """Write the adapter with its record: files in the layout of PEFT, and ``lorahub.json``.
+
+        What PEFT or vLLM do not take of them says ``lorahub check --for peft`` or ``vllm``.
 
         In one process of several, unless the model is sharded: then in all, and the first one writes.
 
@@ -456,8 +458,8 @@ def _too_wide(plan: Plan) -> tuple[Finding, ...]:
             code="rank-above-side",
             axis="placement",
             level=Verdict.COMPATIBLE,
-            message=f"the rank is above the smaller side of {len(above)} weights, {side} of {name}: more parameters are "
-            "trained than are of use",
+            message=f"the rank is above the smaller side of {len(above)} weights, {side} of {name}: more parameters "
+            "are trained than are of use",
             where=tuple(above),
             remedy="a smaller r, or rank_pattern={...} for these",
         ),

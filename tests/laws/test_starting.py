@@ -235,6 +235,8 @@ def test_a_gain_is_on_the_inputs_of_feed_forward_modules_alone():
             "2 columns for 4 inputs in 2 groups",
         ),
         ("oft", (9, 1), "linear", {}, "nothing to turn"),
+        ("oft", (8, 1, 7, 7), "conv", {"oft_block_size": 4, "groups": 8}, "its 49 inputs 1 is the nearest"),
+        ("oft", (8, 7), "linear", {"oft_block_size": 2}, "its 7 inputs 1 is the nearest"),
         ("oft", (9, 6), "linear", {"r": 2}, "r=2 and oft_block_size=32"),
         ("oft", (9, 6), "linear", {"coft": True, "eps": 0.0}, "eps should be above zero"),
         ("lora", (12, 10), "linear", {"r": 0}, "r should be a whole number of 1 or more, not 0"),
@@ -253,6 +255,33 @@ def test_a_gain_is_on_the_inputs_of_feed_forward_modules_alone():
 def test_where_a_kind_cannot_stand_it_says_why(kind, shape, role, told, says):
     with pytest.raises(UsageError, match=says):
         start(kind, shape, role, **told)
+
+
+SMALL = (
+    *(("linear", (out, inputs), 1) for out in (1, 2, 7) for inputs in (1, 2, 5)),
+    *(
+        ("conv", (8, inputs, *kernel), 8 if inputs == 1 else 1)
+        for inputs in (1, 3)
+        for kernel in ((1,), (7, 7), (2, 2))
+    ),
+    *(("embedding", (rows, width), 1) for rows in (1, 7) for width in (1, 7)),
+    *(("experts", (3, out, 1), 1) for out in (1, 7)),
+)
+"""Roles, shapes and groups where little is left to divide."""
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.starting is not None])
+def test_what_begins_has_no_tensor_of_nothing(kind):
+    begun = 0
+    for role, shape, groups in SMALL:
+        for told in ({"oft_block_size": 2}, {"oft_block_size": 0, "r": 2}) if kind == "oft" else ({},):
+            try:
+                started = start(kind, shape, role, groups=groups, **told)
+            except UsageError:
+                continue
+            begun += 1
+            assert all(tensor.numel() for tensor in started.trained.values()), (role, shape)
+    assert begun
 
 
 def test_the_law_of_starts_notices_one_that_changes_something():

@@ -6,6 +6,7 @@ is what lorahub must come to.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import lorahub
 from lorahub.adapter import Adapter, load, open_header, save
 from lorahub.bases.layout import Target
 from lorahub.deltas.boft import Butterfly
@@ -28,7 +30,7 @@ from lorahub.deltas.hra import Mirrors
 from lorahub.deltas.oft import Turn
 from lorahub.deltas.road import Pairs
 from lorahub.deltas.shira import Sparse
-from lorahub.errors import CannotCarry
+from lorahub.errors import CannotCarry, Incompatible
 from lorahub.findings import Verdict
 from lorahub.merging import merge
 from lorahub.plugins import Registry
@@ -276,10 +278,73 @@ def test_writing_what_was_read_gives_the_same_tensors_and_peft_loads_them(
 def test_a_live_model_is_merged_into_whole(case: Case, tmp_path: Path) -> None:
     live = trained(case, tmp_path)
     model = base()
-    merge(model, {"one": tmp_path})
+    # on a kernel PEFT's merge is not what it trained
+    merge(model, {"one": tmp_path}, compat="peft" if "square" in case.config.target_modules else None)
     expected = quietly(live.merge_and_unload).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5)
+
+
+def windows(folder: Path, kernel: int) -> tuple[nn.Module, Any]:
+    """A convolution, and what PEFT trained on it."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["0"])
+    live = quietly(lambda: get_peft_model(copy.deepcopy(net), config))
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    quietly(lambda: live.save_pretrained(folder))
+    return net, live.eval()
+
+
+def test_oft_on_a_kernel_is_one_thing_in_peft_before_it_merges_and_another_from_then_on(tmp_path: Path) -> None:
+    net, live = windows(tmp_path, 3)
+    x = torch.randn(2, 4, 5, 5)
+    before, merged = live(x).detach(), quietly(live.merge_and_unload)(x).detach()
+    assert (before - merged).norm() > 0.1 * merged.norm()  # which is why somebody has to choose
+    with pytest.raises(Incompatible, match="turns overlapping windows"):
+        merge(net, {"one": tmp_path})
+    with pytest.raises(Incompatible, match="no change of the weight"):
+        merge(net, {"one": tmp_path}, compat="strict")
+    with lorahub.attach(net, [tmp_path], compat="peft"):
+        torch.testing.assert_close(net(x), merged, rtol=0, atol=2e-5)
+
+
+def test_oft_on_a_kernel_of_one_is_the_same_thing_before_and_after(tmp_path: Path) -> None:
+    net, live = windows(tmp_path, 1)
+    x = torch.randn(2, 4, 5, 5)
+    plain, before = net(x).detach(), live(x).detach()
+    assert (before - plain).norm() > 1e-2 * plain.norm()
+    with lorahub.attach(net, [tmp_path]):
+        torch.testing.assert_close(net(x), before, rtol=0, atol=2e-5)
+
+
+def test_oft_that_is_trained_here_on_a_kernel_is_the_merge_of_peft_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3))
+    x = torch.randn(2, 4, 5, 5)
+    plain = net(x).detach()
+    with lorahub.create(net, "oft", oft_block_size=4, target_modules=["0"]) as trainee:
+        with torch.no_grad():
+            for parameter in trainee.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+        trained_here = net(x).detach()
+        trainee.save(tmp_path / "a")
+    assert (trained_here - plain).norm() > 1e-2 * plain.norm()
+    found = {each.code: each for each in lorahub.check(tmp_path / "a", net).findings}
+    assert "compat peft for 1 target: the turned kernel" in found["compat-chosen"].message
+    with lorahub.attach(net, [tmp_path / "a"]):
+        torch.testing.assert_close(net(x), trained_here, rtol=0, atol=2e-5)
+    with lorahub.create(net, resume=tmp_path / "a") as trainee:
+        trainee.save(tmp_path / "b")
+    save(lorahub.load(tmp_path / "b"), tmp_path / "c")  # the base is not at hand
+    merge(net, {"one": tmp_path / "c"})
+    torch.testing.assert_close(net(x), trained_here, rtol=0, atol=2e-5)
+    torch.manual_seed(3)
+    theirs = quietly(lambda: PeftModel.from_pretrained(nn.Sequential(nn.Conv2d(4, 6, 3)), tmp_path / "c"))
+    torch.testing.assert_close(quietly(theirs.merge_and_unload)(x), trained_here, rtol=0, atol=2e-5)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from training.nets import Net, batch, train
 
 import lorahub
 from lorahub.errors import UsageError
-from lorahub.training.trainee import Trainee
+from lorahub.training.seating import _Chair
+from lorahub.training.seats import Seat
+from lorahub.training.trainee import Made, Trainee, _Again
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
@@ -198,3 +201,12 @@ def test_a_model_that_is_sent_to_another_process_is_trained_there() -> None:
 def _outputs(model: nn.Module) -> list[list[float]]:
     found: list[list[float]] = model(batch()[0]).tolist()
     return found
+
+
+def test_what_a_copy_is_made_from_holds_all_that_its_model_was_made_with() -> None:
+    assert _names(Made) - {"base", "seats"} <= _names(_Again)
+    assert _names(Seat) == _names(_Chair)
+
+
+def _names(kind: Any) -> set[str]:
+    return {each.name for each in fields(kind)}

@@ -14,7 +14,7 @@ from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Target
 from lorahub.deltas.delta import Delta
 from lorahub.deltas.disputes import Choice
-from lorahub.deltas.kind import JSON, Group, Kind
+from lorahub.deltas.kind import JSON, Group, Kind, Spelling
 from lorahub.errors import UnsupportedFormat
 from lorahub.findings import Claim, Finding, Verdict
 from lorahub.formats.families import representatives
@@ -134,7 +134,7 @@ class PeftFormat:
         return write(deltas, kinds, hints)
 
 
-def _undecided(choice: Choice, ways: Ways, index: BaseIndex | None) -> dict[str, JSON]:
+def _undecided(choice: Choice, ways: Sequence[tuple[Kind, Spelling]], index: BaseIndex | None) -> dict[str, JSON]:
     """A choice that may decide something once a base is known."""
     waits = index is None and any(spelling.disputed_on for _, spelling in ways)
     return {"compat": choice.compat} if waits and choice.compat else {}

@@ -18,6 +18,7 @@ from lorahub.errors import LorahubError, UsageError
 from lorahub.files.atomic import atomic_write
 from lorahub.findings import Finding, Verdict
 from lorahub.records import FILENAME, AdapterRecord
+from lorahub_transformers.checkpoints import TraineeCallback
 from lorahub_transformers.origin import base_of
 from lorahub_transformers.trained_base import TrainedBase
 from lorahub_transformers.training_facts import datasets_in, training_of
@@ -66,8 +67,8 @@ class RecordCallback(TrainerCallback):
         """Write nothing yet.
 
         Args:
-            trainee: what ``lorahub.create`` made: it is saved into every checkpoint too, beside the base that the
-                trainer saves there.
+            trainee: what ``lorahub.create`` made.  Checkpoints hold it then in place of the base, and a training goes
+                on from them, as with ``TraineeCallback``.
             base: what the adapter is trained on, as a folder or ``ns/name@COMMIT``; None finds out.
             datasets: what it is trained on, as ``ns/name`` or ``ns/name@COMMIT``; by default those on the Hub that the
                 training data says it came from.
@@ -77,6 +78,9 @@ class RecordCallback(TrainerCallback):
         """
         self._given, self._named, self._compat, self._fields = base, tuple(datasets), compat, fields
         self._trainee = trainee
+        # a module that is none of transformers is saved whole by the trainer, with what is trained in it
+        saved = trainee is not None and "save_pretrained" in vars(trainee.model)
+        self._goes_on = TraineeCallback(trainee) if trainee is not None and saved else None
         self._base: TrainedBase | None = None
         self._datasets: tuple[Dataset, ...] = ()
         self._training: Training | None = None
@@ -107,6 +111,8 @@ class RecordCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the adapters in the checkpoint that was saved."""
         checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if self._goes_on is not None:  # unguarded: without this a training that goes on would begin anew
+            self._goes_on.on_save(args, state, control)
         if self._trainee is not None and (self._main or _sharded(self._trainee)):
             trainee = self._trainee
             self._guarded(f"the adapter in {checkpoint}", lambda: trainee.save(checkpoint))

@@ -40,7 +40,8 @@ class TraineeCallback(TrainerCallback):
         trainer.save_model("ink")
 
     From the moment that this is made until the adapter is detached, ``model.save_pretrained`` writes the adapter, as
-    it does for models of PEFT.  Give it to the trainer before ``RecordCallback``.
+    it does for models of PEFT.  ``RecordCallback(trainee)`` does all of this and records the base as well; of the two
+    one is enough, and both do no harm.
     """
 
     def __init__(self, trainee: Trainee) -> None:
@@ -51,12 +52,14 @@ class TraineeCallback(TrainerCallback):
         """
         model: Any = trainee.model
         before = vars(model).get("save_pretrained")
+        self._trainee = trainee
+        if isinstance(before, _Saving):  # it saves so already
+            return
         if before is None:
             raise UsageError(
                 f"a {type(model).__name__} has no save_pretrained, which a trainer saves by",
                 "save the adapter yourself: trainee.save(FOLDER)",
             )
-        self._trainee = trainee
         own = vars(model)
         changed: dict[str, Any] = {
             "save_pretrained": _Saving(trainee),

@@ -1,15 +1,16 @@
 """What ``from_pretrained`` remembers on a model: how its adapters are attached, and where it came from.
 
-It lies on the model, so that it goes when the model goes; copies and pickles of the model are without it, as they are
-without what is attached.
+It lies on the model, so that it goes when the model goes.  A copy of the model has a handle of its own, which
+``lorahub.handle`` knows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from lorahub.attaching import handle as lorahub_handle
 from lorahub.errors import UsageError
 from lorahub_transformers.origin import MADE, Origin
 
@@ -68,9 +69,7 @@ def handle(model: nn.Module) -> Handle:
     """What ``from_pretrained`` attached (choose, weigh, exchange, detach) or merged (undo).
 
     Raises:
-        UsageError: the model is not from there, or it is a copy, which has the weights and no adapters.
+        UsageError: the model is not from there, or it is a copy without adapters, as of one whose were merged.
     """
     found = made_of(model).handle
-    if found is None:
-        raise UsageError("this is a copy, and adapters stay with the model that they were attached to", "attach again")
-    return found
+    return cast("Handle", lorahub_handle(model)) if found is None else found

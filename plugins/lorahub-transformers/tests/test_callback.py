@@ -340,6 +340,7 @@ def test_an_adapter_that_lorahub_made_is_saved_into_every_checkpoint_and_recorde
         found = peft.PeftModel.from_pretrained(load(base), folder)(torch.tensor([[1, 2, 3]])).logits
     torch.testing.assert_close(found, expected)
     assert not recorder.said
-    forgotten = RecordCallback()
+    forgotten, model = RecordCallback(), load(base)
+    lorahub.create(model, "lora", r=4)
     train(model, tmp_path / "again", forgotten, steps=1)
     assert "RecordCallback(trainee)" in forgotten.said[-1].remedy
