@@ -59,10 +59,10 @@ def translate(
             if len(named) == 1:
                 found[at] = named[0]
     spread: dict[str, set[str]] = {}
-    for at, place in found.items():
-        spread.setdefault(header.reading.groups[at].component, set()).add(place.component)
+    for at, there in found.items():
+        spread.setdefault(header.reading.groups[at].component, set()).add(there.component)
     # What else is of the same part of the pipeline is of the same part of the base, where that is one.
-    parts = {component: min(there) for component, there in spread.items() if len(there) == 1}
+    parts = {component: min(ones) for component, ones in spread.items() if len(ones) == 1}
     groups: list[Group] = []
     layouts: dict[Target, Layout] = {}
     for at, group in enumerate(header.reading.groups):
