@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorahub.adapter import Adapter as Adapter
     from lorahub.adapter import save as save
     from lorahub.attaching import attach as attach
+    from lorahub.attaching import handle as handle
     from lorahub.carding import card as card
     from lorahub.comparing import diff as diff
     from lorahub.comparing import interference as interference
@@ -72,6 +73,7 @@ _HOME = {
     "dequantise": "dequantising",
     "diff": "comparing",
     "extract": "deriving",
+    "handle": "attaching",
     "hookimpl": "hookspecs",
     "inspect": "sources",
     "interference": "comparing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lorahub import checks
 from lorahub.adapter import Adapter, AdapterHeader
@@ -14,6 +14,7 @@ from lorahub.errors import BaseMismatch, UsageError
 from lorahub.fetching import quiet
 from lorahub.live.alike import Alike
 from lorahub.live.attached import Live, Planned
+from lorahub.live.copies import owner_of
 from lorahub.live.parts import Parts, parts_in
 from lorahub.merging.preparing import Several, named_weights, prepare
 from lorahub.opening import Base, open_base
@@ -23,7 +24,9 @@ from lorahub.sources import Given, header_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Policy", "attach", "plan_beside", "plan_one"]
+    from lorahub.training.trainee import Trainee
+
+__all__ = ["Policy", "attach", "handle", "plan_beside", "plan_one"]
 
 
 def attach(
@@ -45,7 +48,7 @@ def attach(
         model: any ``nn.Module``, or a pipeline whose plugin is installed; attach first and compile then, for attaching
             compiles everything again.  PyTorch 2.8 breaks the graph wherever an adapter is looked up; newer ones make
             one of all.
-        adapters: name -> adapter, a list of references, or a sum of open adapters: ``0.7 * a - b``.
+        adapters: name -> adapter, one, a list of them, or a sum of open adapters: ``0.7 * a - b``.
         weights: one per adapter; 1 by default, or the weight in the reference.
         active: which act from the start; all of them by default, as after a merge.
         capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it; 0: none.
@@ -66,42 +69,8 @@ def attach(
         raise UsageError(
             f"{base.index.ref} is no live model, so nothing can be attached to it", "load it, and give the model"
         )
-    inner = base.model  # of a pipeline, the view of its models
     given = named_weights(adapters, weights)
-    sources: dict[str, Given] = {}
-    alike = Alike()
-    parts = Parts(inner, base.framework)
-    policy = Policy(allow=allow, compat=compat, hub=hub)
-
-    def one(name: str, given: object) -> Planned:
-        source = _opened(cast("Given", given), policy)
-        if isinstance(source, AdapterHeader) and (values := parts_in(source)):
-            planned = plan_beside(base, name, source, policy)
-            parts.demand(live.active, live.adapter_names, coming=name)
-            parts.put(name, values, lambda: live.active.get(name, 0.0) != 0)
-        else:
-            planned = by_weights(name, source)
-            parts.drop(name)
-        sources[name] = source
-        return planned
-
-    def by_weights(name: str, source: Given) -> Planned:
-        own = source if isinstance(source, Adapter) and compat is None else None
-        plan = alike.plan(own) if own else None
-        if plan is not None and own:
-            return plan, own
-        planned = plan_one(base, name, source, policy)
-        if own and planned[1] is own:
-            alike.keep(own, planned[0])
-        return planned
-
-    def together(names: Sequence[str]) -> None:
-        chosen = {name: sources[name] for name in names}
-        prepare(base, chosen, weights=[1.0] * len(chosen), allow=allow, compat=compat, hub=hub).refuse()
-
-    live = Live(
-        inner, base.index, base.framework, plan=one, judge=together, compat=compat, capacity=capacity, parts=parts
-    )
+    live = _ready(base, Policy(allow=allow, compat=compat, hub=hub), capacity)
     try:
         for name, (source, weight) in given.items():
             live.add(name, source, weight=weight)
@@ -118,6 +87,66 @@ def attach(
         live.detach()
         raise
     return live
+
+
+def _ready(base: Base, policy: Policy, capacity: int, known: Mapping[str, Given] | None = None) -> Live:
+    """A live model with nothing attached yet; ``known``: where adapters are from that are attached otherwise."""
+    assert base.model is not None
+    sources: dict[str, Given] = dict(known or {})
+    alike = Alike()
+    parts = Parts(base.model, base.framework)
+
+    def one(name: str, given: object) -> Planned:
+        source = _opened(cast("Given", given), policy)
+        if isinstance(source, AdapterHeader) and (values := parts_in(source)):
+            planned = plan_beside(base, name, source, policy)
+            parts.demand(live.active, live.adapter_names, coming=name)
+            parts.put(name, values, lambda: live.active.get(name, 0.0) != 0)
+        else:
+            planned = by_weights(name, source)
+            parts.drop(name)
+        sources[name] = source
+        return planned
+
+    def by_weights(name: str, source: Given) -> Planned:
+        own = source if isinstance(source, Adapter) and policy.compat is None else None
+        plan = alike.plan(own) if own else None
+        if plan is not None and own:
+            return plan, own
+        planned = plan_one(base, name, source, policy)
+        if own and planned[1] is own:
+            alike.keep(own, planned[0])
+        return planned
+
+    def together(names: Sequence[str]) -> None:
+        chosen = {name: sources[name] for name in names}
+        prepare(
+            base, chosen, weights=[1.0] * len(chosen), allow=policy.allow, compat=policy.compat, hub=policy.hub
+        ).refuse()
+
+    def again(model: nn.Module) -> Live:
+        return _ready(replace(base, model=model), policy, capacity, sources)
+
+    how: dict[str, Any] = {"compat": policy.compat, "capacity": capacity, "parts": parts, "again": again}
+    live = Live(base.model, base.index, base.framework, plan=one, judge=together, **how)
+    return live
+
+
+def handle(model: nn.Module) -> Live | Trainee:
+    """What adapters on a model are handled by: what ``attach`` or ``create`` returned for it, also of a copy.
+
+    ``copy.deepcopy`` of a model with adapters has adapters of its own, and this is the way to them.
+
+    Raises:
+        UsageError: the model has no adapters on it.
+    """
+    found = owner_of(getattr(model, "_orig_mod", model))
+    if found is None:
+        raise UsageError(
+            f"this {type(model).__name__} has no adapters attached, and none is trained on it",
+            "lorahub.attach(model, [...]) or lorahub.create(model); of a model that wraps another, give the one inside",
+        )
+    return cast("Live | Trainee", found)
 
 
 def _trains(delta: Delta) -> bool:

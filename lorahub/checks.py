@@ -112,7 +112,9 @@ def _weights(
                 code="base-weights-unrecorded",
                 axis="base",
                 level=Verdict.UNVERIFIED,
-                message=f"the record names {_place(recorded)} but no digest of its weights",
+                message=f"the record names {_place(recorded)} but no digest of its weights"
+                if recorded.repo_id
+                else "the record says what the base is built like, and neither its name nor a digest of its weights",
                 remedy="lorahub record FOLDER --base BASE   (with the base it was trained on)",
             )
         ]
@@ -201,7 +203,7 @@ def _declared(header: AdapterHeader, index: BaseIndex) -> bool:
 
 def _place(recorded: BaseRecord) -> str:
     commit = f"@{recorded.revision[:12]}" if recorded.revision else ""
-    return f"{recorded.repo_id or 'an unnamed base'}{commit}"
+    return f"{recorded.repo_id or 'a base without a name'}{commit}"
 
 
 def _short(digest: str | None) -> str:

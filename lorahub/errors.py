@@ -35,6 +35,7 @@ To add a class: a caller must be able to act on it differently; draw it above; k
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ __all__ = [
 ]
 
 
+_ALLOWED = re.compile(r"--allow ([a-z0-9][a-z0-9-]*)")
+"""How a hint names a finding's code."""
+
+
 class LorahubError(Exception):
     """The root: ``message`` says what and where, ``hint`` what to do next, ``findings`` the evidence, if any."""
 
@@ -84,8 +89,13 @@ class LorahubError(Exception):
         self.findings = findings
 
     def __str__(self) -> str:
+        """As people read it where no command line prints it: what is allowed there by an option is an argument here."""
         told = [finding.show() for finding in self.findings if finding.message not in self.message]
-        return "\n  ".join([self.message, *told, *filter(None, [self.hint])])
+        lines = [self.message, *told, *filter(None, [self.hint])]
+        codes = dict.fromkeys(code for line in lines[1:] for code in _ALLOWED.findall(line))
+        if codes:
+            lines.append("in Python: allow=[" + ", ".join(f'"{code}"' for code in codes) + "]")
+        return "\n  ".join(lines)
 
 
 class UsageError(LorahubError):

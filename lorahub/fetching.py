@@ -70,9 +70,15 @@ def as_ref(source: Source, *, bare: bool = False) -> Ref:
     Raises:
         InvalidRef: it does not follow the grammar, or what is behind the ":" after a path that exists is no number.
         NotFound: one word that is no path here.
+        UsageError: it is neither text nor a path.
     """
     if isinstance(source, Ref):
         return source
+    given: object = source  # whatever its type says: people wrote it
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(
+            f"a {type(given).__name__} is no path and no reference", "give a folder, a file, or NS/NAME[@SELECTOR]"
+        )
     text = _of_the_hub(os.fspath(source))
     name, equals, place = text.partition("=")
     for head, tail in (("", text), (f"{name}=", place)) if equals else (("", text),):

@@ -243,9 +243,10 @@ def recorded_base(header: AdapterHeader) -> str:
     if recorded and recorded.repo_id:
         named = f"{recorded.repo_id}@{recorded.revision}" if recorded.revision else recorded.repo_id
         return f"{named}/{recorded.subfolder}" if recorded.subfolder else named
+    claimed = _claimed(header)
     raise UsageError(
-        f"{header.label} does not record a base that can be fetched",
-        f"name the base: --base {_claimed(header) or 'FOLDER or --base NS/NAME[@COMMIT]'}",
+        f"{header.label} does not record a base{f'; its files name {claimed} without a commit' if claimed else ''}",
+        f"name the base: --base {claimed or 'FOLDER or --base NS/NAME[@COMMIT]'}",
     )
 
 

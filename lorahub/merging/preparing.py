@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Several", "named_weights", "open_recorded", "prepare"]
 
-Several: TypeAlias = "Mapping[str, Given] | Sequence[Source] | Combination"
-"""Adapters by name, as a list of references whose names are taken from them, or as a sum (``0.7 * a - b``)."""
+Several: TypeAlias = "Mapping[str, Given] | Sequence[Given] | Given | Combination"
+"""Adapters by name, as one or a list of them whose names are taken from them, or as a sum (``0.7 * a - b``)."""
 
 
 def prepare(
@@ -218,21 +219,55 @@ def named_weights(
 
 
 def _named(adapters: Several) -> dict[str, tuple[Given, float]]:
-    """Adapters by name, with the weight that their reference carries (1 where it carries none)."""
+    """Adapters by name, with the weight that their reference carries (1 where it carries none).
+
+    Raises:
+        UsageError: something is no adapter and no reference to one.
+    """
     if isinstance(adapters, Combination):
         return _of_sum(adapters)
     if isinstance(adapters, Mapping):
         return {name: (source, _weight(source)) for name, source in adapters.items()}
+    several: object = adapters  # whatever its type says: it is what people wrote
+    if isinstance(several, _ONE):
+        several = [several]
+    if not isinstance(several, Iterable):
+        raise _no_adapter(several)
     result: dict[str, tuple[Given, float]] = {}
-    alone: object = adapters  # one reference is a list of one, though its type says that it is a sequence of letters
-    for source in [alone] if isinstance(alone, str | Path | Ref) else adapters:
-        ref = as_ref(source)
-        stem = ref.name or (ref.repo or ref.path or "adapter").rstrip("/").rpartition("/")[2]
-        name = next(
-            each for each in (stem, *(f"{stem}-{n}" for n in range(2, len(adapters) + 2))) if each not in result
-        )
-        result[name] = (ref, _weight(ref))
+    for source in several:
+        weight = _weight(source)
+        found: Given = source if isinstance(source, Adapter | AdapterHeader) else as_ref(source)
+        result[_free(_stem(found), result)] = (found, weight)
     return result
+
+
+_WRITTEN = (str, os.PathLike, Ref)
+"""What one adapter is written as."""
+
+_ONE = (*_WRITTEN, Adapter, AdapterHeader)
+"""The same, or what it is."""
+
+
+def _no_adapter(given: object) -> UsageError:
+    return UsageError(
+        f"a {type(given).__name__} is no adapter, and no reference to one",
+        "give a folder, a file, NS/NAME[@SELECTOR], what lorahub.load gave, a list of these, or a mapping: "
+        '{"style": "NS/NAME"}',
+    )
+
+
+def _stem(source: Given) -> str:
+    """What an adapter is called where nobody says so."""
+    if isinstance(source, Adapter):
+        return _stem(source.header) if source.header else "adapter"
+    if isinstance(source, AdapterHeader):
+        return Path(source.label).name
+    ref = as_ref(source)
+    return ref.name or (ref.repo or ref.path or "adapter").rstrip("/").rpartition("/")[2]
+
+
+def _free(stem: str, taken: Collection[str]) -> str:
+    return next(each for each in (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 3))) if each not in taken)
 
 
 def _of_sum(adapters: Combination) -> dict[str, tuple[Given, float]]:
@@ -241,7 +276,7 @@ def _of_sum(adapters: Combination) -> dict[str, tuple[Given, float]]:
     for number, (each, weight) in enumerate(adapters.terms, start=1):
         if not isinstance(each, Adapter):
             raise UsageError(f"term {number} of the sum is no adapter, but a {type(each).__name__}")
-        stem = Path(each.header.label).name if each.header else "adapter"
+        stem = _stem(each)
         result[stem if stem not in result else f"{stem}-{number}"] = (each, weight)
     return result
 
@@ -249,6 +284,8 @@ def _of_sum(adapters: Combination) -> dict[str, tuple[Given, float]]:
 def _weight(source: Given) -> float:
     if isinstance(source, Adapter | AdapterHeader):
         return 1.0
+    if not isinstance(source, _WRITTEN):
+        raise _no_adapter(source)
     weight = as_ref(source).weight
     return 1.0 if weight is None else weight
 

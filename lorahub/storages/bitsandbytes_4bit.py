@@ -85,7 +85,7 @@ class FourBit:
 
     def values(self) -> torch.Tensor:
         """The weight in float32, rounded to the dtype that the library gives it in."""
-        plain = self._plain()
+        plain = self.plain()
         state = plain.state
         if class_names(state)[0].startswith("bitsandbytes."):  # of a live model, whose library is there and faster
             values: torch.Tensor = library("bitsandbytes").functional.dequantize_4bit(plain.data, state)
@@ -104,7 +104,7 @@ class FourBit:
 
     def requantised(self, values: torch.Tensor) -> Self:
         """Other values with fresh maxima, by the library; from float32, with no rounding on the way."""
-        given = self._plain().state
+        given = self.plain().state
         data, state = library("bitsandbytes").functional.quantize_4bit(
             values.contiguous(),
             blocksize=given.blocksize,
@@ -117,7 +117,7 @@ class FourBit:
 
     def mark(self) -> int:
         """A number made of the codes alone: the maxima are rounded by the first forward pass on some CPUs."""
-        codes = self._plain().codes()
+        codes = self.plain().codes()
         return bits_sum(codes) + (bits_sum(codes[1::2]) << 32)
 
     def points(self) -> torch.Tensor:
@@ -133,7 +133,7 @@ class FourBit:
         packed = self.data.reshape(-1).view(torch.uint8)
         return torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: prod(self.state.shape)]
 
-    def _plain(self) -> Self:
+    def plain(self) -> Self:
         """The same in the layout of files, where it is in that of a CPU with bfloat16 instructions."""
         if not getattr(self.state, "packing_format_for_cpu", False):
             return self
@@ -143,7 +143,7 @@ class FourBit:
         data, state = functional._convert_weight_packed_for_cpu_inverse(  # noqa: SLF001 - the layout is the library's own
             self.data.view(torch.uint8), state
         )
-        state.absmax = state.absmax.T.reshape(-1)
+        state.absmax = state.absmax.T.reshape(-1).float()
         return replace(self, data=data, state=state)
 
 
@@ -192,7 +192,7 @@ class _Weight:
         dtype: torch.dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
         return dtype
 
-    def read(self) -> Coded:
+    def read(self) -> FourBit:
         """The tensors themselves: the library replaces them and writes to none, and so does ``write``."""
         weight = self._parameter
         return FourBit(
@@ -201,6 +201,11 @@ class _Weight:
             again=bool(weight.compress_statistics),
             container=weight.quant_storage,
         )
+
+    def arrange(self) -> None:
+        """In evaluation the library packs weights for the bfloat16 instructions of some CPUs, and leaves them so."""
+        if getattr(self._parameter.quant_state, "packing_format_for_cpu", False):
+            self.write(self.read().plain())
 
     def write(self, coded: Coded) -> None:
         assert isinstance(coded, FourBit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from lorahub.errors import MissingDependency
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Coded",
     "Held",
+    "Rearranged",
     "Storage",
     "class_names",
     "device_of",
@@ -113,6 +114,14 @@ class Held(Protocol):
 
     def write(self, coded: Coded) -> None:
         """Store ``coded``, which was read here or made from what was; the module then computes with it."""
+
+
+@runtime_checkable
+class Rearranged(Protocol):
+    """What is held by a library that, to be fast, keeps weights in an order which inputs get no gradients through."""
+
+    def arrange(self) -> None:
+        """Put the weight into the order that inputs get gradients through, where it is in another; same numbers."""
 
 
 class Storage(Protocol):

@@ -68,3 +68,75 @@ def test_the_recorded_base_is_asked_for_by_name_and_never_taken_from_a_folder_th
         lorahub.check(adapter)
     assert asked == [Ref(repo="acme/base", selector="a" * 40)]
     assert "--base FOLDER" in refused.value.hint
+
+
+def _one_linear() -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.q = torch.nn.Linear(2, 2, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("way", ["path", "text", "open", "header", "listed", "named"])
+def test_one_adapter_is_taken_as_whatever_it_is_written_as(adapter: Path, way: str) -> None:
+    opened = lorahub.load(adapter)
+    assert opened.header is not None
+    given: dict[str, Any] = {
+        "path": adapter,
+        "text": str(adapter),
+        "open": opened,
+        "header": opened.header,
+        "listed": [opened],
+        "named": {"ink": adapter},
+    }
+    model = _one_linear()
+    before = model.q.weight.detach().clone()
+    merged = lorahub.merge(model, given[way])
+    assert torch.equal(model.q.weight, before + 2)
+    merged.undo()
+    with lorahub.attach(model, given[way]) as live:
+        assert live.adapters == ("ink",)
+    assert lorahub.plan(model, given[way]).adapters == (("ink", 1.0),)
+
+
+def test_adapters_of_one_name_are_told_apart_in_a_list(adapter: Path) -> None:
+    opened = lorahub.load(adapter)
+    assert [name for name, _ in lorahub.plan(_one_linear(), [opened, adapter, opened]).adapters] == [
+        "ink",
+        "ink-2",
+        "ink-3",
+    ]
+
+
+@pytest.mark.parametrize("given", [None, 5, [None], {"ink": None}, {"ink": 3}])
+def test_what_is_no_adapter_is_refused_with_what_is_one(given: Any) -> None:
+    for do in (lorahub.merge, lorahub.attach, lorahub.plan):
+        with pytest.raises(UsageError, match="is no adapter, and no reference to one"):
+            do(_one_linear(), given)
+    for what in (lorahub.load, lorahub.inspect, lambda it: lorahub.check(it, _one_linear())):
+        with pytest.raises(UsageError, match="is no path and no reference"):
+            what(given)
+
+
+def test_a_record_without_a_name_and_a_digest_says_so(adapter: Path, tmp_path: Path) -> None:
+    lorahub.record(adapter, tmp_path / "base.safetensors")
+    file = adapter / "lorahub.json"
+    said = json.loads(file.read_text())
+    said["base"] = {"structure": said["base"]["structure"]}
+    file.write_text(json.dumps(said))
+    found = {each.code: each.message for each in lorahub.check(adapter, tmp_path / "base.safetensors").findings}
+    assert "neither its name nor a digest" in found["base-weights-unrecorded"]
+
+
+def test_a_base_that_only_the_config_names_is_offered_as_that(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "gpt2"}))
+    with pytest.raises(UsageError, match="does not record a base; its files name gpt2 without a commit") as refused:
+        lorahub.check(adapter)
+    assert refused.value.hint == "name the base: --base gpt2"
+
+
+def test_what_an_option_allows_is_named_as_an_argument_too() -> None:
+    error = UsageError("it is so", "to go on all the same: --allow target-missing --allow key-unknown")
+    assert str(error).splitlines()[-1] == '  in Python: allow=["target-missing", "key-unknown"]'
+    assert "in Python" not in str(UsageError("it is so", "name the base: --base BASE"))
+    assert "in Python" not in error.hint

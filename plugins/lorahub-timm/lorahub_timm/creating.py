@@ -16,6 +16,7 @@ from weakref import finalize
 
 from lorahub.adapter import Adapter, save
 from lorahub.attaching import attach
+from lorahub.attaching import handle as lorahub_handle
 from lorahub.bases.index import BaseRef
 from lorahub.creating import create
 from lorahub.errors import UsageError
@@ -47,7 +48,7 @@ _MADE = "_lorahub_timm_made"
 
 @dataclass(slots=True, eq=False)
 class _Made:
-    """What a model was made with: it lies on the model and goes with it, and copies of the model are without it."""
+    """What a model was made with: it lies on the model and goes with it; a copy's adapters know their own handle."""
 
     handle: Handle | None
 
@@ -174,14 +175,12 @@ def handle(model: nn.Module) -> Handle:
     """What ``create_model`` attached (choose, weigh, exchange, detach), merged (undo) or began (train, save).
 
     Raises:
-        UsageError: the model is not from there, or it is a copy, which has the weights and no adapters.
+        UsageError: the model is not from there, or it is a copy without adapters, as of one whose were merged.
     """
     found = vars(model).get(_MADE)
     if not isinstance(found, _Made):
         raise UsageError("this model was not made by lorahub_timm.create_model", "lorahub.attach gives its own")
-    if found.handle is None:
-        raise UsageError("this is a copy, and adapters stay with the model that they were attached to", "attach again")
-    return found.handle
+    return lorahub_handle(model) if found.handle is None else found.handle
 
 
 def _classes(whole: nn.Module, job: Job) -> int | None:

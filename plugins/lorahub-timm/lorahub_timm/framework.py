@@ -23,7 +23,7 @@ from lorahub.errors import MissingDependency, UnsupportedFormat, UsageError
 from lorahub.files.dtypes import to_torch
 from lorahub.findings import Claim
 from lorahub_timm import heads, sites
-from lorahub_timm.configs import described, live_config, pretrained_ref
+from lorahub_timm.configs import Described, described, live_config, pretrained_ref
 from lorahub_timm.families import NO_ROLE, Family
 from lorahub_timm.features import beginnings, is_extractor
 from lorahub_timm.fused import fused_layout
@@ -148,26 +148,18 @@ class Timm:
         if preset not in ("attention", *PRESETS):
             raise UsageError(f"there is no preset '{preset}'", f"presets: attention, {', '.join(PRESETS)}")
         if preset == "attention" and (family is None or not family.attention):
+            others = [each for each in PRESETS if _meant(index, about, each)]
             raise UsageError(
-                f"'attention' is not known for {name}", "name the modules, or take another preset: all-linear, all-conv"
+                f"'attention' is not known for {name}",
+                f"name the modules{', or take another preset: ' if others else ''}{', '.join(others)}",
             )
-        taken = about.classifier if about else ()
-        found = []
-        for each, info in index.parameters.items():
-            module, _, parameter = each.rpartition(".")
-            if parameter != "weight" or not info.role or module in taken:
-                continue
-            if preset != "attention":
-                chosen = info.role == PRESETS[preset]
-            else:
-                chosen = family is not None and ends_with(module, family.attention)
-            if chosen:
-                found.append(Target("", module, parameter))
-        if not found:
-            raise UsageError(
-                f"{name} has no modules that '{preset}' means", "take another preset: all-linear, all-conv"
-            )
-        return found
+        if found := _meant(index, about, preset):
+            return found
+        others = [each for each in ("attention", *PRESETS) if _meant(index, about, each)]
+        raise UsageError(
+            f"{name} has no modules that '{preset}' means",
+            f"take another preset: {', '.join(others)}" if others else "name the modules",
+        )
 
     def edits(self, index: BaseIndex, created: Created, hints: Mapping[str, JSON]) -> Edits | None:
         """The number of classes and their names."""
@@ -269,3 +261,17 @@ class _Spelled:
     def module(self, name: str) -> str:
         """That of a module."""
         return self.canonical(f"{name}.").removesuffix(".")
+
+
+def _meant(index: BaseIndex, about: Described | None, preset: str) -> list[Target]:
+    """The weights a preset names, without the heads."""
+    taken = about.classifier if about else ()
+    attention = about.family.attention if about and about.family else ()
+    found = []
+    for each, info in index.parameters.items():
+        module, _, parameter = each.rpartition(".")
+        if parameter != "weight" or not info.role or module in taken:
+            continue
+        if info.role == PRESETS[preset] if preset != "attention" else ends_with(module, attention):
+            found.append(Target("", module, parameter))
+    return found

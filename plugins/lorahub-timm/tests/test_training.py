@@ -99,12 +99,42 @@ def test_a_model_takes_an_adapter_that_is_there_or_one_that_begins():
         lorahub_timm.create_model("vit_tiny_patch16_224", lora={"r": 4}, merge=True)
 
 
-def test_a_model_that_nobody_holds_any_more_is_freed_and_a_copy_has_no_adapter():
+def test_a_model_that_nobody_holds_any_more_is_freed_and_a_copy_has_a_handle_of_its_own():
     model = lorahub_timm.create_model("vit_tiny_patch16_224", False, lora={"r": 2}, num_classes=3, **SMALL)
+    other = lorahub_timm.handle(copy.deepcopy(model))
+    assert type(other) is type(lorahub_timm.handle(model))
+    assert other.model is not model
     lorahub_timm.handle(model).detach()
-    with pytest.raises(UsageError, match="copy"):
+    with pytest.raises(UsageError, match="no adapters attached"):
         lorahub_timm.handle(copy.deepcopy(model))
+    del other
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_the_moving_average_that_timm_keeps_is_that_of_the_adapter():
+    torch.manual_seed(0)
+    model = lorahub_timm.create_model("vit_tiny_patch16_224", False, lora={"r": 2}, num_classes=3, **SMALL)
+    plain = model.eval()(IMAGES).detach()
+    last, none = timm.utils.ModelEmaV3(model, decay=0.0), timm.utils.ModelEmaV3(model, decay=1.0)
+    optimizer = torch.optim.AdamW(lorahub_timm.handle(model).parameters(), lr=1e-2)
+    for _ in range(2):
+        model.train()(IMAGES).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        last.update(model)
+        none.update(model)
+    outputs = model.eval()(IMAGES).detach()
+    assert (outputs - plain).norm() > 1e-2 * plain.norm()
+    assert torch.equal(last.module.eval()(IMAGES), outputs)
+    assert torch.equal(none.module.eval()(IMAGES), plain)
+
+
+def test_a_preset_that_means_nothing_here_is_refused_with_those_that_mean_something():
+    small = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    with pytest.raises(UsageError, match="no modules that 'all-linear' means") as refused:
+        lorahub.create(small, r=2, target_modules="all-linear")
+    assert refused.value.hint == "take another preset: all-conv"
+    lorahub.create(small, r=2, target_modules="all-conv")
