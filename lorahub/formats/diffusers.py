@@ -72,9 +72,20 @@ _PROCESSORS: Mapping[str, str] = MappingProxyType(
         "processor.to_out_lora": "to_out.0",
         "processor.add_k_proj_lora": "add_k_proj",
         "processor.add_v_proj_lora": "add_v_proj",
+        "self_attn.to_q_lora": "self_attn.q_proj",
+        "self_attn.to_k_lora": "self_attn.k_proj",
+        "self_attn.to_v_lora": "self_attn.v_proj",
+        "self_attn.to_out_lora": "self_attn.out_proj",
+        "to_q_lora": "to_q",
+        "to_k_lora": "to_k",
+        "to_v_lora": "to_v",
+        "to_out_lora": "to_out.0",
     }
 )
-"""What attention processors called their own layers -> the attention's module that they change."""
+"""What attention processors called their own layers, and text encoders theirs -> the module that they change.
+
+The first that fits.
+"""
 
 _ORIGINAL: Mapping[str, str] = MappingProxyType(
     {"clip_g": "text_encoder_2", "clip_l": "text_encoder", "t5": "text_encoder_3"}

@@ -325,6 +325,9 @@ def test_a_list_of_blocks_is_read_by_its_length() -> None:
 
 
 def test_a_units_list_must_reach_its_attentions() -> None:
+    assert "up.block_0: 4 numbers, and changes are in 3 attentions" in complaint(
+        "{ up = { block_0 = [1, 1, 1, 1] } }", UNET
+    )
     assert "2 numbers, and unet:up_blocks.0.attentions.2" in complaint(
         "{ unet = { up = [1, 2] }, default = 0 }", PIPELINE
     )

@@ -123,6 +123,17 @@ def test_the_processors_output_layer_is_the_first_of_the_modules_list(weights: F
     assert weights.read(entries, stem="mid.attn.").groups[0].module == "mid.attn.to_out.0"
 
 
+@pytest.mark.parametrize(
+    ("old", "module"),
+    [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")],
+)
+def test_text_encoders_had_words_of_attention_processors_too(weights: Folder, old: str, module: str) -> None:
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn."
+    reading = weights.read({f"{old}_lora.down.weight": (2, 4), f"{old}_lora.up.weight": (6, 2)}, stem=stem)
+    assert [group.module for group in reading.groups] == [f"text_model.encoder.layers.0.self_attn.{module}"]
+    assert reading.findings == ()
+
+
 def test_one_part_of_a_pipeline_fits_a_bare_model_and_a_file_without_parts_fits_a_pipeline(weights: Folder) -> None:
     (group,) = weights.read(PAIR, index=base("mid.attn.to_q.weight")).groups
     assert (group.component, group.module) == ("", "mid.attn.to_q")

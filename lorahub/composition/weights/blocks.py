@@ -8,6 +8,7 @@ spelled as diffusers does or as the model's makers do, with dots or, where no ba
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,7 @@ def by_unet_block(rule: UNet, ask: Ask) -> dict[Target, float]:
     said = {side: _side(value) for side in _SIDES if (value := getattr(rule, side)) is not None}
     parts = _parts(ask.targets)
     found, used = dict.fromkeys(ask.targets, rule.default), set()
+    most: dict[tuple[str, str], int] = defaultdict(int)  # how many attentions numbers went to
     for target, part in parts.items():
         key = next((key for key in (f"block_{part.block}", "") if key in said.get(part.side, {})), None)
         if key is None:
@@ -140,6 +142,15 @@ def by_unet_block(rule: UNet, ask: Ask) -> dict[Target, float]:
             )
             continue
         found[target] = values[part.number] if len(values) > 1 else values[0]
+        most[part.side, key] = max(most[part.side, key], part.number + 1)
+    for (side, key), count in most.items():
+        if count < len(said[side][key]) > 1:
+            ask.complain(
+                RecipeError(
+                    f"{_path(ask, side, key)}: {len(said[side][key])} numbers, and changes are in {count} attentions",
+                    "give one number for all, or one for each",
+                )
+            )
     for side, key in ((side, key) for side, blocks in said.items() for key in blocks):
         if (side, key) not in used:
             there = sorted({f"{part.side} block_{part.block}" for part in parts.values()}, key=natural)

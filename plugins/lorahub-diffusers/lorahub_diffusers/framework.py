@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -31,7 +32,7 @@ from lorahub_diffusers import control
 from lorahub_diffusers.fused import fused_layout
 from lorahub_diffusers.roles import in_attention, role_of
 from lorahub_diffusers.stored_names import canonical, is_copy
-from lorahub_diffusers.unwrapped import demand_apart, unwrapped
+from lorahub_diffusers.unwrapped import demand_apart, fused_attentions, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,17 @@ PRESETS: Mapping[str, str] = MappingProxyType({"all-linear": "linear", "all-conv
 """Preset -> what the modules are; ``attention`` goes by names."""
 
 _CLASS = "_class_name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIndex(BaseIndex):
+    """The index of one model.
+
+    Attributes:
+        fused: attentions of a live model that compute queries, keys and values by a projection of their own.
+    """
+
+    fused: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Diffusers:
@@ -98,12 +110,12 @@ class Diffusers:
         """The index of a live or meta-device model; layers that others put around its own are looked through.
 
         Raises:
-            UnsupportedFormat: its projections are fused, or its weights are quantised in a way that no storage knows.
+            UnsupportedFormat: its weights are quantised in a way that no storage knows.
         """
-        demand_apart(model)
         found, tied = live_entries(unwrapped(model))
         entries = {name: info for name, info in found.items() if not is_copy(name, found)}
-        return self._assemble(ref, _live_class(model), _live_config(model), entries, tied=tied)
+        fused = fused_attentions(model)
+        return self._assemble(ref, _live_class(model), _live_config(model), entries, tied=tied, fused=fused)
 
     def _assemble(
         self,
@@ -114,6 +126,7 @@ class Diffusers:
         *,
         tied: tuple[tuple[str, ...], ...] = (),
         extras: Mapping[str, ParameterInfo] = MappingProxyType({}),
+        fused: tuple[str, ...] = (),
     ) -> BaseIndex:
         parameters = in_order(
             (
@@ -129,18 +142,25 @@ class Diffusers:
             )
             for name, info in named.items()
         )
-        return BaseIndex(
+        return ModelIndex(
             ref=ref,
             framework=self.name,
             parameters=parameters,
             tied=tuple(sorted(tied)),
             extras=in_order(extras.items()),
             config=config,
+            fused=fused,
         )
 
     def layouts(self, index: BaseIndex, targets: Collection[Target]) -> Mapping[Target, Layout]:
-        """Whole parameters, and rows of fused ones where the table declares how they lie; see ``fused``."""
+        """Whole parameters, and rows of fused ones where the table declares how they lie; see ``fused``.
+
+        Raises:
+            UnsupportedFormat: a live model has fused the projections that targets name, so that they are out of use.
+        """
         found, kind = whole_layouts(index, targets), class_of(index.config)
+        if isinstance(index, ModelIndex) and index.fused:
+            demand_apart(kind, index.fused, targets)
         for target in targets:
             if target not in found and (layout := fused_layout(kind, index, target)):
                 found[target] = layout

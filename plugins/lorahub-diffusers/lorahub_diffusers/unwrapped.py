@@ -6,17 +6,21 @@ made here shares every module and tensor that it can with the model, and is look
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from lorahub.bases.index import natural
+from lorahub.bases.layout import Target
 from lorahub.errors import UnsupportedFormat
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["demand_apart", "own_path", "unwrapped"]
+__all__ = ["demand_apart", "fused_attentions", "own_path", "unwrapped"]
 
 _TUNER = ("peft.tuners.tuners_utils", "BaseTunerLayer")
 _INNER = "base_layer"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -45,18 +49,29 @@ def own_path(model: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
-def demand_apart(model: nn.Module) -> None:
-    """Return where queries, keys and values are computed by modules of their own.
+def fused_attentions(model: nn.Module) -> tuple[str, ...]:
+    """The attentions whose queries, keys and values one fused projection computes, and not those of their names."""
+    fused = [name for name, module in model.named_modules() if getattr(module, "fused_projections", False)]
+    return tuple(name for name in fused if _in_use(model.get_submodule(name)))
+
+
+def demand_apart(kind: str, fused: Collection[str], targets: Collection[Target]) -> None:
+    """Return where the projections that are to be changed are in use.
+
+    Args:
+        kind: the model's class, for the message.
+        fused: see ``fused_attentions``.
+        targets: what is to be changed.
 
     Raises:
         UnsupportedFormat: they were fused; the modules that adapters name are there and out of use.
     """
-    fused = [name for name, module in model.named_modules() if getattr(module, "fused_projections", False)]
-    fused = [name for name in fused if _in_use(model.get_submodule(name))]
-    if fused:
+    idle = {f"{name}.{projection}" for name in fused for projection in _PROJECTIONS}
+    there = sorted({target.module for target in targets} & idle, key=natural)
+    if there:
         raise UnsupportedFormat(
-            f"{len(fused)} attention layers of this {type(model).__name__} are fused, the first {fused[0]}: the "
-            "projections that adapters change are out of use",
+            f"{len(fused)} attention layers of this {kind} are fused: the projections that adapters change are out of "
+            f"use, the first {there[0]}",
             "take that back first (unfuse_qkv_projections()), merge, and fuse again; attached adapters need them apart",
         )
 

@@ -256,6 +256,14 @@ def test_fused_projections_are_refused_with_the_way_back(tmp_path: Path) -> None
         assert not torch.equal(outputs(pipe)["transformer"], expected["transformer"])
 
 
+def test_fused_projections_that_an_adapter_leaves_alone_do_not_matter(world: World) -> None:
+    expected = world.diffusers(["one"])["unet"]
+    world.pipe.fuse_qkv_projections(unet=False)  # those of the autoencoder
+    with load_lora_weights(world.pipe, world.one):
+        assert torch.allclose(outputs(world.pipe)["unet"], expected, atol=1e-4)
+    world.pipe.unfuse_qkv_projections(unet=False)
+
+
 def test_a_single_model_takes_its_component_of_an_adapter(world: World) -> None:
     own = unet()
     own.load_state_dict(world.pipe.unet.state_dict())
