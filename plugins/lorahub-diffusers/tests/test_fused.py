@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_index import classes, on_meta
+from tiny_classes import CONFIGS, classes, on_meta
 from tiny_diffusers import diffusers, unet
 from tiny_models import FAMILIES, TIME
 from torch.overrides import TorchFunctionMode
@@ -31,118 +31,6 @@ from lorahub_diffusers.fused import parts_of
 from lorahub_diffusers.fusions import FUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")  # in diffusers
-
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-AUDIO = {
-    "io_channels": 4,
-    "embed_dim": 64,
-    "depth": 1,
-    "num_heads": 2,
-    "cond_token_dim": 8,
-    "global_cond_dim": 8,
-    "local_add_cond_dim": 5,
-    "timestep_features_dim": 8,
-    "num_memory_tokens": 2,
-}
-OVIS = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "in_channels": 4,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": (4, 4, 8),
-    **HEADS,
-}
-PRX = {"in_channels": 4, "context_in_dim": 16, "hidden_size": 32, "num_heads": 2, "depth": 1, "axes_dim": [8, 8]}
-
-CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "flux2": ("Flux2Transformer2DModel", {**FAMILIES["Flux2"].config, **HEADS}),
-    "prx": ("PRXTransformer2DModel", PRX),
-    "joy image": (
-        "JoyImageEditTransformer3DModel",
-        {"hidden_size": 32, "num_attention_heads": 2, "text_dim": 16, "num_layers": 1, "rope_dim_list": [4, 6, 6]},
-    ),
-    "stable audio 3": ("StableAudio3DiTModel", AUDIO),
-    "stable audio 3, plain": ("StableAudio3DiTModel", {**AUDIO, "use_differential_attention": False}),
-    "mochi": (
-        "MochiTransformer3DModel",
-        {**HEADS, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16},
-    ),
-    "sana wm": (
-        "SanaWMTransformer3DModel",
-        {
-            "in_channels": 4,
-            "num_layers": 1,
-            "hidden_size": 48,
-            "num_attention_heads": 2,
-            "linear_head_dim": 24,
-            "caption_channels": 16,
-            "chunk_plucker_post_attn_blocks": 1,
-        },
-    ),
-    "consisid": (
-        "ConsisIDTransformer3DModel",
-        {
-            **HEADS,
-            "num_layers": 2,
-            "text_embed_dim": 16,
-            "time_embed_dim": 8,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "is_train_face": True,
-            "cross_attn_dim_head": 8,
-            "cross_attn_num_heads": 2,
-            "LFE_id_dim": 16,
-            "LFE_vit_dim": 16,
-            "LFE_depth": 5,
-            "LFE_dim_head": 8,
-            "LFE_num_heads": 2,
-            "LFE_output_dim": 16,
-        },
-    ),
-    "flux3": (
-        "Flux3Transformer2DModel",
-        {
-            "in_channels": 4,
-            "cond_in_channels": 4,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "joint_attention_dim": 16,
-            "timestep_channels": 16,
-            "axes_dims_rope": (4, 4, 4, 4),
-            **HEADS,
-        },
-    ),
-    "minimax music 3": (
-        "MiniMaxMusic3Transformer1DModel",
-        {
-            **HEADS,
-            "in_channels": 4,
-            "condition_dim": 16,
-            "num_layers": 1,
-            "ff_inner_dim": 48,
-            "rotary_dim": 8,
-            "fourier_embedding_dim": 16,
-        },
-    ),
-    "omnigen": (
-        "OmniGenTransformer2DModel",
-        {
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "num_layers": 1,
-            "vocab_size": 32,
-            "pad_token_id": 0,
-            "pos_embed_max_size": 8,
-            "time_step_dim": 16,
-            "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
-        },
-    ),
-    "ovis image": ("OvisImageTransformer2DModel", OVIS),
-}
-"""Name -> class of diffusers and what makes it small."""
 
 
 def numbers(*shape: int) -> torch.Tensor:

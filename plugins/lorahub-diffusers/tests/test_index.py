@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_diffusers import PIPELINES, diffusers, sd, unet, vae
+from tiny_classes import classes, on_meta
+from tiny_diffusers import PIPELINES, sd, unet, vae
 
 from lorahub.bases.framework import BaseFiles
 from lorahub.bases.index import BaseIndex, BaseRef
@@ -35,41 +33,6 @@ COMMON = (
     *("Lumina2Transformer2DModel", "CogVideoXTransformer3DModel", "ChromaTransformer2DModel", "DiTTransformer2DModel"),
 )
 """Held against their classes in every run."""
-
-REQUIRED: dict[str, dict[str, Any]] = {
-    "EasyAnimateTransformer3DModel": {"in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8},
-    "HunyuanDiT2DModel": {"in_channels": 4, "num_layers": 2, "cross_attention_dim_t5": 8, "sample_size": 8},
-    "LatteTransformer3DModel": {"in_channels": 4, "out_channels": 8, "sample_size": 8},
-    "LuminaNextDiT2DModel": {"num_layers": 2, "num_kv_heads": 8},
-}
-"""What some classes cannot be built without."""
-
-PARTLY = frozenset({"LegacyModelMixin"})
-"""Classes that are no models themselves."""
-
-
-def classes() -> Iterator[str]:
-    """Every class of models that can be built without arguments, or with those of ``REQUIRED``."""
-    for module in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
-        importlib.import_module(module.name)
-
-    found = _every(diffusers.ModelMixin)
-    own = {each.__name__ for each in found if each.__module__.startswith("diffusers.models")}
-    yield from sorted(own - PARTLY)
-
-
-def on_meta(name: str) -> Any:
-    kind: Any = getattr(diffusers, name, None) or next(
-        each for each in _every(diffusers.ModelMixin) if each.__name__ == name
-    )
-    with torch.device("meta"):
-        return kind(**REQUIRED.get(name, {}))
-
-
-def _every(one: Any) -> Iterator[Any]:
-    for each in one.__subclasses__():
-        yield each
-        yield from _every(each)
 
 
 def as_files(model: Any) -> BaseFiles:
@@ -191,8 +154,13 @@ def test_fused_copies_that_were_saved_are_extras_and_change_no_digest() -> None:
     assert index.structure == before.structure
     assert index.extras
     assert all("to_qkv" in name or "to_kv" in name for name in index.extras)
-    with pytest.raises(UnsupportedFormat, match="fused"):
-        Diffusers().index_model(model, BaseRef())
+    live = Diffusers().index_model(model, BaseRef())
+    assert live.structure == before.structure
+    query = next(name for name in live.modules() if name.endswith("attn1.to_q"))
+    out = Target("", query.replace("to_q", "to_out.0"), "weight")
+    assert out in Diffusers().layouts(live, [out])
+    with pytest.raises(UnsupportedFormat, match="are fused"):
+        Diffusers().layouts(live, [out, Target("", query, "weight")])
 
 
 def test_a_quantised_model_and_one_of_another_kind_are_not_taken() -> None:

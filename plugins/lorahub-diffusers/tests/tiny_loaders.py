@@ -9,7 +9,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-from test_fused import CONFIGS
+from tiny_classes import CONFIGS
 from tiny_diffusers import clip, diffusers, unet
 from tiny_models import FAMILIES
 
