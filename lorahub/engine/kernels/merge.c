@@ -23,7 +23,7 @@
 
 // What the caller has to know: how it lays out `down` and how large its scratch memory is.
 const int32_t panel = PANEL;
-const int32_t scratch_a_column = HIGH;  // int16, for whole panels
+const int32_t scratch_a_column = HIGH + 1;  // int16, for whole panels and one more
 #if WIDE && defined(__AVX512BF16__)
 const int32_t has_dots = 1;  // products of bfloat16 factors, two at a time
 #else
@@ -123,30 +123,44 @@ struct book {
   struct checksum before, after;
 };
 
-ALWAYS uint32_t places(const int16_t *differences) {  // of a panel's elements that are not zero, a bit each
-#if WIDE
-  __m512i all = _mm512_loadu_si512(differences);
-  return _mm512_test_epi16_mask(all, all);
+// Where a row differs: `count` differences, whole panels of them, and room for as many places and a panel.  Branches on
+// whether one differs would be wrong half of the time, and cost more than all else.
+static int64_t places(const int16_t *differences, int64_t count, uint16_t *at) {
+  int64_t found = 0;
+#if WIDE && defined(__AVX512VBMI2__)
+  __m512i here = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10,
+                                  9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int64_t c = 0; c < count; c += PANEL, here = _mm512_add_epi16(here, _mm512_set1_epi16(PANEL))) {
+    __m512i all = _mm512_loadu_si512(differences + c);
+    __mmask32 some = _mm512_test_epi16_mask(all, all);
+    _mm512_storeu_si512(at + found, _mm512_maskz_compress_epi16(some, here));
+    found += __builtin_popcount(some);
+  }
 #else
-  uint32_t found = 0;
-  uint64_t four[PANEL / 4];
-  memcpy(four, differences, sizeof four);
-  for (int i = 0; i < PANEL / 4; i++)
-    for (int k = 0; four[i] && k < 4; k++) found |= (uint32_t)(differences[4 * i + k] != 0) << (4 * i + k);
-  return found;
+  for (int64_t c = 0; c < count; c += 4) {
+    uint64_t four;
+    memcpy(&four, differences + c, sizeof four);
+    for (int k = 0; four && k < 4; k++) {
+      at[found] = (uint16_t)(c + k);
+      found += differences[c + k] != 0;
+    }
+  }
 #endif
+  return found;
 }
 
-static void enter(struct book *b, const int16_t *differences, int64_t first, int64_t columns) {
+#define AT_ONCE (1 << 16)  // columns whose places are 16 bits
+
+static void enter(struct book *b, const int16_t *differences, int64_t first, int64_t columns, uint16_t *at) {
   uint8_t *steps = b->steps + b->stepped;
   int8_t *codes = b->codes + b->coded;
   int64_t last = b->last;
-  for (int64_t c = 0; c < columns; c += PANEL) {
-    for (uint32_t found = places(differences + c); found; found &= found - 1) {
-      int64_t column = c + __builtin_ctz(found);
-      if (column >= columns) break;
-      int64_t place = first + column, gap = place - last - 1;
-      int16_t difference = differences[column];
+  for (int64_t c = 0; c < columns; c += AT_ONCE, differences += AT_ONCE, first += AT_ONCE) {
+    int64_t here = columns - c < AT_ONCE ? columns - c : AT_ONCE;
+    int64_t found = places(differences, (here + PANEL - 1) / PANEL * PANEL, at);
+    for (int64_t i = 0; i < found && at[i] < here; i++) {
+      int64_t place = first + at[i], gap = place - last - 1;
+      int16_t difference = differences[at[i]];
       for (; gap >= 255; gap -= 255) *steps++ = 255;
       *steps++ = (uint8_t)gap;
       last = place;
@@ -257,6 +271,7 @@ ALWAYS int merge(enum storage s, int dots, int booked, const struct job *given) 
   const struct job j = *given;
   int64_t wide = (j.columns + PANEL - 1) / PANEL * PANEL, pairs = dots ? (j.rank + 1) / 2 : j.rank;
   const uint32_t *up = j.up, *down = j.down;
+  uint16_t *at = (uint16_t *)j.scratch + HIGH * wide;
   vi bad = {0};
   for (int64_t r = 0; r < j.rows; r += HIGH) {
     int high = j.rows - r < HIGH ? (int)(j.rows - r) : HIGH;
@@ -283,7 +298,7 @@ ALWAYS int merge(enum storage s, int dots, int booked, const struct job *given) 
       }
     }
     if (booked) {
-      for (int i = 0; i < high; i++) enter(j.book, j.scratch + i * wide, j.first + (r + i) * j.columns, j.columns);
+      for (int i = 0; i < high; i++) enter(j.book, j.scratch + i * wide, j.first + (r + i) * j.columns, j.columns, at);
       add_bytes(&j.book->after, (const uint8_t *)out, high * j.columns * 2);
     }
   }

@@ -151,7 +151,7 @@ class Kernel:
 
     def scratch(self, columns: int) -> int:
         """How many int16 a pass that notes needs."""
-        return self._of_column * self._whole(columns)
+        return self._of_column * self._whole(columns) + self._panel
 
     def pack(self, up: torch.Tensor, down: torch.Tensor, storage: torch.dtype) -> Packed:
         """Lay factors out for weights of a dtype.
