@@ -55,6 +55,8 @@ def factors(weight: Weight, targets: Collection[Target], *, name: str) -> dict[T
         UsageError: it is no weight.
         RecipeError: it speaks of components or blocks that the adapter does not change.
     """
+    if isinstance(weight, bool | str):
+        raise UsageError(f"the weight of '{name}' is {weight!r}, which is no number", "give a number: 0.8")
     try:
         rule = _RULE.validate_python(weight)
     except ValidationError as error:

@@ -232,6 +232,9 @@ def test_names_are_taken_once_and_handles_end(world: World) -> None:
         loras(world.pipe)
     with pytest.raises(UsageError, match="no pipeline"):
         load_lora_weights(world.pipe.unet, world.one)
+    for odd in (True, "0.5"):
+        with pytest.raises(UsageError, match="no number"):
+            load_lora_weights(world.pipe, world.one, weights=odd)
 
 
 def test_an_adapter_for_another_pipeline_is_refused_and_says_what_of_it_is_not_there(tmp_path: Path) -> None:
