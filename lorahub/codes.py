@@ -26,10 +26,11 @@ CODES: Final = frozenset(
     comfyui-oft comfyui-peft comfyui-unknown commit-gone compat-choice compat-chosen compat-refused
     component-elsewhere components config-conflict controlnet-apart controlnet-needed
     config-contradicts-tensors config-missing config-refused config-unknown
-    config-unreadable delta-lost diffusers-alpha-twice diffusers-alpha-unread diffusers-difference
-    diffusers-dora-scale diffusers-flux diffusers-format diffusers-kind diffusers-left-out diffusers-lokr
-    diffusers-names diffusers-tucker disabled drawn-again embedding-included files-missing folder-left
-    folder-not-updated head-incomplete head-without-bias kernel-plain key-twice key-unknown kind-unsupported
+    config-unreadable delta-lost diffusers-alpha-lost diffusers-alpha-twice diffusers-alpha-unread
+    diffusers-blocks diffusers-difference diffusers-dora-scale diffusers-flux diffusers-format
+    diffusers-kind diffusers-left-out diffusers-lokr diffusers-module-dropped diffusers-names diffusers-tucker
+    disabled drawn-again embedding-included files-missing folder-left folder-not-updated head-incomplete
+    head-without-bias kernel-plain key-twice key-unknown kind-unsupported
     layers-contradict layers-differ layers-out-of-range layers-repeated layers-tied layers-undeclared
     layout-undeclared layout-unsupported library-out-of-range license-missing link lock-adapter-moved
     lock-adapters-differ lock-base-moved lock-file-differs lock-outdated lock-output-differs lock-recipe-changed

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from lorahub.findings import Verdict
 from lorahub.hookspecs import hookimpl
+from lorahub.runtimes.diffusers_kohya import DROPPED, alphas_lost, blocks_only
 from lorahub.runtimes.keys import HEADER, all_of, keys, keys_of, unread_format
 from lorahub.runtimes.runtime import Case, Look, Rule, Runtime, Subject
 
@@ -165,6 +166,30 @@ RULES = (
             _alpha_not_rank,
             keys(r"^diffusion_model\.(transformer_blocks\.\d+\.attn[12]|(double|single)_blocks\.\d+)\..*\.lora_A\."),
         ),
+    ),
+    Rule(
+        code="diffusers-alpha-lost",
+        level=Verdict.DEGRADED,
+        message="a pipeline with a UNet scales these modules by the alpha that occurs most in their part of the file, "
+        "which is not theirs",
+        remedy=CONVERT,
+        look=alphas_lost,
+    ),
+    Rule(
+        code="diffusers-module-dropped",
+        level=Verdict.DEGRADED,
+        message="diffusers loads the rest and drops these modules: it turns kohya's names of them into ones that the "
+        "UNet does not have",
+        remedy=CONVERT,
+        look=keys(DROPPED),
+    ),
+    Rule(
+        code="diffusers-blocks",
+        level=Verdict.INCOMPATIBLE,
+        message="FluxPipeline fails on these keys: behind lora_transformer_ it knows of a block's modules the "
+        "attention alone, wants an alpha for each, and beside it the first text encoder alone (lora_te1_)",
+        remedy=CONVERT,
+        look=blocks_only,
     ),
     Rule(
         code="diffusers-flux",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_diffusers import flux, sd
+from tiny_diffusers import flux, sd, sdxl
 
 import lorahub
 from lorahub.findings import Finding, Verdict
@@ -142,6 +142,12 @@ CASES: Mapping[str, Seen] = {
     ),
     "kohya, Qwen-Image": Seen(
         tensors=pair("lora_unet_transformer_blocks_0_attn_to_q", KOHYA, alpha=1),
+        pipeline="QwenImagePipeline",
+        does=READS,
+    ),
+    "kohya, Qwen-Image's text": Seen(
+        tensors=pair("lora_unet_transformer_blocks_0_attn_add_q_proj", KOHYA, alpha=1)
+        | pair("lora_unet_transformer_blocks_0_attn_to_q", KOHYA, alpha=2),
         pipeline="QwenImagePipeline",
         does=READS,
     ),
@@ -300,3 +306,121 @@ def test_comfyui_is_right_with_dora_and_oft_within_limits_that_are_told(tmp_path
     found = said(turned, tmp_path, "comfyui")
     assert found.keys() == {"comfyui-oft"}
     assert found["comfyui-oft"].level is Verdict.DEGRADED
+
+
+def load(pipe: Any, folder: Path) -> None:
+    """diffusers' own loading; PEFT warns of patterns that match no module, which is what is looked for here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following alpha_pattern keys did not match", RuntimeWarning)
+        pipe.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name="x")
+
+
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+LOSING: Mapping[str, tuple[dict[str, float | None], set[str]]] = {
+    "one alpha": ({"attn1.to_q": 1, "attn1.to_k": 1, "ff.net.2": 1}, set()),
+    "no alphas": ({"attn1.to_q": None, "attn1.to_k": None, "ff.net.2": None}, set()),
+    "attention's differ": ({"attn1.to_q": 4, "attn1.to_k": 1, "attn1.to_v": 1}, {"attn1.to_q"}),
+    "an output's differs": ({"attn1.to_out.0": 4, "attn1.to_k": 1, "attn1.to_v": 1}, {"attn1.to_out.0"}),
+    "another's differs": ({"attn1.to_q": 1, "attn1.to_k": 1, "ff.net.2": 4}, set()),
+    "one has none": ({"attn1.to_q": 1, "attn1.to_k": 1, "ff.net.2": None}, {"ff.net.2"}),
+    "one has none, and is right": ({"attn1.to_q": 2, "attn1.to_k": 2, "ff.net.2": None}, set()),
+}
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_alphas_that_a_unet_loses_are_told_by_their_keys_and_no_others(name: str, tmp_path: Path) -> None:
+    alphas, wrong = LOSING[name]
+    pipe = sd()
+    tensors: Tensors = {}
+    for module, alpha in alphas.items():
+        layer = pipe.unet.get_submodule(f"{BLOCK}.{module}")
+        stem = f"lora_unet_{BLOCK}.{module}".replace(".", "_")
+        tensors |= pair(stem, KOHYA, alpha=alpha, out=layer.out_features, into=layer.in_features)
+    found = said(tensors, tmp_path, "diffusers")
+    told = found["diffusers-alpha-lost"].where if wrong else ()
+    assert found.keys() == ({"diffusers-alpha-lost"} if wrong else {"runtime-accepts"})
+    assert set(told) == {f"lora_unet_{BLOCK}.{each}".replace(".", "_") + ".lora_down.weight" for each in wrong}
+    load(pipe, tmp_path)
+    scales = {each: pipe.unet.get_submodule(f"{BLOCK}.{each}").scaling["x"] for each in alphas}
+    meant = {each: 1.0 if alpha is None else alpha / 2 for each, alpha in alphas.items()}
+    assert {each for each in alphas if scales[each] != meant[each]} == wrong
+
+
+def test_alphas_that_text_encoders_lose_are_told(tmp_path: Path) -> None:
+    for part, other, wrong in (("te1", 4.0, {"q_proj", "fc1"}), ("te2", 4.0, {"q_proj"}), ("te2", 1.0, set())):
+        pipe = sdxl()
+        encoder = pipe.text_encoder if part == "te1" else pipe.text_encoder_2
+        tensors: Tensors = {}
+        for each, alpha in {"q_proj": other, "k_proj": 1.0, "v_proj": 1.0, "out_proj": 1.0, "fc1": other}.items():
+            ending = f"layers.0.{'mlp' if each == 'fc1' else 'self_attn'}.{each}"
+            name, layer = next((n, m) for n, m in encoder.named_modules() if n.endswith(ending))
+            stem = f"lora_{part}_text_model_" + name.removeprefix("text_model.").replace(".", "_")
+            tensors |= pair(stem, KOHYA, alpha=alpha, out=layer.out_features, into=layer.in_features)
+        found = said(tensors, tmp_path, "diffusers")
+        told = found["diffusers-alpha-lost"].where if wrong else ()
+        assert {each for each in ("q_proj", "k_proj", "fc1") if any(each in key for key in told)} == wrong
+        load(pipe, tmp_path)
+        held = [(n.rpartition(".")[2], m) for n, m in encoder.named_modules() if hasattr(m, "lora_A")]
+        scaled = {each: module.scaling["x"] for each, module in held}
+        assert len(scaled) == 5
+        for each in ("q_proj", "fc1"):
+            assert (scaled[each] != other / 2) == (each in wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "dropped"),
+    [
+        ("add_embedding.linear_1", "add_embedding_linear_1", True),
+        ("add_embedding.linear_2", "add_embedding_linear_2", True),
+        ("add_embedding.linear_1", "label_emb_0_0", False),
+        ("time_embedding.linear_1", "time_embedding_linear_1", False),
+        ("time_embedding.linear_2", "time_embed_2", False),
+    ],
+)
+def test_modules_that_a_unet_drops_are_told(module: str, name: str, dropped: bool, tmp_path: Path) -> None:
+    pipe = sdxl()
+    layer = pipe.unet.get_submodule(module)
+    key = f"{BLOCK}.attn1.to_q"
+    kept = pipe.unet.get_submodule(key)
+    tensors = pair(f"lora_unet_{name}", KOHYA, alpha=1, out=layer.out_features, into=layer.in_features)
+    tensors |= pair(f"lora_unet_{key}".replace(".", "_"), KOHYA, alpha=1, out=kept.out_features, into=kept.in_features)
+    found = said(tensors, tmp_path, "diffusers")
+    assert found.keys() == ({"diffusers-module-dropped"} if dropped else {"runtime-accepts"})
+    load(pipe, tmp_path)
+    assert hasattr(pipe.unet.get_submodule(key), "lora_A")
+    assert hasattr(pipe.unet.get_submodule(module), "lora_A") == (not dropped)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "fails"),
+    [
+        ("transformer_blocks_0_attn_to_q", 1.0, None),
+        ("transformer_blocks_0_attn_to_q", None, KeyError),
+        ("single_transformer_blocks_0_attn_to_k", 1.0, None),
+        ("single_transformer_blocks_0_norm_linear", 1.0, KeyError),
+        ("transformer_blocks_0_ff_net_2", 1.0, KeyError),
+    ],
+)
+def test_blocks_of_flux_behind_lora_transformer_are_read_as_told(
+    name: str, alpha: float | None, fails: type[Exception] | None, tmp_path: Path
+) -> None:
+    pipe = flux()
+    known = {n.replace(".", "_"): m for n, m in pipe.transformer.named_modules()}
+    layer = known[name]
+    tensors = pair(f"lora_transformer_{name}", KOHYA, alpha=alpha, out=layer.out_features, into=layer.in_features)
+    found = said(tensors, tmp_path, "diffusers")
+    assert found.keys() == ({"diffusers-blocks"} if fails else {"runtime-accepts"})
+    if fails:
+        with pytest.raises(fails):
+            pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    else:
+        load(pipe, tmp_path)
+        assert layer is not {n.replace(".", "_"): m for n, m in pipe.transformer.named_modules()}[name]
+
+
+def test_a_second_text_encoder_beside_lora_transformer_is_refused(tmp_path: Path) -> None:
+    tensors = pair("lora_transformer_transformer_blocks_0_attn_to_q", KOHYA, alpha=1, out=32, into=32)
+    tensors |= pair("lora_te2_encoder_block_0_layer_0_SelfAttention_q", KOHYA, alpha=1, out=32, into=32)
+    assert "diffusers-blocks" in said(tensors, tmp_path, "diffusers")
+    with pytest.raises(AssertionError):
+        flux().load_lora_weights(tmp_path, weight_name="lora.safetensors")
