@@ -20,7 +20,17 @@ from lorahub.engine.rounding.nearest import nearest
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.errors import NotFinite
 
-SHAPES = [(64, 128, 16), (37, 50, 5), (1, 1, 1), (3, 300, 33), (130, 200, 128), (65, 16, 256), (5, 7, 2), (9, 31, 3), (2, 70000, 2)]
+SHAPES = [
+    (64, 128, 16),
+    (37, 50, 5),
+    (1, 1, 1),
+    (3, 300, 33),
+    (130, 200, 128),
+    (65, 16, 256),
+    (5, 7, 2),
+    (9, 31, 3),
+    (2, 70000, 2),
+]
 STORED = [torch.bfloat16, torch.float16]
 FACTORS = [torch.bfloat16, torch.float32]
 
