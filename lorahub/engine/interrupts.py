@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,17 +18,18 @@ __all__ = ["held"]
 
 
 class _Held:
-    """The interrupts that one holder is to answer for."""
+    """The interrupts that one holder is to answer for, and how they would be answered if nobody held them."""
 
-    def __init__(self) -> None:
+    def __init__(self, handler: Callable[[int, FrameType | None], object] | None = None, *, deaf: bool = False) -> None:
         self.struck: list[tuple[int, FrameType | None]] = []
-        self.deaf = False
+        self.handler, self.deaf = handler, deaf
 
     def demand_none(self) -> None:
-        """Raise what was remembered, unless nobody here is to hear of it."""
-        if self.struck and not self.deaf:
+        """Answer what was remembered, unless nobody here is to hear of it: Python's own handler raises."""
+        if self.struck and not self.deaf and self.handler is not None:
+            first = self.struck[0]
             self.struck.clear()
-            raise KeyboardInterrupt
+            self.handler(*first)
 
 
 _holders: list[_Held] = []  # of the main thread, the innermost last
@@ -38,38 +39,39 @@ _holders: list[_Held] = []  # of the main thread, the innermost last
 def held(*, deaf: bool = False) -> Iterator[_Held]:
     """Interrupts are remembered in this block; may be nested.
 
-    In another thread than the main one, or where somebody has a handler of their own that is not Python's, this does
-    nothing: interrupts do not reach such a block, or are theirs.
+    In another thread than the main one, and where interrupts are ignored or end the process, this does nothing.
+    Where somebody has a handler of their own, that answers what is remembered.
 
     Args:
         deaf: blocks within this one do not hear of them either.
 
     Yields:
-        What knows of them: ``demand_none`` raises ``KeyboardInterrupt``.
+        What knows of them: ``demand_none`` answers them, by ``KeyboardInterrupt`` as a rule.
 
     Raises:
         KeyboardInterrupt: at the end of the outermost block, where nothing else is raised.
     """
-    mine = _Held()
     if threading.current_thread() is not threading.main_thread():
-        yield mine
+        yield _Held()
         return
-    mine.deaf = deaf or bool(_holders and _holders[-1].deaf)
-    before: Any = signal.getsignal(signal.SIGINT)
-    outermost = not _holders and callable(before)
-    if outermost:
+    outer = _holders[-1] if _holders else None
+    before: Any = signal.getsignal(signal.SIGINT) if outer is None else outer.handler
+    mine = _Held(before if callable(before) else None, deaf=deaf or (outer is not None and outer.deaf))
+    mounted = outer is None and mine.handler is not None
+    if mounted:
         signal.signal(signal.SIGINT, _remember)
     _holders.append(mine)
     try:
         yield mine
     finally:
         _holders.remove(mine)
-        if mine.struck and _holders:  # nobody asked here
-            _holders[-1].struck += mine.struck
-        if outermost:
+        if outer is not None:
+            outer.struck += mine.struck  # nobody asked here
+        if mounted:
             signal.signal(signal.SIGINT, before)
-    if mine.struck and not _holders:
-        before(*mine.struck[0])
+    if outer is None:
+        mine.deaf = False
+        mine.demand_none()
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
