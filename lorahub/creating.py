@@ -21,6 +21,7 @@ from lorahub.training.asked import asked, demand_seed, task_of, trainable_kind
 from lorahub.training.configs import arguments
 from lorahub.training.going_on import saying
 from lorahub.training.grounds import Terrain, begin, roles_of, whole_seats
+from lorahub.training.made import Made, described, planned
 from lorahub.training.peft_targets import completed
 from lorahub.training.resuming import taken_up
 from lorahub.training.rooted import demand_free
@@ -28,7 +29,7 @@ from lorahub.training.seats import Seat, Seats
 from lorahub.training.seen import seen
 from lorahub.training.targets import Patterns, Resolver
 from lorahub.training.targets import named as named_by
-from lorahub.training.trainee import Made, Trainee, described, planned
+from lorahub.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,8 +18,8 @@ from lorahub.opening import Base
 from lorahub.registry import Registry
 from lorahub.sources import Given
 from lorahub.training.going_on import going_on, parted, saying
+from lorahub.training.made import Made, described
 from lorahub.training.seats import Seats, seats_of
-from lorahub.training.trainee import Made, described
 
 __all__ = ["taken_up"]
 

@@ -6,14 +6,13 @@ optimizer and no loop.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast, final
 
 from lorahub.adapter import Adapter, save
@@ -24,57 +23,32 @@ from lorahub.deltas.departed import Departed
 from lorahub.deltas.kind import JSON
 from lorahub.deltas.lora import LoRA
 from lorahub.engine.planning.plan import Plan
-from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import NotFinite, UsageError
 from lorahub.files.atomic import write_failed
-from lorahub.findings import Finding, Verdict
+from lorahub.findings import Finding
 from lorahub.lazy import torch
 from lorahub.live.attached import Live
 from lorahub.live.copies import Bound
 from lorahub.merging import merge
-from lorahub.opening import Base, open_base
+from lorahub.opening import open_base
 from lorahub.plugins import load_registry
-from lorahub.recording import describe_base
-from lorahub.records import SCHEMA_VERSION, AdapterRecord
+from lorahub.records import AdapterRecord
 from lorahub.registry import Registry
 from lorahub.sources import load
 from lorahub.training.counts import Counts, count
 from lorahub.training.inputs import Wanting, switches
+from lorahub.training.made import Made, planned, too_wide
 from lorahub.training.passing import Passing
 from lorahub.training.rooted import CHILD, BaseSaving, Root, frozen, unmoved
 from lorahub.training.seating import Seating, plain, seating_of
-from lorahub.training.seats import Seat, Seats
+from lorahub.training.seats import Seat
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorahub.engine.changing.merge import Merged
 
-__all__ = ["Made", "Trainee", "described", "planned"]
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """An adapter that is to be trained, before the model knows of it.
-
-    Attributes:
-        base: the live base.
-        seats: its tensors.
-        name: what it is called.
-        dropout: the chance of an input of its own path to be dropped.
-        hints: as ``Adapter.hints``.
-        record: what is known of its base, as a record has it.
-        allow: finding codes to accept.
-    """
-
-    base: Base
-    seats: Seats
-    name: str
-    dropout: float = 0.0
-    hints: Mapping[str, JSON] = field(default_factory=lambda: MappingProxyType({}))
-    record: AdapterRecord
-    allow: Collection[str] = ()
+__all__ = ["Trainee"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +143,7 @@ class Trainee:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What there is to say of the adapter on this base, none of which forbids it."""
-        return (*self._plan.findings, *_too_wide(self._plan))
+        return (*self._plan.findings, *too_wide(self._plan))
 
     @property
     def adapter(self) -> Adapter:
@@ -427,45 +401,6 @@ class _Follow(Bound):
             self._trainee._follow()  # noqa: SLF001 - the other half of one thing
 
 
-def planned(made: Made, registry: Registry) -> Plan:
-    """Where it lands in its base.
-
-    Raises:
-        LorahubError: as merging it would.
-    """
-    heading = made.seats.heading()
-    found = plan_merge(
-        made.base.index, made.base.framework, {made.name: (heading, 1.0)}, registry.kinds, allow=tuple(made.allow)
-    )
-    found.check()
-    return found
-
-
-def _too_wide(plan: Plan) -> tuple[Finding, ...]:
-    """What there is to say of ranks that no change of the weight can have."""
-    above = {
-        step.out: side
-        for step in plan.steps
-        if step.before is not None and len(step.before.shape) > 1
-        for side in (min(step.before.shape[0], math.prod(step.before.shape[1:])),)
-        if any((term.rank or 0) > side for term in step.terms)
-    }
-    if not above:
-        return ()
-    name, side = next(iter(above.items()))
-    return (
-        Finding(
-            code="rank-above-side",
-            axis="placement",
-            level=Verdict.COMPATIBLE,
-            message=f"the rank is above the smaller side of {len(above)} weights, {side} of {name}: more parameters "
-            "are trained than are of use",
-            where=tuple(above),
-            remedy="a smaller r, or rank_pattern={...} for these",
-        ),
-    )
-
-
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
@@ -486,9 +421,3 @@ def _demand_finite(adapter: Adapter) -> None:
         raise NotFinite(
             f"NaN or infinity in what was trained on {', '.join(bad[:3])}", "the training diverged: try a smaller lr"
         )
-
-
-def described(base: Base, kinds: Collection[str], touched: Collection[str], **named: str | None) -> AdapterRecord:
-    """A record that says which base it is for, as far as that is known."""
-    about = describe_base(base.index, base.framework, touched, repo=named.get("repo"), revision=named.get("revision"))
-    return AdapterRecord(schema_version=SCHEMA_VERSION, kinds=tuple(sorted(kinds))).changed(base=about)

@@ -17,9 +17,10 @@ from training.nets import Net, batch, train
 
 import lorahub
 from lorahub.errors import UsageError
+from lorahub.training.made import Made
 from lorahub.training.seating import _Chair
 from lorahub.training.seats import Seat
-from lorahub.training.trainee import Made, Trainee, _Again
+from lorahub.training.trainee import Trainee, _Again
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
