@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from lorahub.deltas.lora import LoRA
+from lorahub.engine.changing import undo
 from lorahub.engine.changing.merge import merge_into
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.crew import Workspace
+from lorahub.engine.folding import planes
 from lorahub.engine.folding.fold import Fold
 from lorahub.engine.kernels import choice, compiling, merge_c
 from lorahub.engine.kernels.compiling import NotCompiled, library
 from lorahub.engine.kernels.merge_c import HIGHEST_RANK, Kernel, Notes
+from lorahub.engine.rounding import fast
 from lorahub.engine.rounding.nearest import nearest
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.errors import NotFinite
@@ -262,6 +265,18 @@ def test_a_change_too_large_to_be_noted_is_copied(tools):
     assert not torch.equal(live["a.weight"], weights["a.weight"])
     merged.undo()
     assert torch.equal(live["a.weight"], weights["a.weight"])
+
+
+def test_a_merge_without_the_kernel_says_so_and_why_unless_nobody_wants_it(tools, monkeypatch):
+    world = tools.World({"a.weight": tools.weights(40, 60, seed=1, dtype=torch.bfloat16)})
+    changes = {"a.weight": thin(tools, 40, 60, seed=3)}
+    for reason in ("there is no C compiler here", ""):
+        for module in (fast, planes, undo):
+            monkeypatch.setattr(module, "native", lambda reason=reason: choice.Native(None, reason))
+        findings = world.merge(world.live(), changes).report.findings
+        told = [finding for finding in findings if finding.code == fast.KERNEL_PLAIN]
+        assert bool(told) is bool(reason)
+        assert all(reason in finding.message and "CC=gcc" in finding.remedy for finding in told)
 
 
 def test_ranks_beyond_what_a_cache_holds_go_another_way(native):

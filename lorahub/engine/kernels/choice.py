@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from lorahub.engine.crew import Workspace
 from lorahub.engine.kernels import merge_torch
-from lorahub.engine.kernels.compiling import NotCompiled
+from lorahub.engine.kernels.compiling import NotCompiled, SwitchedOff
 from lorahub.engine.kernels.merge_c import Kernel, Notes, kernel
 from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.undoing.checksum import checksum
@@ -41,7 +41,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """What is compiled for the CPU: ``kernel``, or None and a ``reason``."""
+    """What is compiled for the CPU: ``kernel``, or None and a ``reason``, which is "" where nobody wants one."""
 
     kernel: Kernel | None
     reason: str = ""
@@ -52,6 +52,8 @@ def native() -> Native:
     """What merges 16-bit weights on the CPU; compiled on first use, and tried once a process."""
     try:
         found = kernel()
+    except SwitchedOff:
+        return Native(None)
     except NotCompiled as reason:
         return Native(None, str(reason))
     for storage in map(partial(getattr, torch), _SHORT):

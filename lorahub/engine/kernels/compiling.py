@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lorahub.files.user import cache_root
 
-__all__ = ["NotCompiled", "library"]
+__all__ = ["NotCompiled", "SwitchedOff", "library"]
 
 _SWITCH = "LORAHUB_KERNELS"
 _COMPILERS = ("cc", "gcc", "clang")
@@ -36,6 +36,10 @@ class NotCompiled(Exception):
     """Why there is no library."""
 
 
+class SwitchedOff(NotCompiled):
+    """There is none because somebody wants none."""
+
+
 @lru_cache(maxsize=8)
 def library(source: Path) -> ctypes.CDLL:
     """The compiled source.
@@ -44,11 +48,12 @@ def library(source: Path) -> ctypes.CDLL:
         source: one C file that needs no other.
 
     Raises:
-        NotCompiled: it was switched off (``LORAHUB_KERNELS=off``), there is no compiler, or it cannot do it.
+        SwitchedOff: ``LORAHUB_KERNELS=off``.
+        NotCompiled: there is no compiler, or it cannot do it.
     """
     chosen = os.environ.get(_SWITCH, "")
     if chosen.lower() == "off":
-        raise NotCompiled(f"{_SWITCH} is off")
+        raise SwitchedOff(f"{_SWITCH} is off")
     compiler = _compiler()
     try:
         text = source.read_bytes()

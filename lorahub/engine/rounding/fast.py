@@ -8,9 +8,10 @@ enough and float64 where it is not (``_ENOUGH``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import MappingProxyType
 from typing import final
 
 from lorahub.engine.folding.recipes import Factors, Noting, Recipe, Stretch, joined
@@ -203,6 +204,21 @@ def _is_compiled_for(storage: torch.dtype) -> bool:
     return str(storage).removeprefix("torch.") in _ENOUGH
 
 
+_COMPILED: Mapping[str, Callable[[torch.device], tuple[str, str]]] = MappingProxyType(
+    {
+        "cuda": lambda device: (
+            merger(device).reason,
+            "for speed: install the triton that this PyTorch asks for, and see that it runs on the device",
+        ),
+        "cpu": lambda _: (
+            native().reason,
+            "for speed: install a C compiler, or name one that works (CC=gcc); LORAHUB_KERNELS=off wants none",
+        ),
+    }
+)
+"""Sort of device -> why its compiled kernel does not run, or "", and what to do."""
+
+
 def told_of_kernels(
     steps: Iterable[Step], forms: Mapping[str, tuple[torch.device, torch.dtype]]
 ) -> tuple[Finding, ...]:
@@ -212,14 +228,14 @@ def told_of_kernels(
         steps: what was merged.
         forms: parameter -> the device and dtype that it has.
     """
-    plain: dict[tuple[str, str], list[str]] = {}
+    plain: dict[tuple[str, str, str], list[str]] = {}
     for step in steps:
         device, storage = forms[step.out]
         products = step.terms and all(term.windowed and term.additive and term.rank is not None for term in step.terms)
-        if device.type == "cuda" and products and _is_compiled_for(storage):
-            chosen = merger(device)
-            if chosen.reason:
-                plain.setdefault((str(device), chosen.reason), []).append(step.out)
+        if device.type in _COMPILED and products and _is_compiled_for(storage):
+            reason, remedy = _COMPILED[device.type](device)
+            if reason:
+                plain.setdefault((str(device), reason, remedy), []).append(step.out)
     return tuple(
         Finding(
             code=KERNEL_PLAIN,
@@ -228,9 +244,9 @@ def told_of_kernels(
             message=f"parameters on {device} were merged without the compiled kernel, more slowly and as near to the "
             f"float64 result: {reason}",
             where=tuple(names),
-            remedy="for speed: install the triton that this PyTorch asks for, and see that it runs on the device",
+            remedy=remedy,
         )
-        for (device, reason), names in plain.items()
+        for (device, reason, remedy), names in plain.items()
     )
 
 
