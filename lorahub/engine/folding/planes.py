@@ -153,7 +153,7 @@ class Rows:
             if step is None:
                 return None
             steps.append((step, at.out.numel()))
-        notes, finite, first = Notes(kernel, out.numel(), self._row, space), True, 0
+        notes, finite, first = Notes(kernel, out.dtype, out.numel(), self._row, space), True, 0
         for step, count in steps:
             finite = step.write(notes, first) and finite
             first += count

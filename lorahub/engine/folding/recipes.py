@@ -5,10 +5,11 @@ Changes of low rank alone are summed in a way that depends on the mode (``roundi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, final
 
 from lorahub.deltas.delta import ALL, Delta
 from lorahub.engine.crew import Workspace
@@ -72,6 +73,18 @@ class Stretch:
         """Scratch memory in the shape of ``out``."""
         return self.space.take(name, self.out.shape, dtype, self.out.device)
 
+    def together(self) -> Stretch:
+        """The stretch where its rows are contiguous: itself, or a copy in scratch memory; see ``take``."""
+        if self.lies_together:
+            return self
+        before = self.scratch("before", self.out.dtype).copy_(self.untouched)
+        return replace(self, before=before, out=self.scratch("out", self.out.dtype))
+
+    def take(self, other: Stretch) -> None:
+        """Take over the result of what ``together`` gave."""
+        if other is not self:
+            self.out.copy_(other.out)
+
 
 class Recipe(Protocol):
     """What happens to some rows."""
@@ -94,13 +107,18 @@ class Noting:
     change: Callable[[], Change]
 
 
-@runtime_checkable
-class Notable(Recipe, Protocol):
+class Notable(ABC):
     """A recipe that can note the way back in the pass that folds."""
 
+    @abstractmethod
+    def fold(self, at: Stretch, sums: Sums) -> Change:
+        """See ``Recipe``."""
+
+    @abstractmethod
     def noting(self, at: Stretch, sums: Sums) -> Noting | None:
         """The stretch made ready; None where nobody can note the way back, or not of these numbers."""
 
+    @abstractmethod
     def put(self, at: Stretch, sign: float = 1.0) -> None:
         """Do ``sign`` times what ``noting`` does where it can, as it does it, and note nothing."""
 
@@ -117,6 +135,8 @@ class Factors:
 def joined(factors: Sequence[Factors], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Up and down of one product that is the sum of all, over the first one's weight; float64 until the end."""
     leading = factors[0].weight
+    if len(factors) == 1 and leading:
+        return factors[0].up.to(device, dtype).contiguous(), factors[0].down.to(device, dtype).contiguous()
     ups, downs = [], []
     for each in factors:
         ratio = each.weight / leading if leading else each.weight
@@ -127,7 +147,7 @@ def joined(factors: Sequence[Factors], device: torch.device, dtype: torch.dtype)
 
 @final
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(Notable):
     """Nothing happens, but for a cast where the result is stored in another dtype."""
 
     def fold(self, at: Stretch, sums: Sums) -> Change:

@@ -87,6 +87,12 @@ class Change:
             self.lost + other.lost,
         )
 
+    def times(self, share: float) -> Change:
+        """The change of as many elements, of which each is like ``share`` of these."""
+        return Change(
+            self.before * share, self.added * share, self.wanted * share, self.kept * share, self.lost * share
+        )
+
     @property
     def relative(self) -> float | None:
         """The size of the change over the size of the weights, or None where these are all zero."""

@@ -26,7 +26,7 @@ __all__ = ["Choice", "Merger", "Native", "agrees", "merger", "native", "restore"
 
 Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
 
-_SHORT = ("bfloat16", "float16")  # what the CPU's kernel may take
+_MERGED = ("bfloat16", "float16", "float32")  # what the CPU's kernel may take
 _SHAPES = ((64, 128, 16), (70, 96, 5), (33, 40, 20))  # m, n, r: whole tiles, ragged ones, several steps of the rank
 
 
@@ -49,14 +49,14 @@ class Native:
 
 @lru_cache(maxsize=1)
 def native() -> Native:
-    """What merges 16-bit weights on the CPU; compiled on first use, and tried once a process."""
+    """What merges weights on the CPU; compiled on first use, and tried once a process."""
     try:
         found = kernel()
     except SwitchedOff:
         return Native(None)
     except NotCompiled as reason:
         return Native(None, str(reason))
-    for storage in map(partial(getattr, torch), _SHORT):
+    for storage in map(partial(getattr, torch), _MERGED):
         if found.takes(storage, 1) and not _is_right(found, storage):
             return Native(None, f"what was compiled gives other numbers for {storage}")
     return Native(found)
@@ -77,7 +77,7 @@ def _is_right(found: Kernel, storage: torch.dtype) -> bool:
         for patch, other in zip(ours, theirs, strict=True):
             weight, saved = patch.weight, other.saved
             assert saved is not None
-            notes = Notes(found, weight.numel(), weight.shape[1], Workspace())
+            notes = Notes(found, storage, weight.numel(), weight.shape[1], Workspace())
             packed = found.pack(patch.up.double(), patch.down.double(), storage)
             finite = found.add(packed, slice(None), patch.scale, weight, weight, notes)
             if not finite or not _near(weight, other.weight):

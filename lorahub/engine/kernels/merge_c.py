@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import final
 
 from lorahub.engine.crew import Workspace
+from lorahub.engine.folding.sums import Change
 from lorahub.engine.kernels.compiling import library
 from lorahub.engine.undoing.checksum import checksum_weights
 from lorahub.engine.undoing.residual import Steps
@@ -63,7 +64,7 @@ class _Job(ctypes.Structure):
         ("rank", ctypes.c_int64),
         ("up", ctypes.c_void_p),
         ("down", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
+        ("scale", ctypes.c_double),
         ("first", ctypes.c_int64),
         ("book", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
@@ -73,11 +74,12 @@ class _Job(ctypes.Structure):
 @final
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Factors as the kernel reads them.
+    """Factors as the kernel reads them for weights of one dtype.
 
     Attributes:
-        up: ``[m, r]`` float32, or bfloat16 with an even r.
-        down: ``[panels, r, panel]`` float32; bfloat16 ``[panels, r / 2, panel, 2]``.
+        up: ``[m, r]`` in the dtype of the sums, or bfloat16 with an even r.
+        down: ``[panels, r, panel]`` of that dtype; bfloat16 ``[panels, r / 2, panel, 2]``.  Where weights have 16 bits,
+            a panel's even columns come before its odd ones.
         rank: before it was made even.
         columns: before they were made whole panels.
     """
@@ -90,22 +92,24 @@ class Packed:
 
 @final
 class Notes:
-    """What one pass over some rows notes of the way back, in a workspace's memory."""
+    """What the kernel notes of one pass, or of several one after another, over rows that lie together."""
 
-    def __init__(self, kernel: Kernel, count: int, columns: int, space: Workspace) -> None:
+    def __init__(self, kernel: Kernel, storage: torch.dtype, count: int, columns: int, space: Workspace) -> None:
         """Nothing is noted yet.
 
         Args:
             kernel: what will note.
+            storage: dtype of the rows.
             count: elements of the rows.
             columns: the most that a matrix among them has.
             space: scratch memory.
         """
         cpu = torch.device("cpu")
+        word = torch.int16 if storage.itemsize == 2 else torch.int32
         self._steps = space.take("notes: steps", (count + count // 255 + 1,), torch.uint8, cpu)
         self._codes = space.take("notes: codes", (count,), torch.int8, cpu)
-        self._apart = space.take("notes: apart", (count,), torch.int16, cpu)
-        self.scratch = space.take("notes: scratch", (kernel.scratch(columns),), torch.int16, cpu)
+        self._apart = space.take("notes: apart", (count,), word, cpu)
+        self.scratch = space.take("notes: scratch", (kernel.scratch(storage, columns),), torch.uint8, cpu)
         self._weights, self._kernel = checksum_weights(cpu), kernel
         self.book = _book(self._steps, self._codes, self._apart)
         self.book.last = -1
@@ -135,41 +139,62 @@ class Kernel:
         def number(name: str) -> int:
             return int(ctypes.c_int32.in_dll(compiled, name).value)
 
-        self._panel, self._of_column = number("panel"), number("scratch_a_column")
-        self._merge = {(torch.bfloat16, False): compiled.merge_bfloat16}
+        self._panel, self._rows = number("panel_bytes"), number("scratch_rows")
+        names = {(torch.float32, False): "float32", (torch.bfloat16, False): "bfloat16"}
         if number("has_dots"):
-            self._merge[torch.bfloat16, True] = compiled.merge_bfloat16_dots
+            names[torch.bfloat16, True] = "bfloat16_dots"
         if number("has_float16"):
-            self._merge[torch.float16, False] = compiled.merge_float16
-        self._keep, self._restore, self._end = compiled.keep, compiled.restore, compiled.checksum_end
-        self._keep.restype = self._restore.restype = None
+            names[torch.float16, False] = "float16"
+        self._merge = {key: compiled[f"merge_{name}"] for key, name in names.items()}
+        self._look = {key: compiled[f"look_{name}"] for key, name in names.items()}
+        self._restore = {size: compiled[f"restore_{size}"] for size in (2, 4)}
+        self._keep, self._end = compiled.keep, compiled.checksum_end
+        for silent in (*self._look.values(), *self._restore.values(), self._keep):
+            silent.restype = None
         self._end.restype = ctypes.c_int64
 
     def takes(self, storage: torch.dtype, rank: int) -> bool:
         """Whether it merges changes of this rank into weights of this dtype."""
-        return (storage, False) in self._merge and rank <= HIGHEST_RANK
+        return (storage, False) in self._merge and rank <= HIGHEST_RANK * 2 // storage.itemsize
 
-    def scratch(self, columns: int) -> int:
-        """How many int16 a pass that notes needs."""
-        return self._of_column * self._whole(columns) + self._panel
+    def scratch(self, storage: torch.dtype, columns: int) -> int:
+        """How many bytes a pass that notes needs."""
+        room = self._whole(storage, columns) + self._panel // storage.itemsize
+        return self._rows * room * (2 + storage.itemsize)
 
     def pack(self, up: torch.Tensor, down: torch.Tensor, storage: torch.dtype) -> Packed:
         """Lay factors out for weights of a dtype.
 
         Args:
-            up: ``[m, r]``; numbers that bfloat16 cannot hold become float32.
+            up: ``[m, r]``; what is more exact than the sums is rounded to their dtype.
             down: ``[r, n]``.
             storage: of the weights.
         """
-        (rank, columns), panels = down.shape, self._whole(down.shape[1]) // self._panel
+        (rank, columns), panel = down.shape, self._panel // storage.itemsize
+        panels, turns = self._whole(storage, columns) // panel, 4 // storage.itemsize
         dots = (storage, True) in self._merge and _is_short(up) and _is_short(down)
         each = 2 if dots else 1
-        dtype, even = (torch.bfloat16 if dots else torch.float32), -(-rank // each) * each
-        left, right = up.new_zeros(len(up), even, dtype=dtype), up.new_zeros(even, panels * self._panel, dtype=dtype)
-        left[:, :rank] = up
-        right[:rank, :columns] = down
-        inner = right.view(even // each, each, panels, self._panel).permute(2, 0, 3, 1).contiguous()
+        sums = torch.float32 if storage.itemsize == 2 else torch.float64
+        dtype, even = (torch.bfloat16 if dots else sums), -(-rank // each) * each
+        left, right = _filled(up, (len(up), even), dtype), _filled(down, (even, panels * panel), dtype)
+        inner = right.view(even // each, each, panels, panel // turns, turns).permute(2, 0, 4, 3, 1).contiguous()
         return Packed(left, inner, rank, columns)
+
+    def look(self, packed: Packed, rows: slice, scale: float, before: torch.Tensor, pick: slice) -> Change:
+        """What ``add`` would do to some rows; nothing is written.
+
+        Args:
+            packed: the factors.
+            rows: which of theirs.
+            scale: of the product.
+            before: ``[rows, n]``, contiguous.
+            pick: which of its rows are looked at.
+        """
+        job = self._job(packed, rows, scale, before)
+        sizes = (ctypes.c_double * 4)()
+        self._look[self._key(packed, before)](ctypes.byref(job), ctypes.c_int64(pick.step), sizes)
+        found, added, kept, lost = sizes
+        return Change(found, added, added, kept, lost)
 
     def add(
         self,
@@ -181,7 +206,9 @@ class Kernel:
         notes: Notes | None = None,
         first: int = 0,
     ) -> bool:
-        """``out = before + scale * up @ down``, summed in float32 and rounded to the nearest once.
+        """``out = before + scale * up @ down``, rounded to the nearest once.
+
+        Sums are float32 for weights of 16 bits, and float64 for float32.
 
         Args:
             packed: the factors.
@@ -195,35 +222,25 @@ class Kernel:
         Returns:
             Whether every result is a finite number.
         """
-        merge = self._merge[before.dtype, packed.up.dtype == torch.bfloat16]
-        job = _Job(
-            before=before.data_ptr(),
-            out=out.data_ptr(),
-            rows=len(before),
-            columns=packed.columns,
-            rank=packed.rank,
-            up=packed.up[rows].data_ptr(),
-            down=packed.down.data_ptr(),
-            scale=scale,
-            first=first,
-            book=ctypes.addressof(notes.book) if notes else None,
-            scratch=notes.scratch.data_ptr() if notes else None,
-        )
-        finite = bool(merge(ctypes.byref(job)))
+        job = self._job(packed, rows, scale, before)
+        job.out = out.data_ptr()
+        if notes:
+            job.first, job.book, job.scratch = first, ctypes.addressof(notes.book), notes.scratch.data_ptr()
+        finite = bool(self._merge[self._key(packed, before)](ctypes.byref(job)))
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)  # as an operation of PyTorch's would
         return finite
 
     def keep(self, rows: torch.Tensor, notes: Notes) -> None:
         """Note that nothing is done to some contiguous rows."""
-        job = _Job(before=rows.data_ptr(), rows=1, columns=rows.numel(), book=ctypes.addressof(notes.book))
-        self._keep(ctypes.byref(job))
+        job = _Job(before=rows.data_ptr(), book=ctypes.addressof(notes.book))
+        self._keep(ctypes.byref(job), ctypes.c_int64(rows.nbytes))
 
     def restore(self, residual: Steps, given: torch.Tensor) -> None:
         """``residual.apply(given)``, in no memory."""
         book = _book(residual.steps, residual.codes, residual.wide)
         book.stepped = len(residual.steps)
-        self._restore(ctypes.byref(book), ctypes.c_void_p(given.data_ptr()))
+        self._restore[given.itemsize](ctypes.byref(book), ctypes.c_void_p(given.data_ptr()))
         if not given.is_inference():
             torch.autograd.graph.increment_version(given)
 
@@ -231,8 +248,35 @@ class Kernel:
         """The checksum of what was added to a running one."""
         return int(self._end(ctypes.byref(running)))
 
-    def _whole(self, columns: int) -> int:
-        return -(-columns // self._panel) * self._panel
+    def _whole(self, storage: torch.dtype, columns: int) -> int:
+        panel = self._panel // storage.itemsize
+        return -(-columns // panel) * panel
+
+    @staticmethod
+    def _key(packed: Packed, weights: torch.Tensor) -> tuple[torch.dtype, bool]:
+        return weights.dtype, packed.up.dtype == torch.bfloat16
+
+    @staticmethod
+    def _job(packed: Packed, rows: slice, scale: float, before: torch.Tensor) -> _Job:
+        start = packed.up.data_ptr() + (rows.start or 0) * packed.up.stride(0) * packed.up.itemsize
+        return _Job(
+            before=before.data_ptr(),
+            rows=len(before),
+            columns=packed.columns,
+            rank=packed.rank,
+            up=start,
+            down=packed.down.data_ptr(),
+            scale=scale,
+        )
+
+
+def _filled(numbers: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A matrix of a dtype, contiguous, with zeros behind its rows and columns up to a shape."""
+    if numbers.shape == shape:
+        return numbers.to(dtype).contiguous()
+    found = numbers.new_zeros(shape, dtype=dtype)
+    found[: numbers.shape[0], : numbers.shape[1]] = numbers
+    return found
 
 
 def _is_short(numbers: torch.Tensor) -> bool:

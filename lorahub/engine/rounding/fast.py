@@ -1,20 +1,21 @@
 """``fast``: at least 99.99 % of the elements equal the float64 result rounded once.
 
 None of the others is off by more than one unit in the last place of the larger of weight and result.  Products go onto
-16-bit weights in one pass of a compiled kernel (``kernels``); where there is none, those of bfloat16 factors go onto
-bfloat16 weights in one pass of PyTorch's own, and all else is summed window by window.  Sums are float32 where that is
+weights in one pass of a compiled kernel (``kernels``); where there is none, those of bfloat16 factors go onto bfloat16
+weights in one pass of PyTorch's own, and all else is summed window by window.  Sums are float32 where that is
 enough and float64 where it is not (``_ENOUGH``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
 from typing import final
 
-from lorahub.engine.folding.recipes import Factors, Noting, Recipe, Stretch, joined
+from lorahub.engine.folding.recipes import Factors, Notable, Noting, Recipe, Stretch, joined
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
 from lorahub.engine.kernels.choice import merger, native
@@ -31,7 +32,8 @@ KERNEL_PLAIN = "kernel-plain"
 """Code of the finding that a device has a compiled kernel for what was merged there, and it could not run."""
 
 _ENOUGH = {"bfloat16": 0.125, "float16": 0.02}
-"""How large a change of low rank may be, over the weights, for float32 sums to keep the promise; any for 8 bits.
+"""How large a change of low rank may be, over the weights, for float32 sums to keep the promise; any for 8 bits, and
+float32 is summed in float64.
 
 Measured up to rank 512 as the share of elements that differ from float64 rounded once.  bfloat16: 2 to 4 in 100,000 for
 a change of a tenth of the weights, 7 to 20 where it is as large.  float16 keeps three bits more: 4 to 6 at 0.02.
@@ -97,7 +99,7 @@ class _Look:
 
 
 @final
-class Product:
+class Product(Notable):
     """Low-rank changes alone, as one product."""
 
     def __init__(self, factors: Sequence[Factors], sums: Sums) -> None:
@@ -111,15 +113,19 @@ class Product:
         self._native = _native(factors, sums) if self._kernel is None else None
         self._packed: Packed | None = None
         self._short = torch.float32 if storage.itemsize < 4 and float32_is_float32() else torch.float64
-        self._enough = _ENOUGH.get(str(storage).removeprefix("torch."), float("inf"))
+        self._enough = _ENOUGH.get(str(storage).removeprefix("torch."))
 
     def fold(self, at: Stretch, sums: Sums) -> Change:
         """See ``Recipe``; the rows that are measured decide the dtype of the sums."""
+        if self._is_compiled(at):
+            here = at.together()
+            if (change := self._foreseen(here)) is not None:
+                self._compiled(here, 1.0)
+                at.take(here)
+                return change
         look = self._look(at)
-        if not self._is_enough(look):
+        if not self._is_enough(float(look.kept.norm()), float(look.added.norm())):
             self._add(at, sums, torch.float64)
-        elif self._is_compiled(at):
-            self.put(at)
         elif not self._launched(at) and (self._native is None or not self._native.fold(at, self._weight)):
             self._add(at, sums, self._short)
         return look.change(at)
@@ -128,35 +134,37 @@ class Product:
         """See ``Notable``."""
         if not self._is_compiled(at) or not at.lies_together:
             return None
-        look, packed = self._look(at), self._pack(at)
-        if not self._is_enough(look):
-            return None
-        return Noting(partial(self._compiled, packed, at, 1.0), partial(look.change, at))
+        change = self._foreseen(at)
+        return None if change is None else Noting(partial(self._compiled, at, 1.0), lambda: change)
 
     def put(self, at: Stretch, sign: float = 1.0) -> None:
         """See ``Notable``."""
-        if at.lies_together:
-            self._compiled(self._pack(at), at, sign)
-            return
-        aside = replace(
-            at, before=at.scratch("before", at.out.dtype).copy_(at.untouched), out=at.scratch("out", at.out.dtype)
-        )
-        self._compiled(self._pack(at), aside, sign)
-        at.out.copy_(aside.out)
+        here = at.together()
+        self._compiled(here, sign)
+        at.take(here)
 
     def _pack(self, at: Stretch) -> Packed:
         if self._packed is None:
             assert self._kernel is not None
-            short = {(each.up.dtype, each.down.dtype, each.weight) for each in self._factors}
-            dtype = torch.bfloat16 if short == {(torch.bfloat16, torch.bfloat16, self._weight)} else torch.float32
+            alike = {(each.up.dtype, each.down.dtype, each.weight) for each in self._factors}
+            wide = torch.float32 if at.out.dtype.itemsize < 4 else torch.float64
+            dtype = torch.bfloat16 if alike == {(torch.bfloat16, torch.bfloat16, self._weight)} else wide
             self._packed = self._kernel.pack(*joined(self._factors, at.out.device, dtype), at.out.dtype)
         return self._packed
 
-    def _compiled(self, packed: Packed, at: Stretch, sign: float, notes: Notes | None = None, first: int = 0) -> bool:
+    def _compiled(self, at: Stretch, sign: float, notes: Notes | None = None, first: int = 0) -> bool:
         """Fold a stretch by the CPU's kernel; whether all results are finite."""
         assert self._kernel is not None
         before, out = at.untouched.view(len(at.out), -1), at.out.view(len(at.out), -1)
-        return self._kernel.add(packed, at.rows, self._weight * sign, before, out, notes, first)
+        return self._kernel.add(self._pack(at), at.rows, self._weight * sign, before, out, notes, first)
+
+    def _foreseen(self, at: Stretch) -> Change | None:
+        """What the CPU's kernel will do to the weights; None where that takes wider sums than it has."""
+        assert self._kernel is not None
+        pick, share = sample(at.out.shape)
+        before = at.untouched.view(len(at.out), -1)
+        change = self._kernel.look(self._pack(at), at.rows, self._weight, before, pick).times(share)
+        return change if self._is_enough(math.sqrt(change.before), math.sqrt(change.added)) else None
 
     def _is_compiled(self, at: Stretch) -> bool:
         """Whether the CPU's kernel can fold these rows."""
@@ -168,13 +176,14 @@ class Product:
         added = torch.mm(up[at.rows][pick], down).mul_(self._weight)
         return _Look(pick, share, at.start(pick, self._short).flatten(1), added)
 
-    def _is_enough(self, look: _Look) -> bool:
-        return bool(look.added.norm() <= self._enough * look.kept.norm())
+    def _is_enough(self, weights: float, change: float) -> bool:
+        """Whether float32 sums of 16-bit weights keep the promise, by the norms of some rows; not where one is NaN."""
+        return self._enough is None or change <= self._enough * weights
 
     def _launched(self, at: Stretch) -> bool:
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
         kernel = merger(at.out.device)
-        if kernel.name == "torch" or not self._to_nearest or not _is_compiled_for(at.out.dtype):
+        if kernel.name == "torch" or not self._to_nearest or not _COMPILED["cuda"].takes(at.out.dtype):
             return False
         if not at.out.is_contiguous() or at.untouched.dtype != at.out.dtype:
             return False
@@ -199,24 +208,41 @@ class Product:
         return found
 
 
-def _is_compiled_for(storage: torch.dtype) -> bool:
-    """Whether the compiled kernel merges into weights of this dtype."""
-    return str(storage).removeprefix("torch.") in _ENOUGH
+@final
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The compiled kernel of a sort of device.
+
+    Attributes:
+        stored: names of the dtypes that it merges into.
+        reason: why it does not run on a device, or "".
+        remedy: what to do about that.
+    """
+
+    stored: frozenset[str]
+    reason: Callable[[torch.device], str]
+    remedy: str
+
+    def takes(self, storage: torch.dtype) -> bool:
+        """Whether it merges into weights of this dtype."""
+        return str(storage).removeprefix("torch.") in self.stored
 
 
-_COMPILED: Mapping[str, Callable[[torch.device], tuple[str, str]]] = MappingProxyType(
+_COMPILED: Mapping[str, _Compiled] = MappingProxyType(
     {
-        "cuda": lambda device: (
-            merger(device).reason,
+        "cuda": _Compiled(
+            frozenset({"bfloat16", "float16"}),
+            lambda device: merger(device).reason,
             "for speed: install the triton that this PyTorch asks for, and see that it runs on the device",
         ),
-        "cpu": lambda _: (
-            native().reason,
+        "cpu": _Compiled(
+            frozenset({"bfloat16", "float16", "float32"}),
+            lambda _: native().reason,
             "for speed: install a C compiler, or name one that works (CC=gcc); LORAHUB_KERNELS=off wants none",
         ),
     }
 )
-"""Sort of device -> why its compiled kernel does not run, or "", and what to do."""
+"""Sort of device -> its compiled kernel."""
 
 
 def told_of_kernels(
@@ -232,10 +258,9 @@ def told_of_kernels(
     for step in steps:
         device, storage = forms[step.out]
         products = step.terms and all(term.windowed and term.additive and term.rank is not None for term in step.terms)
-        if device.type in _COMPILED and products and _is_compiled_for(storage):
-            reason, remedy = _COMPILED[device.type](device)
-            if reason:
-                plain.setdefault((str(device), reason, remedy), []).append(step.out)
+        kernel = _COMPILED.get(device.type)
+        if kernel is not None and products and kernel.takes(storage) and (reason := kernel.reason(device)):
+            plain.setdefault((str(device), reason, kernel.remedy), []).append(step.out)
     return tuple(
         Finding(
             code=KERNEL_PLAIN,
