@@ -118,6 +118,10 @@ class Delta(ABC):
         """The change as exact factors, or None."""
         return None
 
+    def multiplied_rank(self) -> int:
+        """The rank of what ``low_rank`` gives, where factors have to be multiplied for it to be more than r; else 0."""
+        return 0
+
     def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
         """What the change at weight 1 adds to a module's output, for changes that do not look at the weight.
 

@@ -46,8 +46,9 @@ def expect_matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def covers(index: Index, size: int) -> bool:
     """Whether ``index`` takes every one of ``size`` positions once, in any order."""
-    positions = range(*index.indices(size)) if isinstance(index, slice) else index
-    return len(positions) == size and set(positions) == set(range(size))
+    if isinstance(index, slice):
+        return len(range(*index.indices(size))) == size
+    return len(index) == size and set(index) == set(range(size))
 
 
 def bind_slots(group: Group, patterns: Mapping[str, str]) -> Binding:

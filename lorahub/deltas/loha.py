@@ -93,6 +93,10 @@ class LoHa(Delta):
         """Any rows and columns."""
         return replace(self, rows=then(self.rows, rows), cols=then(self.cols, cols))
 
+    def multiplied_rank(self) -> int:
+        """The product of both sides' r."""
+        return self.w1_b.shape[0] * self.w2_b.shape[0]
+
     def low_rank(self) -> LowRank | None:
         """Row by row the Kronecker product of the factors, of rank r squared; None where that is not low.
 

@@ -85,7 +85,9 @@ class LoKr(Delta):
             )
         if self.trailing:
             change = _kron(left, right.reshape(b, -1, count))
-        elif self.rows or self.cols:
+        elif self.rows and not self.cols:
+            change = left[rows // b][:, :, None] * right[rows % b][:, None, :]
+        elif self.cols:
             right = right.reshape(b, -1, count)
             first = left[rows // b][:, cols // right.shape[1]]
             change = first[:, :, None] * right[rows % b][:, cols % right.shape[1]]
@@ -135,6 +137,11 @@ class LoKr(Delta):
         if rank >= min(size):
             return None
         return LowRank(cut(_kron(up1, up2), self.rows, 0), _kron(down1, down2), self.scale)
+
+    def multiplied_rank(self) -> int:
+        """The product of both sides' ranks; a whole matrix has its shorter side for one."""
+        sides = self._sides(torch.float64, torch.device("meta"))
+        return math.prod(parts[0].shape[1] if len(parts) == 2 else min(parts[0].shape) for parts in sides)
 
     def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
         """One side after the other, which are never multiplied out: inputs ``[c, d]``, outputs ``[a, b]``."""

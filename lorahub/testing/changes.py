@@ -102,7 +102,7 @@ def regions_are_local_or_refused(kind: Kind) -> None:
 def full_merges_alike(kind: Kind) -> None:
     """Law 6: ``Full(d.delta(W))`` merges as ``d`` does, and the other views of a delta agree with it.
 
-    ``replacement`` is the merged value, and ``low_rank`` multiplies out to the change.
+    ``replacement`` is the merged value, and ``low_rank`` multiplies out to the change and has the rank that is said.
     """
     for case in cases(kind):
         weight, change = case.weight, case.delta.delta(case.weight)
@@ -112,6 +112,10 @@ def full_merges_alike(kind: Kind) -> None:
             close(value.to(weight), weight + change, weight, f"{case.name}: replacement() is not the merged value")
         if (factors := case.delta.low_rank()) is not None:
             rank = factors.down.shape[0]
+            hold(
+                case.delta.multiplied_rank() in (0, rank),
+                f"{case.name}: low_rank() gives rank {rank}, and multiplied_rank() says {case.delta.multiplied_rank()}",
+            )
             multiplied = torch.zeros_like(weight).flatten(1)
             for r in range(rank):
                 multiplied += torch.outer(factors.up[:, r].to(weight), factors.down[r].to(weight)) * factors.scale

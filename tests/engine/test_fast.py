@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lorahub.bases.layout import Piece, Region
+from lorahub.deltas.loha import LoHa
+from lorahub.deltas.lokr import LoKr
 from lorahub.deltas.lora import LoRA
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.fold import Fold
 from lorahub.engine.folding.sums import Ingredient
+from lorahub.engine.kernels.merge_c import HIGHEST_RANK
 from lorahub.engine.planning.steps import Form, Step
 from lorahub.engine.rounding import fast
 from lorahub.engine.rounding.fast import FAST
@@ -60,7 +65,7 @@ def problem(rows, cols, rank, size, *, dtype, factors, seed=0):
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [0.01, 0.12, 1.0, 10.0])
 @pytest.mark.parametrize("rank", [1, 16, 64, 512])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_nearly_all_elements_are_float64_rounded_once_up_to_rank_512_and_changes_larger_than_weights(
     dtype, rank, size, factors
 ):
@@ -97,6 +102,26 @@ def test_a_weight_that_is_stored_turned_around_is_float64_rounded_once(factors):
     stored = weight.T.contiguous()
     found = run(fold(stored, delta, turned=True), stored)
     assert (found == expected.T).double().mean() >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("kind", "r"), [(LoKr, 12), (LoHa, 20)])
+def test_where_factors_would_have_to_be_multiplied_to_a_high_rank_windows_of_the_change_are_added(
+    kind, r, dtype, monkeypatch
+):
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(800, 900, generator=generator) * 0.02).to(dtype)
+    delta = kind.fresh((800, 900), r=r, generator=generator)
+    filled = {name: torch.randn(each.shape, generator=generator) for name, each in delta.tensors().items()}
+    delta = replace(delta, **filled, scale=1e-5)
+    assert delta.multiplied_rank() > HIGHEST_RANK
+    low = delta.low_rank()
+    assert low.up.shape[1] == delta.multiplied_rank()
+    wanted = once(weight.double() + low.scale * (low.up @ low.down), dtype)
+    monkeypatch.setattr(kind, "low_rank", lambda _: pytest.fail("it was multiplied out"))
+    found = run(fold(weight, delta), weight)
+    assert (found != weight).double().mean() > 0.1
+    assert (found != wanted).double().mean() < 1e-4
 
 
 def test_scales_are_never_rounded_into_bfloat16_factors():

@@ -19,7 +19,7 @@ from lorahub.engine.folding.recipes import Factors, Keep, Notable, Noting, Put, 
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
 from lorahub.engine.folding.windows import cut
 from lorahub.engine.kernels.choice import native
-from lorahub.engine.kernels.merge_c import Notes
+from lorahub.engine.kernels.merge_c import HIGHEST_RANK, Notes
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 
@@ -230,11 +230,15 @@ def _part(shape: Sequence[int], item: Ingredient) -> _Part | None:
     value = item.delta.replacement() if item.weight == 1 else None
     if value is not None:
         return _Part(span.start, span.stop, value=turn(value)[of_along])
-    low = item.delta.low_rank() if len(shape) > 1 else None
+    windowed = item.local and not turned
+    thin = (
+        item.delta.multiplied_rank() <= HIGHEST_RANK or not windowed
+    )  # otherwise a product costs more than the change
+    low = item.delta.low_rank() if len(shape) > 1 and thin else None
     if low is not None:
         up, down = (low.down.T, low.up.T) if turned else (low.up, low.down)
         return _Part(span.start, span.stop, factors=(up[of_along], down), weight=item.weight * low.scale)
-    if turned or not item.local:
+    if not windowed:
         return None
     return _Part(span.start, span.stop, delta=item.delta.region(of_along, ALL), weight=item.weight)
 

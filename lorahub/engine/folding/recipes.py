@@ -226,8 +226,8 @@ class Sum:
         return change
 
     def _window(self, at: Stretch, sums: Sums) -> Change:
-        untouched = at.scratch("untouched", sums.dtype).copy_(at.untouched)
-        kept = untouched if at.untouched.dtype == at.out.dtype else at.start(slice(None), sums.dtype)
+        pick, share = sample(at.out.shape)
+        untouched, kept = at.scratch("untouched", sums.dtype).copy_(at.untouched), at.start(pick, sums.dtype)
         total = at.scratch("total", sums.dtype)
         total.copy_(untouched if self._value is None else self._value[at.rows])
         if self._product is not None:
@@ -236,4 +236,4 @@ class Sum:
         for weight, delta in self._deltas:
             total.add_(delta.region(at.rows, ALL).delta(untouched), alpha=weight)
         sums.mode.round(total, at.out, sums.name, at.first)
-        return Change.of(kept, total.sub_(untouched), sums.cast(at.out))
+        return Change.of(kept, total[pick] - untouched[pick], sums.cast(at.out[pick]), share)
