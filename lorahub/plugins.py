@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -45,6 +45,7 @@ ROOMS = (
 )
 """Packages whose modules may implement hooks."""
 
+_PREFIX = "lorahub_"  # of every hook
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 
 
@@ -127,7 +128,8 @@ def _built_in() -> list[_Candidate]:
     owners: dict[tuple[str, str], str] = {}
     for room in ROOMS:
         for found in pkgutil.iter_modules(importlib.import_module(room).__path__, prefix=f"{room}."):
-            objects = _collect(_hooks(importlib.import_module(found.name), found.name))
+            hooks = _named(importlib.import_module(found.name))
+            objects = _collect(_hooks(hooks, found.name) if vars(hooks) else {})
             candidate = _Candidate(info=PluginInfo(name=found.name), objects=objects)
             for sort, name in candidate.names():
                 if owner := owners.get((sort, name)):
@@ -135,6 +137,11 @@ def _built_in() -> list[_Candidate]:
                 owners[sort, name] = found.name
             result.append(candidate)
     return result
+
+
+def _named(module: ModuleType) -> SimpleNamespace:
+    """What a module of lorahub's own has that can be a hook; pluggy looks at every name, and a module has many."""
+    return SimpleNamespace(**{name: value for name, value in vars(module).items() if name.startswith(_PREFIX)})
 
 
 def _load(point: metadata.EntryPoint, disabled: str, allowed: str) -> _Candidate:

@@ -365,8 +365,7 @@ ALWAYS int merge(enum storage s, int dots, int booked, const struct job *given) 
         struct sums product[HIGH];
         multiply(s, dots, left, j.down + c / PANEL(s) * pairs * 2 * VECTOR, pairs, product);
         int64_t here = end - c < PANEL(s) ? end - c : PANEL(s);
-#pragma GCC unroll 8
-        for (int i = 0; i < HIGH && i < high; i++) {  // unrolled, so that products stay in registers
+        for (int i = 0; i < high; i++) {
           const uint8_t *from = before + i * of_row + c * BYTES(s);
           uint8_t *to = out + i * of_row + c * BYTES(s);
           struct row *row = booked ? rows + i : NULL;

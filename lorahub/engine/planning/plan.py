@@ -37,7 +37,7 @@ from lorahub.formats.pages import FEWEST
 
 __all__ = ["Form", "Header", "Plan", "Step", "Term", "plan"]
 
-_BUFFERS = 56 << 20  # bytes a thread that reads and writes takes for pieces of files, and its allocator keeps
+_BUFFERS = 72 << 20  # bytes a thread that reads and writes takes for pieces of files, and its allocator keeps
 
 
 class Header(Protocol):
