@@ -91,10 +91,22 @@ def site_of(model: nn.Module, name: str) -> Site | None:
 
 
 def _class(module: Any) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """The qualified name of the module's class; of one that FSDP2 shards, of the class that it had."""
+    kinds = type(module).__mro__
+    kind = kinds[2] if kinds[1].__name__ == "FSDPModule" and kinds[1].__module__.startswith(_FSDP) else kinds[0]
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_FSDP = "torch.distributed.fsdp"
 
 
 def _replaced(module: Any) -> bool:
-    """Whether somebody put another ``forward`` into the module; accelerate's calls the module's own, and moves it."""
+    """Whether somebody put another ``forward`` into the module, which may do anything.
+
+    accelerate's calls the module's own, and moves it; that of Transformers' tensor parallelism has inputs or outputs in
+    parts.
+    """
     own = vars(module)
-    return "forward" in own and not ("_old_forward" in own and "_hf_hook" in own)
+    if "forward" not in own or ("_old_forward" in own and "_hf_hook" in own):
+        return False
+    return not str(getattr(own["forward"], "__module__", "")).startswith("transformers.distributed.")

@@ -15,6 +15,7 @@ from lorahub.bases.calls import site_of
 from lorahub.bases.framework import BaseFiles, Created, Edits, whole_layouts
 from lorahub.bases.index import BaseIndex, BaseRef, ParameterInfo, natural
 from lorahub.bases.layout import Layout, Target
+from lorahub.bases.placements import is_sharded
 from lorahub.bases.site import Site
 from lorahub.deltas.kind import JSON
 from lorahub.errors import UnsupportedFormat, UsageError
@@ -266,6 +267,8 @@ def _turned(module: nn.Module | None) -> bool:
 
 def _storage(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, looked at in the same way."""
+    if is_sharded(tensor):  # it has no memory of its own, and gives any address
+        return tuple(tensor.shape), _storage(tensor.to_local())
     address = tensor.data_ptr() if tensor.layout == torch.strided else 0
     if not address:  # meta, empty or sparse: sharing can be seen only where the very object is shared
         return id(tensor)

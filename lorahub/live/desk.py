@@ -27,6 +27,7 @@ from lorahub.live.grouped import Rows
 from lorahub.live.lookup import stand_for
 from lorahub.live.short import Short, short_at
 from lorahub.live.spots import Loaded, Part, Spot, Way
+from lorahub.live.tensor_parallel import is_part, refused
 
 __all__ = ["Choice", "Desk", "View"]
 
@@ -448,6 +449,8 @@ class Desk:
                 "cannot take adapters of their own there",
                 "run rows of different adapters apart: live.set_adapters([...])",
             )
+        if is_part(own, spot.shape):
+            raise refused(spot.place.name, "only changes of low rank can be added in parts")
         for adapter in view.adapters:
             if adapter.takes(spot.key, *ways):
                 adapter.fired.add(spot.key)

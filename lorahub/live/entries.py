@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from lorahub.bases.site import Site
 from lorahub.deltas.delta import Delta, LowRank
@@ -19,6 +19,9 @@ from lorahub.live import grouped
 from lorahub.live.effective import change, cut, writable
 from lorahub.live.grouped import Rows
 from lorahub.live.spots import Loaded, Part, Spot, Way
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ByRow", "Entry", "Stack", "entry_of", "in_graph", "row_entry", "stack_of"]
 
@@ -113,6 +116,7 @@ class Entry:
         owns: changes with a way of their own, each with its weight.
         changes: what changes the numbers of a quantised weight, each with its weight.
         spot: where.
+        over: groups of processes over which the product between the factors is summed, each having a part of it.
     """
 
     site: Site
@@ -122,6 +126,7 @@ class Entry:
     owns: tuple[tuple[Delta, torch.Tensor], ...]
     changes: tuple[tuple[Part, float], ...]
     spot: Spot
+    over: tuple[ProcessGroup, ...] = ()
 
     @property
     def anew(self) -> bool:
@@ -146,6 +151,8 @@ class Entry:
             if not self.stack.fits(y.dtype, y.device):  # only in a graph, which converts as it goes
                 up, down = up.to(y), down.to(y)
             inner = site.inner(x if site.op == "embedding" else x.to(y.dtype), up, down)
+            for group in self.over:
+                torch.distributed.all_reduce(inner, group=group)
             number = None if torch.compiler.is_compiling() else self.number  # it would be part of the graph
             if number is None or site.op == "conv":
                 inner, number = self._weighted(inner).to(y.dtype), 1.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorahub.lazy import torch
 from lorahub.live.copies import Bound, demand_whole, pickled_hook
 from lorahub.live.short import dropped
+from lorahub.live.tensor_parallel import Parts, has_part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +76,7 @@ class Output(_Hook):
     def __init__(self, desk: Desk, door: Door) -> None:
         super().__init__(desk)
         self.key, self.door = door.key, door
+        self._parts = Parts()
 
     def __call__(
         self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor], y: torch.Tensor
@@ -107,7 +109,7 @@ class Output(_Hook):
             again = self.desk.refit(view, self.key, y)
             assert again is not None
             act = again
-        return act.add(x, y, changes=changes)
+        return self._parts.add(act, x, y) if has_part(act, x, y) else act.add(x, y, changes=changes)
 
 
 class Begin(_Hook):

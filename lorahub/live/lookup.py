@@ -90,8 +90,8 @@ class Lookup(dict[str, Any]):
 
 
 def _shards(caller: FrameType) -> bool:
-    """Whether it is who puts sharded and gathered parameters in each other's place, and looks them up by name."""
-    return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
+    """Whether it is who puts sharded parameters in the place of whole ones, or those of gathered ones."""
+    return str(caller.f_globals.get("__name__")).startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
 
 
 def _grows(view: View, own: torch.Tensor) -> bool:

@@ -1,22 +1,16 @@
-"""Processes that merge into a sharded model; run by test_sharding.py, and forked once everything is imported.
+"""Processes that merge into a sharded model; run by test_sharding.py.
 
 Each builds the same model twice, shards one of them, merges an adapter into both and says how they compare.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import rank_groups
 import torch
 from torch import nn
-from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -120,11 +114,7 @@ def broken(rank: int) -> dict[str, Any]:
 WAYS = {"fsdp": fsdp, "tensor-parallel": tensor_parallel, "both": both}
 
 
-def main(folder: Path, rank: int, world: int, jobs: Mapping[str, Any]) -> None:
-    torch.set_num_threads(1)
-    patience = timedelta(minutes=2)
-    meeting = f"file://{folder / 'meeting'}"
-    init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
+def work(rank: int, world: int, jobs: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, job in jobs.items():
         way, adapter, options = job["way"], job.get("adapter", ""), job.get("options", {})
@@ -134,50 +124,8 @@ def main(folder: Path, rank: int, world: int, jobs: Mapping[str, Any]) -> None:
             found[name] = refused(adapter, world)
         else:
             found[name] = compare(WAYS[way], world, adapter, options)
-    draft = folder / f"rank-{rank}.json.draft"
-    draft.write_text(json.dumps(found))
-    draft.rename(folder / f"rank-{rank}.json")
-    leave()
-
-
-def leave() -> NoReturn:
-    """End this process with success once every rank has come here, without taking the interpreter down.
-
-    Gloo's threads outlive ``destroy_process_group`` while a device mesh refers to the group.  A thread that lets go of
-    the tensors of its last collective while the interpreter is being finalised asks for the interpreter's lock, is
-    ended by that in the middle of a destructor, and takes the process with it: "terminate called without an active
-    exception".
-    """
-    barrier()
-    destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def start(folder: Path, rank: int, world: int, jobs: Mapping[str, Any]) -> int:
-    """Fork one rank, which says what it has to say in a file of its own; its process."""
-    if child := os.fork():
-        return child
-    try:
-        said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        main(folder, rank, world, jobs)
-    except BaseException:  # noqa: BLE001 - a fork must not go on with what its parent does
-        traceback.print_exc()
-        sys.stderr.flush()
-    os._exit(1)
-
-
-def together(folder: Path, world: int, jobs: Mapping[str, Any]) -> list[int]:
-    """Run one group of ranks: the exit code of each."""
-    folder.mkdir()
-    ranks = [start(folder, rank, world, jobs) for rank in range(world)]
-    return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    return found
 
 
 if __name__ == "__main__":
-    groups = json.loads(sys.argv[2])
-    codes = {name: together(Path(sys.argv[1]) / name, *group) for name, group in groups.items()}
-    sys.stdout.write(json.dumps(codes))
+    rank_groups.run(work)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_groups
 import torch
 
-from lorahub.engine.changing.sharding import _chunks, _joined, _overlaps, _within
+from lorahub.bases.placements import _chunks, _joined, _within
+from lorahub.engine.changing.sharding import _overlaps
 from lorahub.files.writer import save_file
 
 SCRIPT = Path(__file__).with_name("sharded_ranks.py")
@@ -67,12 +69,7 @@ def groups(run_script: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     }
     codes = run_script(SCRIPT.read_text(), folder, json.dumps(given))
 
-    def found(name: str) -> list[Any]:
-        said = "\n".join((folder / name / f"said-{rank}").read_text() for rank in range(given[name][0]))
-        assert codes[name] == [0] * given[name][0], said
-        return [json.loads((folder / name / f"rank-{rank}.json").read_text()) for rank in range(given[name][0])]
-
-    return found
+    return lambda name: rank_groups.found_by(folder, name, codes)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ https://docs.pytorch.org/docs/stable/distributed.tensor.html; knows no adapters'
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING
 
 from lorahub.bases.layout import Piece, Region
+from lorahub.bases.placements import Runs, held_positions, is_sharded
 from lorahub.deltas.delta import ALL, Index
 from lorahub.engine.folding.bind import HasDeltas
 from lorahub.engine.planning.plan import Plan
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = ["local_parts"]
-
-_Runs: TypeAlias = "tuple[range, ...]"
-"""The positions on one axis of a parameter that a process holds, in the order in which it has them."""
 
 _GATHER = "merge to disk (out=FOLDER, or lorahub merge ... -o FOLDER) and load the result in shards"
 
@@ -53,7 +51,7 @@ def local_parts(
         Incompatible: a change cannot be cut to the part that is here, or a parameter is sharded along an axis
             that no change is cut on, or holds partial sums.
     """
-    sharded: dict[str, DTensor] = {name: tensor for name, tensor in parameters.items() if _is_sharded(tensor)}
+    sharded: dict[str, DTensor] = {name: tensor for name, tensor in parameters.items() if is_sharded(tensor)}
     if not sharded:
         return plan, parameters
     if isinstance(read_mode(plan.mode), Stochastic):  # an element's bits follow from its place in the whole
@@ -69,11 +67,6 @@ def local_parts(
     return replace(plan, steps=tuple(steps)), {**parameters, **here}
 
 
-def _is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _here(tensor: DTensor) -> torch.Tensor:
     """What this process holds: the memory itself."""
     with torch.no_grad():
@@ -82,7 +75,7 @@ def _here(tensor: DTensor) -> torch.Tensor:
 
 def _local_step(step: Step, tensor: DTensor) -> Step | None:
     """The step over this process's part, or None where nothing of it changes here."""
-    axes = _held(step.out, tensor)
+    axes = held_positions(step.out, tensor)
     shape = tuple(_here(tensor).shape)
     if shape != tuple(sum(map(len, runs)) for runs in axes):
         raise Incompatible(
@@ -97,55 +90,7 @@ def _local_step(step: Step, tensor: DTensor) -> Step | None:
     return replace(step, before=form, after=form, terms=terms)
 
 
-def _held(name: str, tensor: DTensor) -> tuple[_Runs, ...]:
-    """For each axis the positions that this process holds, from the placements of its mesh, the first applied first."""
-    axes: list[_Runs] = [(range(size),) for size in tensor.shape]
-    mesh = tensor.device_mesh
-    for number, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        if placement.is_partial():
-            raise Incompatible(
-                f"{name} holds partial sums ({placement}), which add up to the parameter only after a reduction",
-                "redistribute it as Replicate or Shard first",
-            )
-        axis = int(getattr(placement, "dim")) % len(axes)  # noqa: B009 - the base class Placement declares none
-        parts, mine = mesh.size(number), mesh.get_local_rank(number)
-        # a strided shard takes its share of each of ``split_factor`` sections, such as gate and up of a fused layer
-        sections = _chunks(range(sum(map(len, axes[axis]))), int(getattr(placement, "split_factor", 1)))
-        spans = [span for section in sections for span in _chunks(section, parts)[mine : mine + 1]]
-        axes[axis] = tuple(run for span in spans for run in _within(axes[axis], span))
-    return tuple(_joined(runs) for runs in axes)
-
-
-def _chunks(span: range, count: int) -> list[range]:
-    """``span`` cut as ``torch.chunk`` cuts: equal parts, the last shorter, and perhaps fewer than ``count``."""
-    height = -(-len(span) // count)
-    return [span[start : start + height] for start in range(0, len(span), height)] if height else []
-
-
-def _within(runs: _Runs, span: range) -> Iterator[range]:
-    """The positions numbered ``span`` among those of ``runs``."""
-    at = 0
-    for run in runs:
-        part = run[max(span.start - at, 0) : max(span.stop - at, 0)]
-        if part:
-            yield part
-        at += len(run)
-
-
-def _joined(runs: Iterable[range]) -> _Runs:
-    """Runs with neighbours that follow on each other made one."""
-    joined: list[range] = []
-    for run in runs:
-        if joined and joined[-1].stop == run.start:
-            joined[-1] = range(joined[-1].start, run.stop)
-        else:
-            joined.append(run)
-    return tuple(joined)
-
-
-def _local_terms(term: Term, name: str, axes: Sequence[_Runs], shape: Sequence[int]) -> Iterator[Term]:
+def _local_terms(term: Term, name: str, axes: Sequence[Runs], shape: Sequence[int]) -> Iterator[Term]:
     """The term cut to what is held: one for each rectangle that lies together both here and in the change."""
     region, of_delta = term.piece.of_parameter, term.piece.of_delta
     left, sizes, expert = list(axes), list(shape), region.expert
@@ -173,7 +118,7 @@ def _local_terms(term: Term, name: str, axes: Sequence[_Runs], shape: Sequence[i
         )
 
 
-def _local_position(runs: _Runs, position: int) -> int | None:
+def _local_position(runs: Runs, position: int) -> int | None:
     at = 0
     for run in runs:
         if position in run:
@@ -182,7 +127,7 @@ def _local_position(runs: _Runs, position: int) -> int | None:
     return None
 
 
-def _overlaps(index: Index, of_delta: Index, runs: _Runs, size: int) -> Iterator[tuple[Index, Index]]:
+def _overlaps(index: Index, of_delta: Index, runs: Runs, size: int) -> Iterator[tuple[Index, Index]]:
     """(part of the local axis, part of the change's axis) wherever they meet.
 
     Args:
@@ -206,7 +151,7 @@ def _overlaps(index: Index, of_delta: Index, runs: _Runs, size: int) -> Iterator
         at += len(run)
 
 
-def _scattered(index: Index, of_delta: Index, runs: _Runs, size: int) -> Iterator[tuple[Index, Index]]:
+def _scattered(index: Index, of_delta: Index, runs: Runs, size: int) -> Iterator[tuple[Index, Index]]:
     to = range(*index.indices(size)) if isinstance(index, slice) else index
     source = range(of_delta.start or 0, sys.maxsize) if isinstance(of_delta, slice) else of_delta
     local = {position: here for here, position in enumerate(position for run in runs for position in run)}
