@@ -1,4 +1,4 @@
-"""Merging into bfloat16 weights in memory: lorahub against PEFT's ``merge_adapter`` and the least it could take.
+"""Merging into weights in memory: lorahub against PEFT's ``merge_adapter`` and the least it could take.
 
 All sides change the same memory, one after another, repeat by repeat, and the weights are put back in between (not
 timed).  The floor is one pass that reads and writes every weight that a merge changes (``W.mul_(1)``).  lorahub's time
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,27 @@ from typing import Any
 import torch
 from measure import Sample, fold, ratios
 from models import LLAMA, TARGETS, Stack, lora_on, meta_llama, randomise, small
-from peft import PeftModel
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import lorahub
 
-__all__ = ["layers", "llama"]
+__all__ = ["kinds", "layers", "layers32", "llama"]
 
 FLOOR = "read + write pass"
-ADDMM = "torch addmm_, bf16 factors"
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
+
+_KINDS: dict[str, Callable[[list[str]], Any]] = {
+    "LoRA": lambda names: LoraConfig(r=16, target_modules=names),
+    "DoRA": lambda names: LoraConfig(r=16, use_dora=True, target_modules=names),
+    "LoHa": lambda names: LoHaConfig(r=8, target_modules=names),
+    "LoKr": lambda names: LoKrConfig(r=16, target_modules=names),
+    "(IA)3": lambda names: IA3Config(target_modules=names, feedforward_modules=[]),
+    "OFT": lambda names: OFTConfig(oft_block_size=32, r=0, target_modules=names),
+    "VeRA": lambda names: VeraConfig(r=64, target_modules=names),
+}
 
 UNDO = {"": "auto", ", no undo": "none"}
 """How lorahub's sides are named, and what they keep for undoing."""
@@ -43,12 +53,17 @@ def _ours(word: str, kept: str) -> str:
     return f"lorahub.merge, {word} factors{kept}"
 
 
-PAIRS = [
-    *((_peft(word), _ours(word, kept)) for kept in UNDO for word in FACTORS),
-    *((_ours(word, kept), FLOOR) for kept in UNDO for word in FACTORS),
-    *((_peft(word), FLOOR) for word in FACTORS),
-    (ADDMM, FLOOR),
-]
+def _addmm_(word: str) -> str:
+    return f"torch addmm_, {word} factors"
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    return [
+        *((_peft(word), _ours(word, kept)) for kept in UNDO for word in words),
+        *((_ours(word, kept), FLOOR) for kept in UNDO for word in words),
+        *((_peft(word), FLOOR) for word in words),
+        (_addmm_(words[0]), FLOOR),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +85,57 @@ def layers(quick: bool) -> dict[str, Any]:
             return Stack(count, width)
 
     title = f"Merge in memory: {count} linear layers of {width} x {width}, bf16, rank 16"
-    return {"title": title} | _compare(build, shapes, [str(i) for i in range(count)], repeats=3 if quick else 9)
+    return {"title": title} | _compare(build, shapes, _numbers(count), repeats=3 if quick else 9)
+
+
+def layers32(quick: bool) -> dict[str, Any]:
+    """Four layers of 4096 x 4096 in float32."""
+    count, width = (2, 1024) if quick else (4, 4096)
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return Stack(count, width).float()
+
+    title = f"Merge in memory: {count} linear layers of {width} x {width}, float32, rank 16"
+    repeats = 3 if quick else 9
+    return {"title": title} | _compare(build, build().state_dict(), _numbers(count), words=["fp32"], repeats=repeats)
+
+
+def kinds(quick: bool) -> dict[str, Any]:
+    """Every kind of adapter that PEFT merges as we do, on four layers of 4096 x 4096."""
+    count, width = (2, 512) if quick else (4, 4096)
+    targets = _numbers(count)
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return Stack(count, width)
+
+    state = randomise(build().state_dict(), seed=1)
+    samples: dict[str, list[Sample]] = {}
+    for kind, config in _KINDS.items():
+        torch.manual_seed(2)
+        wrapped, plain = get_peft_model(_live(build, state), config(targets)), _live(build, state)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.01)
+            wrapped.save_pretrained(folder)
+            layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+            adapter = lorahub.load(folder)
+            sides = {
+                f"PEFT, {kind}": Side(wrapped.merge_adapter, partial(_forget_merge, layers)),
+                f"lorahub, {kind}": Side(partial(lorahub.merge, plain, {"a": adapter}, allow=["delta-lost"])),
+            }
+            weights = [module.get_base_layer().weight for module in layers]
+            samples |= _timed(sides, weights, repeats=2 if quick else 5)[0]
+    title = f"Merge in memory by kind: {count} linear layers of {width} x {width}, bf16"
+    pairs = [(f"PEFT, {kind}", f"lorahub, {kind}") for kind in _KINDS]
+    return {
+        "title": title,
+        "repeats": 2 if quick else 5,
+        "sides": {name: fold(each) for name, each in samples.items()},
+        "ratios": ratios(samples, pairs, "wall_s"),
+    }
 
 
 def llama(quick: bool) -> dict[str, Any]:
@@ -83,56 +148,69 @@ def llama(quick: bool) -> dict[str, Any]:
     return {"title": title} | _compare(lambda: meta_llama(config), model.state_dict(), TARGETS, repeats=repeats)
 
 
+def _numbers(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+def _live(build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
+    model = build()
+    model.load_state_dict(state, assign=True)  # every model of a run has the same memory
+    return model.requires_grad_(False)
+
+
 def _compare(
-    build: Callable[[], nn.Module], shapes: dict[str, torch.Tensor], targets: list[str], *, repeats: int
+    build: Callable[[], nn.Module],
+    shapes: dict[str, torch.Tensor],
+    targets: list[str],
+    *,
+    words: Sequence[str] = tuple(FACTORS),
+    repeats: int,
 ) -> dict[str, Any]:
-    state = randomise(shapes, seed=1)
-
-    def live() -> nn.Module:
-        model = build()
-        model.load_state_dict(state, assign=True)  # every model of this run has the same memory
-        return model.requires_grad_(False)
-
+    live = partial(_live, build, randomise(shapes, seed=1))
     with tempfile.TemporaryDirectory() as folder:
-        in_peft = {word: lora_on(live(), targets, dtype=dtype) for word, dtype in FACTORS.items()}
-        changed = [module.base_layer.weight for module in _lora(in_peft["bf16"])]
+        in_peft = {word: lora_on(live(), targets, dtype=FACTORS[word]) for word in words}
+        changed = [module.base_layer.weight for module in _lora(in_peft[words[0]])]
         sides = {
             FLOOR: Side(lambda: [weight.mul_(1) for weight in changed]),
-            ADDMM: Side(partial(_addmm, in_peft["bf16"])),
+            _addmm_(words[0]): Side(partial(_addmm, in_peft[words[0]])),
         }
         for word, wrapped in in_peft.items():
             wrapped.save_pretrained(Path(folder) / word)
-            sides[_peft(word)] = Side(wrapped.merge_adapter, partial(_forget_merge, wrapped))
+            sides[_peft(word)] = Side(wrapped.merge_adapter, partial(_forget_merge, _lora(wrapped)))
             adapter = lorahub.load(Path(folder) / word)
             for kept, undo in UNDO.items():
                 sides[_ours(word, kept)] = Side(partial(lorahub.merge, live(), {"a": adapter}, undo=undo))
-        backup = [weight.clone() for weight in changed]
-        samples: dict[str, list[Sample]] = {name: [] for name in sides}
-        results: dict[str, list[torch.Tensor]] = {}
-        agreement: dict[str, float] = {}
-        for repeat in range(repeats + 1):  # the first is to warm up
-            for name, side in sides.items():
-                cpu, wall = time.process_time(), time.perf_counter()
-                result = side.act()
-                taken = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-                if repeat:
-                    samples[name].append(taken)
-                elif name in (_peft("fp32"), _ours("fp32", "")):
-                    results[name] = [weight.clone() for weight in changed]
-                del result
-                side.reset()
-                for weight, kept in zip(changed, backup, strict=True):
-                    weight.copy_(kept)
-            if not repeat:
-                agreement = _agreement(backup, *results.values())
-                results.clear()
+        samples, agreement = _timed(sides, changed, repeats=repeats, alike=(_peft("fp32"), _ours("fp32", "")))
     return {
         "repeats": repeats,
-        "changed_bytes": sum(weight.numel() * 2 for weight in backup),
+        "changed_bytes": sum(weight.nbytes for weight in changed),
         "agreement": agreement,
         "sides": {name: fold(each) for name, each in samples.items()},
-        "ratios": ratios(samples, PAIRS, "wall_s"),
+        "ratios": ratios(samples, _pairs(words), "wall_s"),
     }
+
+
+def _timed(
+    sides: Mapping[str, Side], changed: Sequence[torch.Tensor], *, repeats: int, alike: Collection[str] = ()
+) -> tuple[dict[str, list[Sample]], dict[str, float]]:
+    """What each side took, repeat by repeat, and how two sides' results compare; weights are put back after each."""
+    backup = [weight.clone() for weight in changed]
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    results: dict[str, list[torch.Tensor]] = {}
+    for repeat in range(repeats + 1):  # the first is to warm up
+        for name, side in sides.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            result = side.act()
+            taken = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+            if repeat:
+                samples[name].append(taken)
+            elif name in alike:
+                results[name] = [weight.clone() for weight in changed]
+            del result
+            side.reset()
+            for weight, kept in zip(changed, backup, strict=True):
+                weight.data.copy_(kept)
+    return samples, _agreement(backup, *results.values()) if results else {}
 
 
 def _lora(model: nn.Module) -> list[Any]:
@@ -145,9 +223,9 @@ def _addmm(model: nn.Module) -> None:
         module.base_layer.weight.addmm_(up, down, alpha=module.scaling["default"])
 
 
-def _forget_merge(model: PeftModel) -> None:
+def _forget_merge(layers: Sequence[Any]) -> None:
     """PEFT's own note that it has merged, cleared: the weights are put back by copying."""
-    for module in _lora(model):
+    for module in layers:
         module.merged_adapters.clear()
 
 

@@ -31,6 +31,8 @@ DEFAULT = HERE / "out" / "results.json"
 CASES = {
     "memory-layers": ("memory", "layers"),
     "memory-llama": ("memory", "llama"),
+    "memory-float32": ("memory", "layers32"),
+    "memory-kinds": ("memory", "kinds"),
     "disk-warm": ("disk", "warm"),
     "disk-cold": ("disk", "cold"),
     "live-one": ("live", "one"),
