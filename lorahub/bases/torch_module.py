@@ -267,12 +267,11 @@ def _turned(module: nn.Module | None) -> bool:
 
 def _storage(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, looked at in the same way."""
-    if is_sharded(tensor):  # it has no memory of its own, and gives any address
-        return tuple(tensor.shape), _storage(tensor.to_local())
-    address = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    here = tensor.to_local() if is_sharded(tensor) else tensor  # a sharded one has no memory and gives any address
+    address = here.data_ptr() if here.layout == torch.strided else 0
     if not address:  # meta, empty or sparse: sharing can be seen only where the very object is shared
         return id(tensor)
-    return (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride())
+    return (tensor.device, address, tensor.dtype, tuple(tensor.shape), here.stride())
 
 
 @hookimpl

@@ -231,9 +231,8 @@ def _part(shape: Sequence[int], item: Ingredient) -> _Part | None:
     if value is not None:
         return _Part(span.start, span.stop, value=turn(value)[of_along])
     windowed = item.local and not turned
-    thin = (
-        item.delta.multiplied_rank() <= HIGHEST_RANK or not windowed
-    )  # otherwise a product costs more than the change
+    # a change that multiplies out to a high rank costs less than the product would
+    thin = item.delta.multiplied_rank() <= HIGHEST_RANK or not windowed
     low = item.delta.low_rank() if len(shape) > 1 and thin else None
     if low is not None:
         up, down = (low.down.T, low.up.T) if turned else (low.up, low.down)
