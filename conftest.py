@@ -37,7 +37,8 @@ SKIPS = {
     "transformers is not installed": "the plugin for its models is tested where its framework is; `make` installs it",
     "runs as root, whom permissions do not bind": "a file cannot be made unreadable for root",
     "this file system": "it cannot hold what the test needs: links, case, a hole, a long name",
-    "this kernel has no such weights": "without AVX-512 it takes bfloat16 alone; the others go the plain way",
+    "this kernel has no such weights": "without instructions for float16, those weights go the plain way",
+    "this machine": "its processor lacks the instructions that a kernel is made of",
     "this platform": "the system call that is tested is not there",
 }
 """How a reason for skipping begins -> why that is no gap.  Any other skip fails."""

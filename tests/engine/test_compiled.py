@@ -46,20 +46,31 @@ def compiled(folder, *flags):
         patched.setenv("LORAHUB_KERNELS", str(folder))
         patched.setattr(compiling, "_NATIVE", flags)
         patched.setattr(compiling, "_FLAGS", ("-std=gnu11", "-O2", "-fPIC", "-shared", "-Wno-psabi", *flags))
-        return Kernel(library.__wrapped__(merge_c._SOURCE))
+        return Kernel(library.__wrapped__(*merge_c._SOURCES))
 
 
-@pytest.fixture(scope="module", params=["native", "portable"])
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+OTHERS = {
+    "portable": ((), {torch.backends.cpu.get_cpu_capability()}),
+    "avx2": (_AVX2, {"AVX2", "AVX512"}),
+    "avx512": ((*_AVX2, *(f"-mavx512{each}" for each in ("f", "bw", "vl", "dq"))), {"AVX512"}),
+}
+"""What a kernel is compiled for besides this very machine -> flags, and where it runs, in PyTorch's words."""
+
+
+@pytest.fixture(scope="module", params=["native", *OTHERS])
 def kernel(request, tmp_path_factory):
-    if request.param == "portable":
-        try:
-            return compiled(tmp_path_factory.mktemp("kernels") / "portable")
-        except NotCompiled as reason:
-            pytest.skip(f"no compiled kernel: {reason}")
-    found = choice.native()
-    if found.kernel is None:
-        pytest.skip(f"no compiled kernel: {found.reason}")
-    return found.kernel
+    if request.param == "native":
+        if (found := choice.native()).kernel is None:
+            pytest.skip(f"no compiled kernel: {found.reason}")
+        return found.kernel
+    flags, machines = OTHERS[request.param]
+    if (here := torch.backends.cpu.get_cpu_capability()) not in machines:
+        pytest.skip(f"this machine ({here}) does not run it")
+    try:
+        return compiled(tmp_path_factory.mktemp("kernels") / request.param, *flags)
+    except NotCompiled as reason:
+        pytest.skip(f"no compiled kernel: {reason}")
 
 
 def problem(m, n, r, stored, factors, *, seed=0, size=0.1):
@@ -341,13 +352,13 @@ def elsewhere(tmp_path, monkeypatch):
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("LORAHUB_KERNELS", "off")
     with pytest.raises(NotCompiled, match="LORAHUB_KERNELS is off"):
-        library.__wrapped__(merge_c._SOURCE)
+        library.__wrapped__(*merge_c._SOURCES)
 
 
 def test_a_machine_without_a_compiler_is_told_apart(monkeypatch, elsewhere):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(NotCompiled, match=r"no C compiler here \(no-such-compiler\)"):
-        library.__wrapped__(merge_c._SOURCE)
+        library.__wrapped__(*merge_c._SOURCES)
     assert not elsewhere.exists()
 
 
@@ -362,14 +373,14 @@ def test_a_source_that_does_not_compile_says_why(tmp_path, elsewhere):
 
 @pytest.mark.usefixtures("native")
 def test_what_was_compiled_is_kept_and_what_is_broken_there_is_not_used(elsewhere):
-    assert isinstance(library.__wrapped__(merge_c._SOURCE), ctypes.CDLL)
+    assert isinstance(library.__wrapped__(*merge_c._SOURCES), ctypes.CDLL)
     (kept,) = elsewhere.iterdir()
     when = kept.stat().st_mtime_ns
-    library.__wrapped__(merge_c._SOURCE)
+    library.__wrapped__(*merge_c._SOURCES)
     assert kept.stat().st_mtime_ns == when
     kept.unlink()
     kept.write_bytes(b"not a library")
-    Kernel(library.__wrapped__(merge_c._SOURCE))
+    Kernel(library.__wrapped__(*merge_c._SOURCES))
     assert kept.read_bytes() == b"not a library"
 
 
@@ -378,7 +389,7 @@ def test_what_was_compiled_is_kept_and_what_is_broken_there_is_not_used(elsewher
 def test_a_folder_that_others_can_write_to_is_not_used(elsewhere):
     elsewhere.mkdir()
     elsewhere.chmod(0o777)
-    Kernel(library.__wrapped__(merge_c._SOURCE))
+    Kernel(library.__wrapped__(*merge_c._SOURCES))
     assert not list(elsewhere.iterdir())
 
 

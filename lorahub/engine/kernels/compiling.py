@@ -41,11 +41,12 @@ class SwitchedOff(NotCompiled):
 
 
 @lru_cache(maxsize=8)
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, *headers: Path) -> ctypes.CDLL:
     """The compiled source.
 
     Args:
-        source: one C file that needs no other.
+        source: one C file.
+        headers: all that it includes and that is not the compiler's, from the same folder.
 
     Raises:
         SwitchedOff: ``LORAHUB_KERNELS=off``.
@@ -56,7 +57,7 @@ def library(source: Path) -> ctypes.CDLL:
         raise SwitchedOff(f"{_SWITCH} is off")
     compiler = _compiler()
     try:
-        text = source.read_bytes()
+        text = b"".join(file.read_bytes() for file in (source, *headers))
         about = _run([*compiler, *_NATIVE, "-dM", "-E", "-x", "c", os.devnull])
         name = f"{source.stem}-{sha256(b'|'.join((text, about, repr(_FLAGS).encode()))).hexdigest()[:32]}.so"
         with suppress(OSError):

@@ -5,50 +5,17 @@
 // after and what taking the change off again will get wrong.  An element is summed over the rank in order, whatever the
 // shapes, so its bits depend on nothing else.
 //
-// Plain C with the vector types of GCC and Clang; what AVX-512 has a word for stands in branches of its own.
+// What differs from processor to processor is in `machine.h`.
 
-#include <stdint.h>
-#include <string.h>
+#include "machine.h"
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "pairs of 16-bit numbers are taken for words whose lower half comes first"
-#endif
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#define WIDE 1
-#define VECTOR 64  // bytes
-#define HIGH 8     // rows at a time
-#else
-#define WIDE 0
-#define VECTOR 32
-#define HIGH 4
-#endif
-#define WORDS (VECTOR / 4)
 #define AT_ONCE (1 << 16)  // columns whose places are 16 bits
-
-typedef uint32_t vu __attribute__((vector_size(VECTOR)));
-typedef float vf __attribute__((vector_size(VECTOR)));
-typedef float hf __attribute__((vector_size(VECTOR / 2)));
-typedef double vd __attribute__((vector_size(VECTOR)));
-typedef uint64_t v8 __attribute__((vector_size(64)));
-
-#define ALWAYS static inline __attribute__((always_inline))
-
-// What is stored.  A vector of it is a panel: 2 * WORDS numbers of 16 bits, or WORDS of float32.
-enum storage { BFLOAT16, FLOAT16, FLOAT32 };
-#define BYTES(s) ((s) == FLOAT32 ? 4 : 2)
-#define PANEL(s) (VECTOR / BYTES(s))
 
 // What the caller has to know: how it lays out `down`, and how large its scratch memory is.
 const int32_t panel_bytes = VECTOR;
 const int32_t scratch_rows = HIGH;
-#if WIDE && defined(__AVX512BF16__)
-const int32_t has_dots = 1;  // products of bfloat16 factors, two at a time
-#else
-const int32_t has_dots = 0;
-#endif
-const int32_t has_float16 = WIDE;
+const int32_t has_dots = HAS_BFLOAT16;  // products of bfloat16 factors, two at a time
+const int32_t has_float16 = HAS_FLOAT16;
 
 // ---------------------------------------------------------------------------------------------------- checksums
 
@@ -76,23 +43,39 @@ static void close_part(struct checksum *c) {
   c->part = c->row = 0;
 }
 
+ALWAYS vq words(const uint8_t *bytes, int line, int k) {
+  vq found;
+  memcpy(&found, bytes + line * LINE + k * VECTOR, VECTOR);
+  return found;
+}
+
 ALWAYS void lines(struct checksum *c, const uint8_t *bytes, int64_t count) {
+  const int each = LINE / VECTOR;
   while (count) {
-    int64_t some = ROWS - (int64_t)c->row < count ? ROWS - (int64_t)c->row : count;
-    v8 columns[8], part = {0};
+    const uint64_t *weights = c->weights + c->row;
+    int64_t some = ROWS - (int64_t)c->row < count ? ROWS - (int64_t)c->row : count, i = 0;
+    vq columns[LINE / VECTOR], part = {0};
     memcpy(columns, c->columns, sizeof columns);
-    for (int64_t i = 0; i < some; i++, bytes += LINE) {
-      v8 sum = {0};
-      for (int k = 0; k < 8; k++) {
-        v8 words;
-        memcpy(&words, bytes + 64 * k, 64);
-        columns[k] += words;
-        sum += words;
+    for (; i + 4 <= some; i += 4, bytes += 4 * LINE) {
+      vq s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+#pragma GCC unroll 16
+      for (int k = 0; k < each; k++) {
+        vq w0 = words(bytes, 0, k), w1 = words(bytes, 1, k), w2 = words(bytes, 2, k), w3 = words(bytes, 3, k);
+        columns[k] += (w0 + w1) + (w2 + w3);
+        s0 += w0, s1 += w1, s2 += w2, s3 += w3;
       }
-      part += sum * c->weights[c->row + i];
+      part += (s0 * weights[i] + s1 * weights[i + 1]) + (s2 * weights[i + 2] + s3 * weights[i + 3]);
+    }
+    for (; i < some; i++, bytes += LINE) {
+      vq sum = {0};
+      for (int k = 0; k < each; k++) {
+        columns[k] += words(bytes, 0, k);
+        sum += words(bytes, 0, k);
+      }
+      part += sum * weights[i];
     }
     memcpy(c->columns, columns, sizeof columns);
-    for (int k = 0; k < 8; k++) c->part += part[k];
+    for (int k = 0; k < VECTOR / 8; k++) c->part += part[k];
     c->row += some;
     count -= some;
     if (c->row == ROWS) close_part(c);
@@ -134,64 +117,59 @@ struct book {
   struct checksum before, after;
 };
 
-// Where a row differs from what was there, and by how much.
-struct row {
-  uint16_t *at;  // the column, modulo AT_ONCE
-  void *by;      // as wide as what is stored
-  int64_t count;
-};
-
-// Enter where two panels differ, of which `here` columns count.  Branches on whether one differs would be wrong half of
-// the time, and cost more than all else.
+// Enter where two panels differ, of which `here` columns count.
 ALWAYS void compare(enum storage s, struct row *row, vu was, vu back, int64_t column, int64_t here) {
-#if WIDE && defined(__AVX512VBMI2__)
-  const __m512i steps = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
-                                         11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __mmask32 some = s == FLOAT32 ? _mm512_cmpneq_epi32_mask((__m512i)was, (__m512i)back)
-                                : _mm512_cmpneq_epi16_mask((__m512i)was, (__m512i)back);
+  uint32_t some = different(s, was, back);
   if (here < PANEL(s)) some &= (1u << here) - 1;
-  __m512i places = _mm512_add_epi16(steps, _mm512_set1_epi16((int16_t)column)), differences;
-  if (s == FLOAT32) differences = _mm512_maskz_compress_epi32((__mmask16)some, (__m512i)(was - back));
-  else differences = _mm512_maskz_compress_epi16(some, _mm512_sub_epi16((__m512i)was, (__m512i)back));
-  _mm512_storeu_si512(row->at + row->count, _mm512_maskz_compress_epi16(some, places));
-  _mm512_storeu_si512((uint8_t *)row->by + BYTES(s) * row->count, differences);
-  row->count += __builtin_popcount(some);
-#else
-  uint8_t ours[VECTOR], theirs[VECTOR];
-  memcpy(ours, &was, VECTOR);
-  memcpy(theirs, &back, VECTOR);
-  for (int64_t c = 0; c < here; c++) {
-    uint32_t one = 0, other = 0;
-    memcpy(&one, ours + c * BYTES(s), BYTES(s));
-    memcpy(&other, theirs + c * BYTES(s), BYTES(s));
-    if (c * BYTES(s) % 8 == 0 && !memcmp(ours + c * BYTES(s), theirs + c * BYTES(s), 8)) {
-      c += 8 / BYTES(s) - 1;
-      continue;
-    }
-    uint32_t difference = one - other;
-    row->at[row->count] = (uint16_t)(column + c);
-    memcpy((uint8_t *)row->by + BYTES(s) * row->count, &difference, BYTES(s));
-    row->count += one != other;
+  note(s, row, some, less(s, was, back), column);
+}
+
+#define NEAR 254  // the longest step that needs no other before it
+#define SOME 16
+
+// Of SOME differences, in order, the steps from one to the next and the codes; 0 where one is too far or too large.
+ALWAYS int enter_some(enum storage s, const uint16_t *at, const void *by, int64_t i, uint8_t *steps, int8_t *codes) {
+  const int16_t *small = by;
+  const int32_t *large = by;
+  uint16_t gaps[SOME], odd = 0;
+  for (int k = 0; k < SOME; k++) {
+    gaps[k] = (uint16_t)(at[i + k] - at[i + k - 1] - 1);
+    odd |= gaps[k] > NEAR;
+    if (s == FLOAT32) odd |= (uint32_t)large[i + k] + 127 > 254;
+    else odd |= (uint16_t)((uint16_t)small[i + k] + 127) > 254;
   }
-#endif
+  if (odd) return 0;
+  for (int k = 0; k < SOME; k++) {
+    steps[k] = (uint8_t)gaps[k];
+    codes[k] = (int8_t)(s == FLOAT32 ? large[i + k] : small[i + k]);
+  }
+  return 1;
 }
 
 ALWAYS void enter(enum storage s, struct book *b, const struct row *row, int64_t first) {
+  const uint16_t *at = row->at;
+  const void *by = row->by;
   uint8_t *steps = b->steps + b->stepped;
   int8_t *codes = b->codes + b->coded;
-  int64_t last = b->last;
-  for (int64_t i = 0; i < row->count; i++) {
-    int64_t place = first + row->at[i], gap = place - last - 1;
-    int32_t difference = s == FLOAT32 ? ((int32_t *)row->by)[i] : ((int16_t *)row->by)[i];
-    for (; gap >= 255; gap -= 255) *steps++ = 255;
+  int64_t last = b->last, wide = b->wide;
+  for (int64_t i = 0, count = row->count; i < count;) {
+    if (i && i + SOME <= count && enter_some(s, at, by, i, steps, codes)) {
+      i += SOME, steps += SOME, codes += SOME;
+      last = first + at[i - 1];
+      continue;
+    }
+    int64_t place = first + at[i], gap = place - last - 1;
+    int32_t difference = s == FLOAT32 ? ((const int32_t *)by)[i] : ((const int16_t *)by)[i];
+    for (; gap > NEAR; gap -= NEAR + 1) *steps++ = NEAR + 1;
     *steps++ = (uint8_t)gap;
     last = place;
     int far = difference > 127 || difference < -127;
-    if (far && s == FLOAT32) ((int32_t *)b->apart)[b->wide++] = difference;
-    if (far && s != FLOAT32) ((int16_t *)b->apart)[b->wide++] = (int16_t)difference;
+    if (far && s == FLOAT32) ((int32_t *)b->apart)[wide++] = difference;
+    if (far && s != FLOAT32) ((int16_t *)b->apart)[wide++] = (int16_t)difference;
     *codes++ = far ? -128 : (int8_t)difference;
+    i++;
   }
-  b->stepped = steps - b->steps, b->coded = codes - b->codes, b->last = last;
+  b->stepped = steps - b->steps, b->coded = codes - b->codes, b->wide = wide, b->last = last;
 }
 
 // ------------------------------------------------------------------------------------------------------ rounding
@@ -202,18 +180,11 @@ struct sums { vu one, other; };
 
 ALWAYS struct sums widen(enum storage s, vu stored) {
   if (s == FLOAT32) {
-#if WIDE
-    hf half[2] = {(hf)_mm512_castps512_ps256((__m512)stored), (hf)_mm512_extractf32x8_ps((__m512)stored, 1)};
-#else
-    hf half[2];
-    memcpy(half, &stored, VECTOR);
-#endif
-    return (struct sums){(vu)__builtin_convertvector(half[0], vd), (vu)__builtin_convertvector(half[1], vd)};
+    struct halves h = halves(stored);
+    return (struct sums){(vu)__builtin_convertvector(h.first, vd), (vu)__builtin_convertvector(h.second, vd)};
   }
-#if WIDE
-  if (s == FLOAT16)
-    return (struct sums){(vu)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)stored)),
-                         (vu)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(stored >> 16)))};
+#if HAS_FLOAT16
+  if (s == FLOAT16) return (struct sums){from_float16(stored & 0xFFFF), from_float16(stored >> 16)};
 #endif
   return (struct sums){stored << 16, stored & 0xFFFF0000};
 }
@@ -223,30 +194,14 @@ ALWAYS vu nearest_bfloat16(vu bits) {  // in the upper half; what is no number s
 }
 
 ALWAYS vu narrow(enum storage s, struct sums p) {
-  if (s == FLOAT32) {
-    hf half[2] = {__builtin_convertvector((vd)p.one, hf), __builtin_convertvector((vd)p.other, hf)};
-#if WIDE
-    return (vu)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)half[0]), (__m256)half[1], 1);
-#else
-    vu both;
-    memcpy(&both, half, VECTOR);
-    return both;
+  if (s == FLOAT32)
+    return whole((struct halves){__builtin_convertvector((vd)p.one, hf), __builtin_convertvector((vd)p.other, hf)});
+#if HAS_FLOAT16
+  if (s == FLOAT16) return to_float16(p.one) | to_float16(p.other) << 16;
 #endif
-  }
-#if WIDE
-  if (s == FLOAT16) {
-    vu even = (vu)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)p.one, _MM_FROUND_TO_NEAREST_INT));
-    vu odd = (vu)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)p.other, _MM_FROUND_TO_NEAREST_INT));
-    return even | odd << 16;
-  }
-#endif
-#if WIDE && defined(__AVX512BF16__)
-  // The instruction makes zero of what is below the normal numbers: where there is a zero, integers decide.
-  const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)p.other, (__m512)p.one);
-  if (__builtin_expect(!_mm512_testn_epi16_mask(both, _mm512_set1_epi16(0x7FFF)), 1))
-    return (vu)_mm512_permutexvar_epi16(mixed, both);
+#if HAS_BFLOAT16
+  vu panel;
+  if (to_bfloat16(p.one, p.other, &panel)) return panel;
 #endif
   return nearest_bfloat16(p.one) >> 16 | (nearest_bfloat16(p.other) & 0xFFFF0000);
 }
@@ -281,13 +236,13 @@ ALWAYS vu times(enum storage s, int dots, const uint8_t *left, vu right, vu sum)
     memcpy(&factor, left, sizeof factor);
     return (vu)((vd)sum + factor * (vd)right);
   }
-#if WIDE && defined(__AVX512BF16__)
   if (dots) {
+#if HAS_BFLOAT16
     uint32_t pair;
     memcpy(&pair, left, sizeof pair);
-    return (vu)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
-  }
+    return add_pairs(sum, pair, right);
 #endif
+  }
   float factor;
   memcpy(&factor, left, sizeof factor);
   return (vu)((vf)sum + factor * (vf)right);
@@ -296,11 +251,6 @@ ALWAYS vu times(enum storage s, int dots, const uint8_t *left, vu right, vu sum)
 // One panel of HIGH rows of up @ down.
 ALWAYS void multiply(enum storage s, int dots, const uint8_t *const *left, const uint8_t *right, int64_t count,
                      struct sums product[HIGH]) {
-#if WIDE
-#define EACH(row) row(0) row(1) row(2) row(3) row(4) row(5) row(6) row(7)
-#else
-#define EACH(row) row(0) row(1) row(2) row(3)
-#endif
 #define BEGIN(i) vu a##i = {0}, b##i = {0}; const uint8_t *l##i = left[i];
 #define GO_ON(i) a##i = times(s, dots, l##i + k * each, one, a##i); b##i = times(s, dots, l##i + k * each, other, b##i);
 #define END(i) product[i] = (struct sums){a##i, b##i};
@@ -310,6 +260,9 @@ ALWAYS void multiply(enum storage s, int dots, const uint8_t *const *left, const
     vu one, other;
     memcpy(&one, right, VECTOR);
     memcpy(&other, right + VECTOR, VECTOR);
+#if AVX2
+    __asm__("" : "+x"(one), "+x"(other));  // loads are what there is least of: one each, and not one for each row
+#endif
     EACH(GO_ON)
   }
   EACH(END)
@@ -448,8 +401,10 @@ ALWAYS void look(enum storage s, int dots, const struct job *given, int64_t step
 
 MERGE(float32, FLOAT32, 0)
 MERGE(bfloat16, BFLOAT16, 0)
-#if WIDE
+#if HAS_FLOAT16
 MERGE(float16, FLOAT16, 0)
+#endif
+#if HAS_BFLOAT16
 MERGE(bfloat16_dots, BFLOAT16, 1)
 #endif
 

@@ -24,7 +24,7 @@ __all__ = ["HIGHEST_RANK", "Kernel", "Notes", "Packed", "kernel"]
 HIGHEST_RANK = 256
 """Beyond it ``down`` does not stay in a core's cache, and a library's product of blocks is faster."""
 
-_SOURCE = Path(__file__).with_name("merge.c")
+_SOURCES = tuple(map(Path(__file__).with_name, ("merge.c", "machine.h")))
 _LINE = 512  # bytes, as in the source
 
 
@@ -295,4 +295,4 @@ def kernel() -> Kernel:
     Raises:
         NotCompiled: it cannot be.
     """
-    return Kernel(library(_SOURCE))
+    return Kernel(library(*_SOURCES))
