@@ -8,16 +8,22 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 __all__ = ["describe_machine", "versions"]
 
 COMPARED = ("lorahub-core", "torch", "peft", "transformers", "safetensors", "numpy")
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU model, cores this process may use, memory in bytes, kernel; ``load`` is the one-minute load as of now."""
+    """CPU model, cores this process may use, memory in bytes, kernel; ``load`` is the one-minute load as of now.
+
+    ``instructions`` are those that PyTorch chooses its kernels by: "AVX2", "AVX512", "DEFAULT" and others.
+    """
     memory = _value("/proc/meminfo", "MemTotal").removesuffix(" kB") or "0"
     return {
         "cpu": _value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_bytes": int(memory) * 1024,
         "system": f"{platform.system()} {platform.release()}",

@@ -25,6 +25,11 @@ PERIOD = 0.005
 Sample = dict[str, float]
 
 
+def _usual_environment() -> dict[str, str]:
+    """Ours, with bytecode kept: an installed package has its own, and the sides are to be alike in that."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 class CommandFailed(RuntimeError):
     """A measured command ended with another code than 0."""
 
@@ -38,7 +43,7 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | Non
     with tempfile.TemporaryFile() as talk:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=talk, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command, stdout=talk, stderr=subprocess.STDOUT, env={**_usual_environment(), **(environment or {})}
         )
         peak = 0
         while True:

@@ -28,6 +28,9 @@ import lorahub
 __all__ = ["kinds", "layers", "layers32", "llama"]
 
 FLOOR = "read + write pass"
+HERE = torch.backends.cpu.get_cpu_capability()
+"""Part of the titles: what a processor multiplies with makes several times the difference here."""
+
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
 
@@ -84,7 +87,7 @@ def layers(quick: bool) -> dict[str, Any]:
         with torch.device("meta"):
             return Stack(count, width)
 
-    title = f"Merge in memory: {count} linear layers of {width} x {width}, bf16, rank 16"
+    title = f"Merge in memory: {count} linear layers of {width} x {width}, bf16, rank 16, {HERE}"
     return {"title": title} | _compare(build, shapes, _numbers(count), repeats=3 if quick else 9)
 
 
@@ -96,7 +99,7 @@ def layers32(quick: bool) -> dict[str, Any]:
         with torch.device("meta"):
             return Stack(count, width).float()
 
-    title = f"Merge in memory: {count} linear layers of {width} x {width}, float32, rank 16"
+    title = f"Merge in memory: {count} linear layers of {width} x {width}, float32, rank 16, {HERE}"
     repeats = 3 if quick else 9
     return {"title": title} | _compare(build, build().state_dict(), _numbers(count), words=["fp32"], repeats=repeats)
 
@@ -128,7 +131,7 @@ def kinds(quick: bool) -> dict[str, Any]:
             }
             weights = [module.get_base_layer().weight for module in layers]
             samples |= _timed(sides, weights, repeats=2 if quick else 5)[0]
-    title = f"Merge in memory by kind: {count} linear layers of {width} x {width}, bf16"
+    title = f"Merge in memory by kind: {count} linear layers of {width} x {width}, bf16, {HERE}"
     pairs = [(f"PEFT, {kind}", f"lorahub, {kind}") for kind in _KINDS]
     return {
         "title": title,
@@ -143,7 +146,9 @@ def llama(quick: bool) -> dict[str, Any]:
     config = small(LLAMA) if quick else LLAMA
     model = meta_llama(config)
     size = sum(p.numel() for p in model.parameters()) / 1e9
-    title = f"Merge in memory: all linear layers of a random Llama, {size:.2f} billion parameters, bf16, rank 16"
+    title = (
+        f"Merge in memory: all linear layers of a random Llama, {size:.2f} billion parameters, bf16, rank 16, {HERE}"
+    )
     repeats = 3 if quick else 5
     return {"title": title} | _compare(lambda: meta_llama(config), model.state_dict(), TARGETS, repeats=repeats)
 

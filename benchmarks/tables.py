@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,47 @@ __all__ = ["BEGIN", "END", "accuracy_table", "rewrite"]
 RATIOS = {"ratios": "wall time", "work_ratios": "time after imports", "memory_ratios": "peak memory"}
 """Key in a result -> what the ratios are of."""
 
+_HEAD = "### "
+_COMMAND = re.compile(r"run\.py --only ([a-z0-9-]+)")
+
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
 
-def rewrite(page: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Replace what stands between the markers.
+def rewrite(page: Path, results: dict[str, dict[str, Any]], order: Sequence[str]) -> None:
+    """Put results between the markers, each in the place of what has its title; whatever else is there stays.
+
+    Args:
+        page: has the markers.
+        results: by the names of their cases.
+        order: of the cases on the page.
 
     Raises:
         ValueError: the page lacks a marker.
     """
     before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    body, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} needs the lines {BEGIN!r} and {END!r}")
-    body = "\n\n".join(_case(result) for result in results.values())
-    page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    there = [f"{_HEAD}{section.strip()}" for section in f"\n{body}".split(f"\n{_HEAD}")[1:]]
+    sections = {_title(section): section for section in (*there, *map(_case, results.values()))}
+    ordered = sorted(sections.values(), key=lambda section: _place(section, order))
+    page.write_text("\n\n".join([before + BEGIN, *ordered, END + after]))
+
+
+def _title(section: str) -> str:
+    return section.partition("\n")[0].removeprefix(_HEAD)
+
+
+def _place(section: str, order: Sequence[str]) -> tuple[int, str]:
+    """By the command that a section ends with, then by title."""
+    command = _COMMAND.search(section)
+    return order.index(command[1]) if command and command[1] in order else len(order), _title(section)
 
 
 def _case(result: dict[str, Any]) -> str:
-    lines = [f"### {result['title']}", ""]
+    lines = [f"{_HEAD}{result['title']}", ""]
     if "skipped" in result:
-        return "\n".join([*lines, f"Skipped: {result['skipped']}."])
+        return "\n".join([*lines, f"Skipped: {result['skipped']}. `{result['command']}`"])
     if "accuracy" in result:
         return "\n".join([*lines, *accuracy_table(result), "", _conditions(result)])
     lines += _sides(result["sides"])
@@ -54,7 +76,8 @@ def _conditions(result: dict[str, Any]) -> str:
         *([] if "accuracy" in result else [f"{result['repeats']} repeats, interleaved."]),
         *_agreement(agreement),
         *result.get("says", []),
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB,",
+        f"{machine['cpu']}, {machine['instructions']}, {machine['cores']} cores,",
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB,",
         f"load {machine['load']} before and {machine['load_after']} after;",
         f"{versions}; {result['when'][:10]}; `{result['command']}`",
     ]
