@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, final
 
 from lorahub.deltas import locon, loha, lokr
 from lorahub.deltas.cut import Cuts, then
-from lorahub.deltas.delta import ALL, Delta, Index, take
-from lorahub.deltas.dora import lengths, ratio
+from lorahub.deltas.delta import ALL, Delta, Directed, Index, ratio, take
+from lorahub.deltas.dora import lengths
 from lorahub.deltas.factors import scale_of
 from lorahub.deltas.kind import JSON, Group, Kind, Slot, TensorRef, Touch
 from lorahub.errors import NotLocal, UnsupportedKind
@@ -58,6 +58,15 @@ class Decomposed(Delta):
             moved * ratio(wanted, found).reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
             - weight
         )
+
+    def directed(self) -> Directed | None:
+        """All of it where lengths belong to outputs, and the inner change is of low rank."""
+        low = None if self.axis else self.inner().low_rank()
+        return None if low is None else Directed(low, self.magnitude.reshape(-1))
+
+    def multiplied_rank(self) -> int:
+        """The inner change's."""
+        return self.inner().multiplied_rank()
 
     def kept(self, rows: Index, cols: Index) -> torch.Tensor:
         """The lengths that a cut leaves.

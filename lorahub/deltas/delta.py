@@ -21,7 +21,7 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Around", "Delta", "Index", "LowRank", "Route", "take"]
+__all__ = ["Around", "Delta", "Directed", "Index", "LowRank", "Route", "ratio", "take"]
 
 Index: TypeAlias = "slice | tuple[int, ...]"
 """Which rows or columns: a slice, or positions in order (a permutation or a selection)."""
@@ -45,6 +45,25 @@ class LowRank:
     up: torch.Tensor
     down: torch.Tensor
     scale: float
+
+
+def ratio(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """``wanted / found``; 1 where both are zero.  Equal lengths give exactly 1, and gradients all the same."""
+    empty = (wanted == 0) & (found == 0)
+    return torch.where(empty, 1.0, wanted / torch.where(empty, 1.0, found))
+
+
+@dataclass(frozen=True, slots=True)
+class Directed:
+    """A change that turns every row of the weight and gives it a length: ``ratio(lengths, ||V||) * V``, by rows.
+
+    Attributes:
+        low: ``V = W + scale * up @ down``.
+        lengths: the new 2-norms of the rows, [out].
+    """
+
+    low: LowRank
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +138,12 @@ class Delta(ABC):
         return None
 
     def multiplied_rank(self) -> int:
-        """The rank of what ``low_rank`` gives, where factors have to be multiplied for it to be more than r; else 0."""
+        """The rank of the factors of ``low_rank`` or ``directed`` where products make it more than r; else 0."""
         return 0
+
+    def directed(self) -> Directed | None:
+        """The change as new directions and lengths of the weight's rows, or None."""
+        return None
 
     def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
         """What the change at weight 1 adds to a module's output, for changes that do not look at the weight.

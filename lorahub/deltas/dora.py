@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import peft_lora
 from lorahub.deltas.beginning import scaled, stands
-from lorahub.deltas.delta import Around, Delta, Index, LowRank, Route, take
+from lorahub.deltas.delta import Around, Delta, Directed, Index, LowRank, Route, ratio, take
 from lorahub.deltas.factors import (
     FACTORS,
     dissolve_factors,
@@ -50,12 +50,6 @@ def lengths(weight: torch.Tensor, axis: int) -> torch.Tensor:
         weight.contiguous(), dim=[dim for dim in range(weight.dim()) if dim != axis]
     )
     return norm
-
-
-def ratio(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """``wanted / found``; 1 where both are zero.  Equal lengths give exactly 1, and gradients all the same."""
-    empty = (wanted == 0) & (found == 0)
-    return torch.where(empty, 1.0, wanted / torch.where(empty, 1.0, found))
 
 
 @final
@@ -94,6 +88,12 @@ class DoRA(Delta):
             moved * ratio(wanted, found).reshape([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
             - weight
         )
+
+    def directed(self) -> Directed | None:
+        """All of it where lengths belong to rows, and are known."""
+        if self.axis or self.magnitude is None:
+            return None
+        return Directed(LowRank(self.up.flatten(1), self.down.flatten(1), self.scale), self.magnitude)
 
     def around(self, site: Site) -> Route | None:
         """Outputs times magnitude over length, behind LoRA; where the lengths are those of what a module gives."""

@@ -9,7 +9,7 @@ from lorahub.errors import NotLocal, UnsupportedKind
 from lorahub.lazy import torch
 from lorahub.testing.cases import RANK, cases
 from lorahub.testing.judging import close, hold
-from lorahub.testing.loops import cuts, index_text, loop_sum, loop_take
+from lorahub.testing.loops import cuts, index_text, loop_product, loop_sum, loop_take
 
 __all__ = [
     "additive_kinds_ignore_the_weight_and_commute",
@@ -102,7 +102,8 @@ def regions_are_local_or_refused(kind: Kind) -> None:
 def full_merges_alike(kind: Kind) -> None:
     """Law 6: ``Full(d.delta(W))`` merges as ``d`` does, and the other views of a delta agree with it.
 
-    ``replacement`` is the merged value, and ``low_rank`` multiplies out to the change and has the rank that is said.
+    ``replacement`` is the merged value, ``low_rank`` multiplies out to the change and has the rank that is said, and
+    ``directed`` gives the directions and lengths of the merged rows.
     """
     for case in cases(kind):
         weight, change = case.weight, case.delta.delta(case.weight)
@@ -116,7 +117,10 @@ def full_merges_alike(kind: Kind) -> None:
                 case.delta.multiplied_rank() in (0, rank),
                 f"{case.name}: low_rank() gives rank {rank}, and multiplied_rank() says {case.delta.multiplied_rank()}",
             )
-            multiplied = torch.zeros_like(weight).flatten(1)
-            for r in range(rank):
-                multiplied += torch.outer(factors.up[:, r].to(weight), factors.down[r].to(weight)) * factors.scale
+            multiplied = loop_product(factors, weight)
             close(multiplied.reshape(change.shape), change, weight, f"{case.name}: low_rank() is not the change")
+        if (turned := case.delta.directed()) is not None:
+            moved = weight.flatten(1) + loop_product(turned.low, weight)
+            for row, length in enumerate(turned.lengths.to(weight)):
+                moved[row] *= length / moved[row].norm()
+            close(moved.reshape(change.shape), weight + change, weight, f"{case.name}: directed() is not what becomes")

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from lorahub.bases.layout import Piece
-from lorahub.deltas.delta import ALL, Index
+from lorahub.deltas.delta import ALL, Index, LowRank
 from lorahub.lazy import torch
 
-__all__ = ["cuts", "index_text", "loop_add", "loop_sum", "loop_take", "positions"]
+__all__ = ["cuts", "index_text", "loop_add", "loop_product", "loop_sum", "loop_take", "positions"]
 
 
 def cuts(shape: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
@@ -55,6 +55,14 @@ def loop_sum(weight: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor]]) 
         )
     ]
     return torch.tensor(flat, dtype=torch.float64).reshape(weight.shape)
+
+
+def loop_product(low: LowRank, weight: torch.Tensor) -> torch.Tensor:
+    """``scale * up @ down``, ``[out, in * prod(k)]`` in the weight's dtype, one rank after the other."""
+    total = torch.zeros_like(weight).flatten(1)
+    for r in range(low.down.shape[0]):
+        total += torch.outer(low.up[:, r].to(weight), low.down[r].to(weight)) * low.scale
+    return total
 
 
 def loop_add(piece: Piece, stored: torch.Tensor, changes: Sequence[tuple[float, torch.Tensor]]) -> None:

@@ -124,6 +124,35 @@ def test_results_are_the_float64_ones_rounded_once(kernel, stored, factors):
 
 
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_rows_have_lengths_and_numbers_of_their_own(kernel, stored, factors):
+    takes(kernel, stored)
+    wrong = total = 0
+    for seed, (m, n, r) in enumerate(SHAPES):
+        size = 0.02 if stored == torch.float16 else 0.1
+        weight, up, down = problem(m, n, r, stored, factors, seed=seed, size=size)
+        before, packed = weight.clone(), kernel.pack(up, down, stored)
+        lengths = kernel.lengths(packed, slice(None), SCALE, weight)
+        moved = exact(weight, up, down, SCALE)
+        assert lengths.dtype == torch.float64
+        assert ((lengths - moved.square().sum(1).sqrt()).abs() <= 3e-7 * lengths).all()
+        keep = torch.linspace(0.5, 1.5, m, dtype=torch.float64)
+        by_row = torch.stack((keep, SCALE * keep.flip(0)), 1).contiguous()
+        wanted = torch.stack([keep[i] * before[i].double() + by_row[i, 1] * (up[i] @ down) for i in range(m)])
+        aside = torch.empty_like(weight)
+        assert kernel.add_by_row(packed, slice(None), by_row, weight, aside)
+        assert torch.equal(weight, before)
+        assert kernel.add_by_row(packed, slice(None), by_row, weight, weight)
+        assert torch.equal(weight, aside)
+        wrong += int((weight != nearest(wanted, stored)).sum())
+        total += weight.numel()
+        cut = torch.empty_like(weight[m // 2 :])
+        assert kernel.add_by_row(packed, slice(m // 2, m), by_row[m // 2 :], before[m // 2 :], cut)
+        assert torch.equal(cut, aside[m // 2 :])
+    assert wrong / total < 5e-4
+
+
+@pytest.mark.parametrize("factors", FACTORS, ids=str)
 def test_the_bits_of_an_element_do_not_depend_on_how_the_matrix_is_cut(kernel, factors):
     weight, up, down = problem(45, 150, 20, torch.bfloat16, factors)
     whole, cut = torch.empty_like(weight), torch.empty_like(weight)

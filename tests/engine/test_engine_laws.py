@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from lorahub.deltas.dora import DoRA
 from lorahub.deltas.full import Full
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.replace import Replace
+from lorahub.engine.kernels import choice
+from lorahub.engine.kernels.merge_c import Kernel
 
 PART = 0.8137
 """No short fraction: 0.8 of a difference that 5 divides is a short binary number, and sums of those tie."""
@@ -94,6 +97,41 @@ def test_a_large_parameter_in_many_windows_equals_float64_rounded_once(tools, dt
     before = world.tensors["m.weight"]
     demand_close(live["m.weight"], reference(before, (1.0, delta)), before)
     demand_change(before, live["m.weight"])
+
+
+@pytest.mark.parametrize("weight", [1.0, PART, -0.5])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_directions_and_lengths_of_a_large_parameter_equal_float64_rounded_once(tools, dtype, weight):
+    world = tools.World({"m.weight": tools.weights(1500, 1111, dtype=dtype)})
+    delta = KINDS["dora"](1500, 1111, tools)
+    live = world.live()
+    world.merge(live, {"m.weight": delta}, weights=[weight])
+    before = world.tensors["m.weight"]
+    demand_close(live["m.weight"], reference(before, (weight, delta)), before)
+    demand_change(before, live["m.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_kernel_folds_directions_and_lengths_and_a_row_of_zeros_stays(tools, dtype):
+    if choice.native().kernel is None:
+        pytest.skip(f"no compiled kernel: {choice.native().reason}")
+    recorded = mock.patch.object(Kernel, "lengths", autospec=True, side_effect=Kernel.lengths)
+    weight = tools.weights(40, 30, dtype=dtype)
+    weight[3] = 0
+    lora = tools.lora(40, 30)
+    up = lora.up.clone()
+    up[3] = 0
+    magnitude = torch.linalg.vector_norm(weight.float(), dim=1) * 1.3
+    world = tools.World({"m.weight": weight})
+    delta = DoRA(up, lora.down, lora.scale, magnitude, 0)
+    live = world.live()
+    with recorded as found:
+        world.merge(live, {"m.weight": delta})
+    assert found.called
+    assert not live["m.weight"][3].any()
+    demand_close(live["m.weight"], reference(weight, (1.0, delta)), weight, share=0.999)
+    lengthened = torch.linalg.vector_norm(live["m.weight"].double(), dim=1)
+    assert torch.allclose(lengthened, magnitude.double(), rtol=3e-3)
 
 
 def test_several_adapters_are_added_to_the_untouched_base(tools):

@@ -20,6 +20,7 @@ from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums,
 from lorahub.engine.folding.windows import cut
 from lorahub.engine.kernels.choice import native
 from lorahub.engine.kernels.merge_c import HIGHEST_RANK, Notes
+from lorahub.engine.rounding.directed import directed
 from lorahub.errors import NotLocal
 from lorahub.lazy import torch
 
@@ -100,7 +101,10 @@ def _recipe(parts: Sequence[_Part], sums: Sums) -> Recipe:
         return Keep() if value is None else Put(value)
     if value is None and not deltas:
         return sums.mode.product(factors, sums)
-    return Sum(value, factors, deltas, sums)
+    plain = Sum(value, factors, deltas, sums)
+    if value is None and not factors and len(deltas) == 1:
+        return directed(*deltas[0], sums, plain) or plain
+    return plain
 
 
 @final

@@ -12,7 +12,7 @@ from math import prod
 
 __all__ = ["ARITHMETIC", "UNIT", "WINDOW", "cut", "gather", "sample"]
 
-ARITHMETIC = 4
+ARITHMETIC = 5
 """Raised whenever the bits of a result could change: part of every plan's digest."""
 
 WINDOW = 2 << 20

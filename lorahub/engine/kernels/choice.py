@@ -16,7 +16,7 @@ from typing import TypeAlias
 from lorahub.engine.crew import Workspace
 from lorahub.engine.kernels import merge_torch
 from lorahub.engine.kernels.compiling import NotCompiled, SwitchedOff
-from lorahub.engine.kernels.merge_c import Kernel, Notes, kernel
+from lorahub.engine.kernels.merge_c import Kernel, Notes, Packed, kernel
 from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.engine.undoing.residual import Steps
@@ -87,7 +87,18 @@ def _is_right(found: Kernel, storage: torch.dtype) -> bool:
             found.restore(notes.residual, back)
             if not torch.equal(back, saved) or not all(map(torch.equal, notes.checksums(), marks)):
                 return False
+            if not _rows_are_right(found, packed, patch, saved):
+                return False
     return True
+
+
+def _rows_are_right(found: Kernel, packed: Packed, merged: Patch, saved: torch.Tensor) -> bool:
+    """Whether rows with the same numbers come out as those with one number do, and have the lengths that they have."""
+    out, by_row = torch.empty_like(saved), torch.tensor([[1.0, merged.scale]] * len(saved), dtype=torch.float64)
+    found.add_by_row(packed, slice(None), by_row, saved, out)
+    wide = saved.double().addmm_(merged.up.double(), merged.down.double(), alpha=merged.scale)
+    lengths = found.lengths(packed, slice(None), merged.scale, saved)
+    return torch.equal(out, merged.weight) and torch.allclose(lengths, wide.norm(dim=1))
 
 
 @lru_cache(maxsize=16)  # as many as a machine has devices

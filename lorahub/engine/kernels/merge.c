@@ -276,16 +276,21 @@ struct job {
   int64_t rows, columns, rank;
   const uint8_t *up, *down;  // [rows, rank], [panels, rank, two vectors]
   double scale;
-  int64_t first;      // elements before these, in the unit that the book is about
-  struct book *book;  // or NULL
-  uint8_t *scratch;   // where there is a book
+  const double *by_row;  // [rows, 2]: what a weight and its product are multiplied with; or NULL: by 1 and scale
+  int64_t first;         // elements before these, in the unit that the book is about
+  struct book *book;     // or NULL
+  uint8_t *scratch;      // where there is a book
 };
 
-ALWAYS vu one_panel(enum storage s, const uint8_t *before, uint8_t *out, double scale, struct sums product, struct row *row,
-                    int64_t column, int64_t here) {
+enum way { PLAIN, BOOKED, BY_ROW };
+
+ALWAYS vu one_panel(enum storage s, const uint8_t *before, uint8_t *out, double scale, const double *by_row,
+                    struct sums product, struct row *row, int64_t column, int64_t here) {
   vu was;
   memcpy(&was, before, VECTOR);
-  vu now = narrow(s, add(s, widen(s, was), all(s, scale), product));
+  struct sums start = widen(s, was);
+  if (by_row) start = add(s, (struct sums){{0}, {0}}, all(s, by_row[0]), start), scale = by_row[1];
+  vu now = narrow(s, add(s, start, all(s, scale), product));
   if (row) compare(s, row, was, narrow(s, add(s, widen(s, now), all(s, -scale), product)), column, here);
   memcpy(out, &now, VECTOR);
   return unbounded(s, now);
@@ -293,8 +298,9 @@ ALWAYS vu one_panel(enum storage s, const uint8_t *before, uint8_t *out, double 
 
 ALWAYS int64_t pairs_of(int dots, int64_t rank) { return dots ? (rank + 1) / 2 : rank; }
 
-ALWAYS int merge(enum storage s, int dots, int booked, const struct job *given) {
+ALWAYS int merge(enum storage s, int dots, enum way way, const struct job *given) {
   const struct job j = *given;
+  const int booked = way == BOOKED;
   const int64_t of_row = j.columns * BYTES(s), pairs = pairs_of(dots, j.rank), of_factors = pairs * (s == FLOAT32 ? 8 : 4);
   const int64_t room = (of_row + VECTOR - 1) / VECTOR * PANEL(s) + PANEL(s);  // differences in a row, and one more panel
   const int at_once = booked && j.columns > AT_ONCE ? 1 : HIGH;
@@ -322,13 +328,14 @@ ALWAYS int merge(enum storage s, int dots, int booked, const struct job *given) 
           const uint8_t *from = before + i * of_row + c * BYTES(s);
           uint8_t *to = out + i * of_row + c * BYTES(s);
           struct row *row = booked ? rows + i : NULL;
+          const double *by_row = way == BY_ROW ? j.by_row + 2 * (r + i) : NULL;
           if (booked) __builtin_prefetch(from + HIGH * of_row, 1);  // the checksum comes to it first
           if (here == PANEL(s)) {
-            bad |= one_panel(s, from, to, j.scale, product[i], row, c - band, PANEL(s));
+            bad |= one_panel(s, from, to, j.scale, by_row, product[i], row, c - band, PANEL(s));
           } else {
             uint8_t edge[VECTOR] = {0};
             memcpy(edge, from, here * BYTES(s));
-            bad |= one_panel(s, edge, edge, j.scale, product[i], row, c - band, here);
+            bad |= one_panel(s, edge, edge, j.scale, by_row, product[i], row, c - band, here);
             memcpy(to, edge, here * BYTES(s));
           }
         }
@@ -393,11 +400,48 @@ ALWAYS void look(enum storage s, int dots, const struct job *given, int64_t step
   }
 }
 
+// ------------------------------------------------------------------------------------------------------- squares
+
+// Of every row, the sum of the squares of what merging would make of it before that is rounded.
+ALWAYS void squares(enum storage s, int dots, const struct job *given, double *found) {
+  const struct job j = *given;
+  const int64_t of_row = j.columns * BYTES(s), pairs = pairs_of(dots, j.rank), of_factors = pairs * (s == FLOAT32 ? 8 : 4);
+  const int64_t band = 64 * PANEL(s);  // as many as are summed in the dtype of the sums
+  for (int64_t r = 0; r < j.rows; r += HIGH) {
+    int high = j.rows - r < HIGH ? (int)(j.rows - r) : HIGH;
+    const uint8_t *left[HIGH];
+    for (int i = 0; i < HIGH; i++) left[i] = j.up + (r + (i < high ? i : 0)) * of_factors;
+    for (int i = 0; i < high; i++) found[r + i] = 0;
+    for (int64_t start = 0; start < j.columns; start += band) {
+      int64_t end = j.columns - start < band ? j.columns : start + band;
+      vu sums[HIGH] = {{0}};
+      for (int64_t c = start; c < end; c += PANEL(s)) {
+        struct sums product[HIGH];
+        multiply(s, dots, left, j.down + c / PANEL(s) * pairs * 2 * VECTOR, pairs, product);
+        int64_t here = end - c < PANEL(s) ? end - c : PANEL(s);
+        for (int i = 0; i < high; i++) {
+          vu stored = {0};
+          const uint8_t *from = j.before + (r + i) * of_row + c * BYTES(s);
+          if (here == PANEL(s)) memcpy(&stored, from, VECTOR);
+          else memcpy(&stored, from, here * BYTES(s));
+          struct sums made = add(s, widen(s, stored), all(s, j.scale), product[i]);
+          SUM(sums[i], made, made);
+        }
+      }
+      for (int i = 0; i < high; i++) found[r + i] += total(s, sums[i]);
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------- from outside
 
 #define MERGE(name, s, dots)                                                                                       \
-  int merge_##name(const struct job *j) { return j->book ? merge(s, dots, 1, j) : merge(s, dots, 0, j); }          \
-  void look_##name(const struct job *j, int64_t step, struct sizes *sizes) { look(s, dots, j, step, sizes); }
+  int merge_##name(const struct job *j) {                                                                          \
+    if (j->book) return merge(s, dots, BOOKED, j);                                                                 \
+    return j->by_row ? merge(s, dots, BY_ROW, j) : merge(s, dots, PLAIN, j);                                       \
+  }                                                                                                                \
+  void look_##name(const struct job *j, int64_t step, struct sizes *sizes) { look(s, dots, j, step, sizes); }      \
+  void squares_##name(const struct job *j, double *found) { squares(s, dots, j, found); }
 
 MERGE(float32, FLOAT32, 0)
 MERGE(bfloat16, BFLOAT16, 0)

@@ -65,6 +65,7 @@ class _Job(ctypes.Structure):
         ("up", ctypes.c_void_p),
         ("down", ctypes.c_void_p),
         ("scale", ctypes.c_double),
+        ("by_row", ctypes.c_void_p),
         ("first", ctypes.c_int64),
         ("book", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
@@ -147,9 +148,10 @@ class Kernel:
             names[torch.float16, False] = "float16"
         self._merge = {key: compiled[f"merge_{name}"] for key, name in names.items()}
         self._look = {key: compiled[f"look_{name}"] for key, name in names.items()}
+        self._squares = {key: compiled[f"squares_{name}"] for key, name in names.items()}
         self._restore = {size: compiled[f"restore_{size}"] for size in (2, 4)}
         self._keep, self._end = compiled.keep, compiled.checksum_end
-        for silent in (*self._look.values(), *self._restore.values(), self._keep):
+        for silent in (*self._look.values(), *self._squares.values(), *self._restore.values(), self._keep):
             silent.restype = None
         self._end.restype = ctypes.c_int64
 
@@ -226,7 +228,33 @@ class Kernel:
         job.out = out.data_ptr()
         if notes:
             job.first, job.book, job.scratch = first, ctypes.addressof(notes.book), notes.scratch.data_ptr()
-        finite = bool(self._merge[self._key(packed, before)](ctypes.byref(job)))
+        return self._write(job, packed, out)
+
+    def lengths(self, packed: Packed, rows: slice, scale: float, before: torch.Tensor) -> torch.Tensor:
+        """The 2-norms of the rows of ``before + scale * up @ down``, ``[rows]`` in float64; see ``add``."""
+        found = torch.empty(len(before), dtype=torch.float64)
+        job = self._job(packed, rows, scale, before)
+        self._squares[self._key(packed, before)](ctypes.byref(job), ctypes.c_void_p(found.data_ptr()))
+        return found.sqrt_()
+
+    def add_by_row(
+        self, packed: Packed, rows: slice, by_row: torch.Tensor, before: torch.Tensor, out: torch.Tensor
+    ) -> bool:
+        """``out = keep * before + scale * up @ down`` with numbers of its own for each row; see ``add``.
+
+        Args:
+            packed: the factors.
+            rows: which of theirs.
+            by_row: ``[rows, 2]``, float64 and contiguous: keep and scale.
+            before: ``[rows, n]``, contiguous.
+            out: the same shape and dtype, contiguous; may be the memory of ``before``.
+        """
+        job = self._job(packed, rows, 1.0, before)
+        job.out, job.by_row = out.data_ptr(), by_row.data_ptr()
+        return self._write(job, packed, out)
+
+    def _write(self, job: _Job, packed: Packed, out: torch.Tensor) -> bool:
+        finite = bool(self._merge[self._key(packed, out)](ctypes.byref(job)))
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)  # as an operation of PyTorch's would
         return finite
