@@ -137,6 +137,10 @@ class Delta(ABC):
         """The change as exact factors, or None."""
         return None
 
+    def low_rank_for(self, inputs: int) -> LowRank | None:
+        """The same of a matrix with so many inputs, for kinds whose tensors serve matrices of several sizes."""
+        return self.low_rank()
+
     def multiplied_rank(self) -> int:
         """The rank of the factors of ``low_rank`` or ``directed`` where products make it more than r; else 0."""
         return 0

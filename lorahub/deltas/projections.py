@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lorahub.deltas.cut import counts_from_the_end
-from lorahub.deltas.delta import Index, take
+from lorahub.deltas.delta import Index, LowRank, take
 from lorahub.deltas.kind import JSON, Completed, Field, Group, Surroundings, TensorRef
 from lorahub.deltas.peft_config import INERT, USED, one_for_all
 from lorahub.deltas.peft_values import PLACES, seed, switch
@@ -36,6 +36,7 @@ __all__ = [
     "example_projections",
     "expect_reason",
     "expect_sizes",
+    "factors",
     "facts",
     "projected",
     "through",
@@ -78,6 +79,20 @@ def projected(
     out, inputs = weight.shape
     left = gain.to(weight)[:, None] * up[:out].to(weight)
     return left @ (mix.to(weight)[:, None] * down[:, :inputs].to(weight))
+
+
+def factors(
+    kind: str, gain: torch.Tensor, mix: torch.Tensor, up: torch.Tensor, down: torch.Tensor, inputs: int
+) -> LowRank:
+    """``projected`` as factors for so many inputs, in float64, in which products of two stored numbers are exact.
+
+    Raises:
+        BaseMismatch: ``down`` has fewer columns.
+    """
+    if inputs > down.shape[1]:
+        raise BaseMismatch(f"a {kind} delta for up to {down.shape[1]} inputs was given a weight with {inputs}")
+    left = gain.double()[:, None] * up[: gain.shape[0]].double()
+    return LowRank(left, mix.double()[:, None] * down[:, :inputs].double(), 1.0)
 
 
 def through(

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import projections
-from lorahub.deltas.delta import Delta, Index, take
+from lorahub.deltas.delta import Delta, Index, LowRank, take
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.peft_config import INERT, stated_rank
 from lorahub.errors import IntegrityError
@@ -51,6 +51,11 @@ class PVeRA(Delta):
         """See ``projected``; the weight gives shape, dtype and device only."""
         r = self.up.shape[1]
         return projections.projected(self.kind, self.gain, self.mix[:r], self.up, self.down[:r], weight)
+
+    def low_rank_for(self, inputs: int) -> LowRank:
+        """The means multiplied into the projections."""
+        r = self.up.shape[1]
+        return projections.factors(self.kind, self.gain, self.mix[:r], self.up, self.down[:r], inputs)
 
     def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
         """Of the mean, as merged, where PEFT may draw samples; see ``through``."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from lorahub.deltas import projections
 from lorahub.deltas.beginning import number, rank, stands, whole, zeros
-from lorahub.deltas.delta import Delta, Index, take
+from lorahub.deltas.delta import Delta, Index, LowRank, take
 from lorahub.deltas.kind import JSON, Field, Group, Kind, Leaf, Slot, Spelling, TensorRef, Touch
 from lorahub.deltas.peft_config import INERT, stated_rank
 from lorahub.deltas.starting import Ground, Setting, Started, Starting
@@ -53,6 +53,10 @@ class VeRA(Delta):
     def delta(self, weight: torch.Tensor, **siblings: torch.Tensor) -> torch.Tensor:
         """See ``projected``; the weight gives shape, dtype and device only."""
         return projections.projected(self.kind, self.gain, self.mix, self.up, self.down, weight)
+
+    def low_rank_for(self, inputs: int) -> LowRank:
+        """The vectors multiplied into the projections."""
+        return projections.factors(self.kind, self.gain, self.mix, self.up, self.down, inputs)
 
     def contribution(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor | None:
         """See ``through``."""

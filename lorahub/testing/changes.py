@@ -102,8 +102,8 @@ def regions_are_local_or_refused(kind: Kind) -> None:
 def full_merges_alike(kind: Kind) -> None:
     """Law 6: ``Full(d.delta(W))`` merges as ``d`` does, and the other views of a delta agree with it.
 
-    ``replacement`` is the merged value, ``low_rank`` multiplies out to the change and has the rank that is said, and
-    ``directed`` gives the directions and lengths of the merged rows.
+    ``replacement`` is the merged value, ``low_rank`` and ``low_rank_for`` multiply out to the change, ``low_rank`` has
+    the rank that is said, and ``directed`` gives the directions and lengths of the merged rows.
     """
     for case in cases(kind):
         weight, change = case.weight, case.delta.delta(case.weight)
@@ -119,6 +119,8 @@ def full_merges_alike(kind: Kind) -> None:
             )
             multiplied = loop_product(factors, weight)
             close(multiplied.reshape(change.shape), change, weight, f"{case.name}: low_rank() is not the change")
+        if weight.dim() == 2 and (factors := case.delta.low_rank_for(weight.shape[1])) is not None:
+            close(loop_product(factors, weight), change, weight, f"{case.name}: low_rank_for() is not the change")
         if (turned := case.delta.directed()) is not None:
             moved = weight.flatten(1) + loop_product(turned.low, weight)
             for row, length in enumerate(turned.lengths.to(weight)):

@@ -237,7 +237,9 @@ def _part(shape: Sequence[int], item: Ingredient) -> _Part | None:
     windowed = item.local and not turned
     # a change that multiplies out to a high rank costs less than the product would
     thin = item.delta.multiplied_rank() <= HIGHEST_RANK or not windowed
-    low = item.delta.low_rank() if len(shape) > 1 and thin else None
+    low = None
+    if len(shape) > 1 and thin:
+        low = item.delta.low_rank_for(shape[0 if turned else 1]) if len(shape) == 2 else item.delta.low_rank()
     if low is not None:
         up, down = (low.down.T, low.up.T) if turned else (low.up, low.down)
         return _Part(span.start, span.stop, factors=(up[of_along], down), weight=item.weight * low.scale)
