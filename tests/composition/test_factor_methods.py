@@ -224,7 +224,8 @@ def test_a_method_on_factors_is_its_definition_on_dense_matrices(name: str, rank
     assert isinstance(result, LowRank)
     expected = definition([dense(each) for each in found], WEIGHTS[:count])
     assert np.linalg.norm(expected) > 0.1
-    assert np.linalg.norm(dense(result) - expected) <= 1e-9 * np.linalg.norm(expected)
+    # what these take apart has a condition of up to 5,000, so that one BLAS and another differ by 2e-9
+    assert np.linalg.norm(dense(result) - expected) <= 1e-8 * np.linalg.norm(expected)
     fewer = [*found[: count - 1], LowRank(torch.zeros(OUT, 0), torch.zeros(0, IN), 1.0)]
     dropped = dense(method.combine(terms(fewer, WEIGHTS[:count])))
     assert np.linalg.norm(dropped - expected) > 1e-2 * np.linalg.norm(expected)
