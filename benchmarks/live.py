@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import HERE
 from measure import Sample, fold, ratios
 from models import LLAMA, TARGETS, meta_llama, randomise, small
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,7 +70,7 @@ def one(quick: bool) -> dict[str, Any]:
     pairs = [
         (f"{name}, {tokens} tokens", f"{BARE}, {tokens} tokens") for tokens in (1, 16, 256) for name in (OURS, PEFT)
     ]
-    title = f"Live, one adapter: {count} linear layers of {width} x {width}, bf16, rank {RANK}"
+    title = f"Live, one adapter: {count} linear layers of {width} x {width}, bf16, rank {RANK}, {HERE}"
     return {"title": title, **_result(samples, pairs, repeats)}
 
 
@@ -93,9 +94,8 @@ def rows(quick: bool) -> dict[str, Any]:
                     (f"added by {PEFT}, {says}", f"added by {OURS}, {says}"),
                     (f"{PEFT}, {says}", f"{OURS}, {says}"),
                 ]
-    title = (
-        f"Live, {adapters} adapters in one batch of {adapters} rows: {count} square linear layers, bf16, rank {RANK}"
-    )
+    layers = f"{count} square linear layers, bf16, rank {RANK}"
+    title = f"Live, {adapters} adapters in one batch of {adapters} rows: {layers}, {HERE}"
     return {"title": title, **_result(samples, pairs, repeats)}
 
 
@@ -124,7 +124,8 @@ def load(quick: bool) -> dict[str, Any]:
         (CALLED_IN_PEFT, CALLED),
     ]
     size = sum(value.numel() for value in state.values()) / 1e9
-    title = f"Live, load {count} adapters and choose among them: a Llama of {size:.2f} billion parameters, rank {RANK}"
+    model_name = f"a Llama of {size:.2f} billion parameters"
+    title = f"Live, load {count} adapters and choose among them: {model_name}, rank {RANK}, {HERE}"
     return {"title": title, **_result(samples, pairs, repeats)}
 
 

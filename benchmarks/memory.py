@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import HERE
 from measure import Sample, fold, ratios
 from models import LLAMA, TARGETS, Stack, lora_on, meta_llama, randomise, small
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
@@ -28,9 +29,6 @@ import lorahub
 __all__ = ["kinds", "layers", "layers32", "llama"]
 
 FLOOR = "read + write pass"
-HERE = torch.backends.cpu.get_cpu_capability()
-"""Part of the titles: what a processor multiplies with makes several times the difference here."""
-
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
 
