@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,15 @@ from lorahub.deltas.ia3 import IA3, Gain
 from lorahub.deltas.kind import Group, Kind, TensorRef
 from lorahub.deltas.lora import LORA, LoRA
 from lorahub.deltas.replace import REPLACE, Replace
+from lorahub.engine.changing import launch, undo
 from lorahub.engine.changing.merge import Merged, merge_into
+from lorahub.engine.folding import planes
+from lorahub.engine.kernels.choice import Choice, Merger, Native
+from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.planning.casting import cast
 from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport
+from lorahub.engine.rounding import directed, fast
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.files.dtypes import from_torch
 from lorahub.files.header import read_header
@@ -215,6 +220,26 @@ def base() -> World:
         },
         config={"architectures": ["Base"], "hidden_size": 16},
     )
+
+
+@pytest.fixture
+def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Merger], list[list[Patch]]]:
+    """Has weights on the CPU merged as those of a device are that has a kernel; returns what it will be called with."""
+
+    def use(merge: Merger) -> list[list[Patch]]:
+        calls: list[list[Patch]] = []
+
+        def noted(patches: Sequence[Patch]) -> list[Outcome]:
+            calls.append(list(patches))
+            return merge(patches)
+
+        for module in (fast, launch):
+            monkeypatch.setattr(module, "merger", lambda _: Choice("triton", noted))
+        for other in (fast, directed, planes, undo):
+            monkeypatch.setattr(other, "native", lambda: Native(None, "a device is played"))
+        return calls
+
+    return use
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TypeAlias, final
 
+from lorahub.engine.changing.launch import Launch, launches
 from lorahub.engine.changing.state import State, demand_unaltered, untouched
 from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.engine.folding.fold import Change, Fold, Unit
@@ -22,8 +23,9 @@ from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding.fast import FAST, told_of_kernels
 from lorahub.engine.rounding.table import read_mode
+from lorahub.engine.undoing.copies import Copies
 from lorahub.engine.undoing.keeper import Keeper, Way
-from lorahub.errors import IntegrityError, LorahubError
+from lorahub.errors import IntegrityError
 from lorahub.lazy import torch
 
 __all__ = ["Passage"]
@@ -90,7 +92,7 @@ class Passage:
                 new.quantised.stage(self._threads, new.plan.allowed)
             if reading := [self._fold_ahead(step) for step in steps if _reads(step)]:
                 run_jobs(reading, self._threads)
-            run_jobs([*map(self._clear, over), *(self._change(step) for step in steps)], self._threads, tick=tick)
+            run_jobs([*map(self._clear, over), *self._changing(steps)], self._threads, tick=tick)
             new.quantised.commit()
             report = self._report(time.perf_counter() - start)
             demand_no_interrupt()  # from here on there is a way back, and whoever merges gets it
@@ -141,6 +143,43 @@ class Passage:
                 yield self._one(step, fold, unit, way, source)
 
         return put if _reads(step) else job
+
+    def _changing(self, steps: Iterable[Step]) -> list[Job]:
+        """A launch for each device that has a kernel, and whatever changes by itself."""
+        together: dict[torch.device, list[tuple[Step, Copies]]] = {}
+        apart: list[Job] = []
+        fast = self._new.plan.mode == FAST.spelled
+        for step in steps:
+            keeper = self._new.keepers[step.out]
+            if fast and step.products and launches(keeper) and (keeper.full or step.out not in self._kept):
+                together.setdefault(keeper.tensor.device, []).append((step, keeper))
+            else:
+                apart.append(self._change(step))
+        return [*map(self._launch, together.values()), *apart]
+
+    def _launch(self, pairs: Iterable[tuple[Step, Copies]]) -> Job:
+        def job(space: Workspace) -> list[Job]:
+            launch, apart = Launch(), list[Job]()
+            taken: list[tuple[Step, Fold]] = []
+            for step, keeper in pairs:
+                fold = self._fold(self._new, step)
+                self._source(step.out, fold, space)  # going back has to know of rows that were cut in another way
+                if launch.take(keeper, fold):
+                    taken.append((step, fold))
+                else:
+                    apart.append(self._change(step))
+            try:
+                launch.run(lambda name, rows, change: self._changes[name].update({rows.start: change}), space)
+            except BaseException:
+                for step, fold in taken:
+                    for unit in fold.units:
+                        self._take_off(step.out, unit.rows)
+                raise
+            for _ in taken:
+                self._finish()
+            return apart
+
+        return job
 
     def _source(self, name: str, fold: Fold | None, space: Workspace) -> _Source | None:
         """Where the untouched rows come from; None where they are in place."""
@@ -284,7 +323,7 @@ class Passage:
                     continue
                 live = tensor[unit.rows]
                 scratch = space.take("undo: again", live.shape, live.dtype, live.device)
-                with suppress(LorahubError):  # then it does not match
+                with suppress(Exception):  # then it does not match, whatever the device says
                     fold.run(unit, live, scratch, space)
                 if keeper.matches(unit.rows, scratch):
                     live.copy_(scratch)

@@ -129,8 +129,7 @@ class Keeping:
 def _is_noted_in_passing(step: Step, tensor: torch.Tensor) -> bool:
     """Whether the pass that merges can note a journal on its way: of ordinary changes, which is for it to see."""
     plain = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dim() > 1
-    products = all(term.windowed and term.additive and term.rank is not None for term in step.terms)
-    if not plain or not products or not can_journal(step):
+    if not plain or not step.products or not can_journal(step):
         return False
     kernel = native().kernel
     return kernel is not None and kernel.takes(tensor.dtype, sum(term.rank or 0 for term in step.terms))

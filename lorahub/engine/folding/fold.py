@@ -13,6 +13,7 @@ from typing import final
 
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.planes import Noted, Plane, Rows, Whole
+from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
 from lorahub.engine.folding.windows import gather
 from lorahub.engine.planning.steps import Step
@@ -89,6 +90,15 @@ class Fold:
         if not isinstance(unit.plane, Rows):
             return None
         return unit.plane.run_noting(unit.windows, *_inside(unit, before, out), space)
+
+    def launching(
+        self, unit: Unit, before: torch.Tensor, out: torch.Tensor, saved: torch.Tensor | None
+    ) -> list[Launching] | None:
+        """A unit made ready for one launch of its device's kernel with others; see ``Rows.launching``."""
+        if not isinstance(unit.plane, Rows):
+            return None
+        aside = None if saved is None else _inside(unit, saved, saved)[0]
+        return unit.plane.launching(unit.windows, *_inside(unit, before, out), aside)
 
     def put(self, unit: Unit, before: torch.Tensor, out: torch.Tensor, space: Workspace, *, sign: float = 1.0) -> None:
         """Do ``sign`` times what ``run_noting`` did to a unit, as it did it, and look at nothing."""

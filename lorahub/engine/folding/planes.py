@@ -15,7 +15,18 @@ from typing import Protocol, Self, final
 from lorahub.bases.layout import Region
 from lorahub.deltas.delta import ALL, Delta, Index
 from lorahub.engine.crew import Workspace
-from lorahub.engine.folding.recipes import Factors, Keep, Notable, Noting, Put, Recipe, Stretch, Sum
+from lorahub.engine.folding.recipes import (
+    Factors,
+    Keep,
+    Launchable,
+    Launching,
+    Notable,
+    Noting,
+    Put,
+    Recipe,
+    Stretch,
+    Sum,
+)
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite, is_finite
 from lorahub.engine.folding.windows import cut
 from lorahub.engine.kernels.choice import native
@@ -162,6 +173,29 @@ class Rows:
             finite = step.write(notes, first) and finite
             first += count
         return Noted(tuple(step for step, _ in steps), notes, finite=finite)
+
+    def launching(
+        self, windows: Sequence[slice], before: torch.Tensor, out: torch.Tensor, saved: torch.Tensor | None
+    ) -> list[Launching] | None:
+        """Some consecutive windows made ready for one launch of their device's kernel; None where it has none for them.
+
+        Args:
+            windows: some of ``self.windows``.
+            before: those rows of the untouched weight.
+            out: where they go; may be the memory of ``before``.
+            saved: where the kernel puts what ``before`` holds aside; None where it need not.
+        """
+        ready: list[Launching] = []
+        first = 0
+        for recipe, at in self._stretches(windows, before, out, Workspace()):
+            rows = slice(first, first := first + len(at.out))
+            one = (
+                recipe.launching(at, None if saved is None else saved[rows]) if isinstance(recipe, Launchable) else None
+            )
+            if one is None:
+                return None
+            ready.append(one)
+        return ready
 
     def put(
         self, windows: Sequence[slice], before: torch.Tensor, out: torch.Tensor, space: Workspace, sign: float

@@ -1,6 +1,8 @@
 """What happens to rows over which the same ingredients are active: nothing, a new value, or a sum.
 
-Changes of low rank alone are summed in a way that depends on the mode (``rounding``).  Knows no plans, files or models.
+What a recipe can do besides folding is said by its class: ``Notable`` ones note the way back in passing, ``Launchable``
+ones let a device fold their rows in one launch with those of others.  Changes of low rank alone are summed in a way
+that depends on the mode (``rounding``).  Knows no plans, files or models.
 """
 
 from __future__ import annotations
@@ -16,9 +18,22 @@ from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
 from lorahub.engine.kernels.merge_c import Notes
+from lorahub.engine.kernels.patches import Patch
 from lorahub.lazy import torch
 
-__all__ = ["Factors", "Keep", "Notable", "Noting", "Put", "Recipe", "Stretch", "Sum", "joined"]
+__all__ = [
+    "Factors",
+    "Keep",
+    "Launchable",
+    "Launching",
+    "Notable",
+    "Noting",
+    "Put",
+    "Recipe",
+    "Stretch",
+    "Sum",
+    "joined",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,23 @@ class Stretch:
     def lies_together(self) -> bool:
         """Whether the rows before and after are contiguous."""
         return self.out.is_contiguous() and self.untouched.is_contiguous()
+
+    @property
+    def stays(self) -> bool:
+        """Whether the rows have one dtype and one device before and after."""
+        return self.untouched.dtype == self.out.dtype and self.untouched.device == self.out.device
+
+    def patch(self, up: torch.Tensor, down: torch.Tensor, scale: float, saved: torch.Tensor | None) -> Patch:
+        """``scale * up @ down`` onto these rows, which lie together and stay, as a device's kernel takes it."""
+        shape = len(self.out), -1
+        return Patch(
+            weight=self.out.view(shape),
+            up=up,
+            down=down,
+            scale=scale,
+            before=None if self.out.data_ptr() == self.untouched.data_ptr() else self.untouched.view(shape),
+            saved=None if saved is None else saved.view(shape),
+        )
 
     def scratch(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Scratch memory in the shape of ``out``."""
@@ -123,6 +155,33 @@ class Notable(ABC):
         """Do ``sign`` times what ``noting`` does where it can, as it does it, and note nothing."""
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Launching:
+    """A stretch that is ready to be folded by its device's kernel; nothing is written yet.
+
+    Attributes:
+        patch: what the kernel takes.
+        suffices: whether its result is as exact as the mode promises, by what happened.
+    """
+
+    patch: Patch
+    suffices: Callable[[Change], bool]
+
+
+class Launchable(ABC):
+    """A recipe whose stretches a device can fold in one launch with others."""
+
+    @abstractmethod
+    def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
+        """The stretch made ready; None where the device has no kernel for it.
+
+        Args:
+            at: the stretch.
+            saved: where the kernel puts the untouched rows aside; of the shape and dtype of ``at.out``, contiguous.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
     """``weight * up @ down``: ``up`` [rows, r], ``down`` [r, columns], in stored dtypes."""
@@ -147,7 +206,7 @@ def joined(factors: Sequence[Factors], device: torch.device, dtype: torch.dtype)
 
 @final
 @dataclass(frozen=True, slots=True)
-class Keep(Notable):
+class Keep(Notable, Launchable):
     """Nothing happens, but for a cast where the result is stored in another dtype."""
 
     def fold(self, at: Stretch, sums: Sums) -> Change:
@@ -172,6 +231,16 @@ class Keep(Notable):
         """See ``Notable``."""
         if at.out.data_ptr() != at.untouched.data_ptr():
             at.out.copy_(at.untouched)
+
+    def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
+        """See ``Launchable``: a product of no factors."""
+        if not at.stays or not at.lies_together:
+            return None
+        rows, columns = len(at.out), at.out[0].numel()
+        up, down = (
+            torch.empty(shape, dtype=torch.float32, device=at.out.device) for shape in ((rows, 0), (0, columns))
+        )
+        return Launching(at.patch(up, down, 0.0, saved), lambda _: True)
 
     @staticmethod
     def _measured(at: Stretch, sums: Sums) -> Change:

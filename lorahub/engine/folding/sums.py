@@ -18,7 +18,7 @@ from lorahub.lazy import torch
 if TYPE_CHECKING:
     from lorahub.engine.rounding.mode import Mode
 
-__all__ = ["Change", "Ingredient", "NotFiniteHere", "Sums", "all_finite", "is_finite", "squares"]
+__all__ = ["Change", "Ingredient", "NotFiniteHere", "Sums", "all_finite", "is_finite"]
 
 _ON_DEVICE = 1 << 26  # bytes of a window or unit beyond the CPU, where the cost is launches and not caches
 
@@ -153,9 +153,3 @@ def all_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
-
-
-def squares(tensor: torch.Tensor) -> float:
-    """The sum of the squares of all elements."""
-    norm = float(torch.linalg.vector_norm(tensor))
-    return norm * norm

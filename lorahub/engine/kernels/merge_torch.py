@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorahub.engine.folding.sums import Change, all_finite, squares
+from lorahub.engine.folding.sums import Change, all_finite
 from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
 
 __all__ = ["merge_patches"]
@@ -17,10 +17,11 @@ def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
 
 def _merge(patch: Patch) -> Outcome:
     dtype = accumulator(patch.weight.dtype)
+    stored = patch.weight if patch.before is None else patch.before
     if patch.saved is not None:
-        patch.saved.copy_(patch.weight)
-    before = patch.weight.to(dtype)
+        patch.saved.copy_(stored)
+    before = stored.to(dtype, copy=True)
     added = patch.up.to(dtype) @ patch.down.to(dtype) * patch.scale
     patch.weight.copy_(before + added)
     finite = all_finite(before) and all_finite(patch.weight)
-    return Outcome(Change(squares(before), squares(added)), finite=finite)
+    return Outcome(Change.of(before, added, patch.weight.to(dtype)), finite=finite)

@@ -125,6 +125,11 @@ class Step:
         return self.before is None or (self.before.shape != self.after.shape and not self.widened)
 
     @property
+    def products(self) -> bool:
+        """Whether all that is added are products of factors, as far as headers tell."""
+        return all(term.windowed and term.additive and term.rank is not None for term in self.terms)
+
+    @property
     def unit_bytes(self) -> int:
         """About how many stored bytes are held at a time while it is folded."""
         if all(term.windowed for term in self.terms):

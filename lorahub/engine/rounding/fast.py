@@ -15,12 +15,11 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import final
 
-from lorahub.engine.folding.recipes import Factors, Notable, Noting, Recipe, Stretch, joined
+from lorahub.engine.folding.recipes import Factors, Launchable, Launching, Notable, Noting, Recipe, Stretch, joined
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
 from lorahub.engine.kernels.choice import merger, native
 from lorahub.engine.kernels.merge_c import Notes, Packed
-from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.nearest import round_into
 from lorahub.findings import Finding, Verdict
@@ -99,7 +98,7 @@ class _Look:
 
 
 @final
-class Product(Notable):
+class Product(Notable, Launchable):
     """Low-rank changes alone, as one product."""
 
     def __init__(self, factors: Sequence[Factors], sums: Sums) -> None:
@@ -143,14 +142,27 @@ class Product(Notable):
         self._compiled(here, sign)
         at.take(here)
 
+    def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
+        """See ``Launchable``."""
+        device, takes = at.out.device, _COMPILED["cuda"].takes(at.out.dtype)
+        if not self._to_nearest or not takes or merger(device).name == "torch":
+            return None
+        if not at.stays or not at.lies_together:
+            return None
+        up, down = self._joined(self._stored(torch.float32), device)
+        return Launching(at.patch(up[at.rows], down, self._weight, saved), self._suffices)
+
     def _pack(self, at: Stretch) -> Packed:
         if self._packed is None:
             assert self._kernel is not None
-            alike = {(each.up.dtype, each.down.dtype, each.weight) for each in self._factors}
-            wide = torch.float32 if at.out.dtype.itemsize < 4 else torch.float64
-            dtype = torch.bfloat16 if alike == {(torch.bfloat16, torch.bfloat16, self._weight)} else wide
+            dtype = self._stored(torch.float32 if at.out.dtype.itemsize < 4 else torch.float64)
             self._packed = self._kernel.pack(*joined(self._factors, at.out.device, dtype), at.out.dtype)
         return self._packed
+
+    def _stored(self, wide: torch.dtype) -> torch.dtype:
+        """``bfloat16`` where that holds the joined factors, as they are stored; ``wide`` elsewhere."""
+        alike = {(each.up.dtype, each.down.dtype, each.weight) for each in self._factors}
+        return torch.bfloat16 if alike == {(torch.bfloat16, torch.bfloat16, self._weight)} else wide
 
     def _compiled(self, at: Stretch, sign: float, notes: Notes | None = None, first: int = 0) -> bool:
         """Fold a stretch by the CPU's kernel; whether all results are finite."""
@@ -164,11 +176,14 @@ class Product(Notable):
         pick, share = sample(at.out.shape)
         before = at.untouched.view(len(at.out), -1)
         change = self._kernel.look(self._pack(at), at.rows, self._weight, before, pick).times(share)
-        return change if self._is_enough(math.sqrt(change.before), math.sqrt(change.added)) else None
+        return change if self._suffices(change) else None
+
+    def _suffices(self, change: Change) -> bool:
+        return self._is_enough(math.sqrt(change.before), math.sqrt(change.added))
 
     def _is_compiled(self, at: Stretch) -> bool:
         """Whether the CPU's kernel can fold these rows."""
-        return self._kernel is not None and at.untouched.dtype == at.out.dtype and at.untouched.device == at.out.device
+        return self._kernel is not None and at.stays
 
     def _look(self, at: Stretch) -> _Look:
         pick, share = sample(at.out.shape)
@@ -182,17 +197,10 @@ class Product(Notable):
 
     def _launched(self, at: Stretch) -> bool:
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
-        kernel = merger(at.out.device)
-        if kernel.name == "torch" or not self._to_nearest or not _COMPILED["cuda"].takes(at.out.dtype):
-            return False
-        if not at.out.is_contiguous() or at.untouched.dtype != at.out.dtype:
-            return False
-        if at.out.data_ptr() != at.untouched.data_ptr():
-            at.out.copy_(at.untouched)
-        up, down = self._joined(torch.float32, at.out.device)
-        weight = at.out.view(at.out.shape[0], -1)
-        kernel.merge([Patch(weight=weight, up=up[at.rows], down=down, scale=self._weight)])
-        return True
+        ready = self.launching(at, None)
+        if ready is not None:
+            merger(at.out.device).merge([ready.patch])
+        return ready is not None
 
     def _add(self, at: Stretch, sums: Sums, dtype: torch.dtype) -> None:
         up, down = self._joined(dtype, at.out.device)
@@ -257,9 +265,14 @@ def told_of_kernels(
     plain: dict[tuple[str, str, str], list[str]] = {}
     for step in steps:
         device, storage = forms[step.out]
-        products = step.terms and all(term.windowed and term.additive and term.rank is not None for term in step.terms)
         kernel = _COMPILED.get(device.type)
-        if kernel is not None and products and kernel.takes(storage) and (reason := kernel.reason(device)):
+        if (
+            kernel is not None
+            and step.terms
+            and step.products
+            and kernel.takes(storage)
+            and (reason := kernel.reason(device))
+        ):
             plain.setdefault((str(device), reason, kernel.remedy), []).append(step.out)
     return tuple(
         Finding(

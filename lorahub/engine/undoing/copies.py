@@ -17,6 +17,7 @@ class Copies(Keeper):
 
     Attributes:
         copy: of the parameter, row-major; undefined where no rows were kept.
+        full: it was there before, and holds all of what the parameter held before anything was merged.
     """
 
     policy: ClassVar[Policy] = "copy"
@@ -34,7 +35,7 @@ class Copies(Keeper):
             LorahubError: there is no room.
         """
         super().__init__(name, tensor)
-        self._full = instead_of is not None
+        self.full = instead_of is not None
         self.copy: torch.Tensor = (
             reserve(tensor, torch.device(self.place or tensor.device)) if instead_of is None else instead_of.copy
         )
@@ -47,7 +48,7 @@ class Copies(Keeper):
 
     def keep(self, rows: slice, untouched: torch.Tensor | None, space: Workspace) -> torch.Tensor:
         """Copy the rows; see ``Way``."""
-        if self._full:
+        if self.full:
             return self.copy[rows]
         return self.copy[rows].copy_(self.tensor[rows] if untouched is None else untouched)
 
