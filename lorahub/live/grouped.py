@@ -9,8 +9,9 @@ saves, each is multiplied by itself, in place.
 What becomes of a row does not depend on the order of the batch: it never is one of several in a matrix, and how many
 entries a product has follows from ranks and numbers of rows alone.
 
-The sum is rounded once in a linear layer; rows without an adapter are not touched.  Gradients flow.  Plain torch: what
-kernels do elsewhere, they do as this does.  Knows factors and sites; no modules, no names of parameters.
+The sum is rounded once in a linear layer; rows without an adapter are not touched.  Gradients flow.  All this is plain
+torch; on a device that has a compiled kernel, rows of linear layers go to that where no gradient is wanted.  Knows
+factors and sites; no modules, no names of parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TypeAlias
 
 from lorahub.bases.site import Site
 from lorahub.deltas.delta import LowRank
+from lorahub.engine.kernels.choice import adder
+from lorahub.engine.kernels.segments import Segments
 from lorahub.errors import BaseMismatch, UsageError
 from lorahub.lazy import torch
 
@@ -34,6 +37,9 @@ Measured: two products of their own cost about as much as moving that many numbe
 
 COPIES = 4
 """How many rows of one adapter get a copy of its factors each; those of more rows are not copied."""
+
+
+_COMPILED = frozenset({torch.bfloat16, torch.float16, torch.float32})  # what kernels add to
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,15 @@ class _Single:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Segmented:
+    """All rows for the device's kernel, and for each a scale, float32, and the position of its adapter."""
+
+    segments: Segments
+    scales: torch.Tensor
+    which: torch.Tensor
+
+
 _Present: TypeAlias = "tuple[LowRank | None, ...]"
 """The factors that a module has for each of the selected adapters."""
 
@@ -87,6 +102,7 @@ class _Prepared:
     present: _Present
     dtype: torch.dtype
     device: torch.device
+    segmented: _Segmented | None = None
     stacks: tuple[_Stack, ...] | None = None
     singles: tuple[_Single, ...] | None = None
 
@@ -213,13 +229,51 @@ def _linear(
     if outputs is None:  # no view of such strides has three axes
         return y.copy_(_linear(y.contiguous(), x, prepared, rows, weights))
     inputs = x.reshape(rows.size, tokens, x.shape[-1]).to(y.dtype)
-    if tokens * (x.shape[-1] + 2 * y.shape[-1]) > LONG:
+    if _is_compiled(outputs, inputs, prepared, weights):
+        _by_segments(outputs, inputs, prepared, rows, weights)
+    elif tokens * (x.shape[-1] + 2 * y.shape[-1]) > LONG:
         for single in _singles(prepared, rows):
             _long(outputs, inputs, single, weights)
     else:
         for stack in _stacks(prepared, rows):
             _short(outputs, inputs, stack, weights)
     return y
+
+
+def _is_compiled(y: torch.Tensor, x: torch.Tensor, prepared: _Prepared, weights: torch.Tensor | None) -> bool:
+    """Whether the device has a kernel for these rows, and nobody wants gradients."""
+    if torch.compiler.is_compiling() or y.dtype not in _COMPILED or adder(y.device).name == "torch":
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    factors = (each for low in prepared.present if low for each in (low.up, low.down))
+    return not any(each is not None and each.requires_grad for each in (y, x, weights, *factors))
+
+
+def _by_segments(
+    y: torch.Tensor, x: torch.Tensor, prepared: _Prepared, rows: Rows, weights: torch.Tensor | None
+) -> None:
+    if prepared.segmented is None:
+        prepared.segmented = _segmented(prepared, rows)
+    segmented = prepared.segmented
+    scales = segmented.scales if weights is None else segmented.scales * weights[segmented.which]
+    adder(y.device).run(y, x, segmented.segments, scales)
+
+
+def _segmented(prepared: _Prepared, rows: Rows) -> _Segmented:
+    present = [(which, low) for which, low in enumerate(prepared.present) if low]
+    dtype, device = prepared.dtype, prepared.device
+    segments = Segments.of(
+        [rows.places[which] for which, _ in present],
+        [low.up.to(device, dtype) for _, low in present],
+        [low.down.to(device, dtype) for _, low in present],
+    )
+    scales = [present[each][1].scale for each in segments.which]
+    return _Segmented(
+        segments,
+        torch.tensor(scales, dtype=torch.float32, device=device),
+        torch.tensor([present[each][0] for each in segments.which], device=device),
+    )
 
 
 def _middle(y: torch.Tensor, tokens: int) -> torch.Tensor | None:

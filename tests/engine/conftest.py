@@ -24,8 +24,9 @@ from lorahub.deltas.replace import REPLACE, Replace
 from lorahub.engine.changing import launch, undo
 from lorahub.engine.changing.merge import Merged, merge_into
 from lorahub.engine.folding import planes
-from lorahub.engine.kernels.choice import Choice, Merger, Native
+from lorahub.engine.kernels.choice import Choice, Native
 from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.kernels.trials import Merger
 from lorahub.engine.planning.casting import cast
 from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport

@@ -19,7 +19,7 @@ import torch
 
 from lorahub.deltas.full import Full
 from lorahub.engine.changing import passage
-from lorahub.engine.kernels import choice, merge_torch
+from lorahub.engine.kernels import choice, merge_torch, trials
 from lorahub.engine.kernels.patches import Patch
 from lorahub.engine.rounding import fast
 from lorahub.engine.rounding.nearest import nearest
@@ -224,8 +224,8 @@ def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
         given[0].weight[3, 3] += 1
         return outcomes
 
-    assert choice.agrees(kernel.merge_patches, torch.device("cpu"))
-    assert not choice.agrees(wrong, torch.device("cpu"))
+    assert trials.merges_alike(kernel.merge_patches, torch.device("cpu"))
+    assert not trials.merges_alike(wrong, torch.device("cpu"))
 
 
 def test_a_device_without_a_compiled_kernel_is_told_so():
@@ -237,7 +237,7 @@ def test_a_device_without_a_compiled_kernel_is_told_so():
 def test_a_kernel_that_cannot_be_compiled_is_replaced_and_the_reason_kept(monkeypatch):
     monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", None)
     chosen = choice.merger.__wrapped__(torch.device("cuda", 0))
-    assert chosen.merge is merge_torch.merge_patches
+    assert chosen.run is merge_torch.merge_patches
     assert "merge_triton" in chosen.reason
 
 

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from lorahub.bases.site import Site
 from lorahub.deltas.delta import LowRank
+from lorahub.engine.kernels import segmented_torch
+from lorahub.engine.kernels.choice import Choice
+from lorahub.engine.kernels.segments import Segments
 from lorahub.errors import BaseMismatch, UsageError
 from lorahub.live import grouped
 from lorahub.live.grouped import Rows, add
@@ -298,3 +301,73 @@ def test_any_mixture_of_ranks_rows_and_sizes_is_the_loop_over_rows(
         patch.setattr(grouped, "LONG", 0 if long else 2**62)
         found = add(y.clone(), x, LINEAR, given_factors, Rows(names))
     torch.testing.assert_close(found, by_hand(y, x, names, given_factors), rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- on a device
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Segments]:
+    """Plays a device with a kernel; what it was launched for."""
+    seen: list[Segments] = []
+
+    def run(y: torch.Tensor, x: torch.Tensor, segments: Segments, scales: torch.Tensor) -> None:
+        seen.append(segments)
+        segmented_torch.add_segments(y, x, segments, scales)
+
+    monkeypatch.setattr(grouped, "adder", lambda _: Choice("triton", run))
+    return seen
+
+
+@pytest.mark.parametrize("middle", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_takes_all_rows_in_one_call(
+    launches: list[Segments], dtype: torch.dtype, middle: tuple[int, ...]
+) -> None:
+    x, y = batch(len(NAMES), *middle, IN, dtype=dtype), batch(len(NAMES), *middle, OUT, seed=4, dtype=dtype)
+    given_factors, rows = factors(RANKS, dtype=dtype), Rows(NAMES)
+    expected = by_hand(y, x, NAMES, given_factors)
+    assert float((expected - y).norm() / y.norm()) > 0.1
+    close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    for _ in range(2):  # what is made of a selection is kept
+        found = add(y.clone(), x, LINEAR, given_factors, rows)
+        torch.testing.assert_close(found.double(), expected, **close)
+    assert launches[0] is launches[1]
+    assert launches[0].rows == (0, 3, 1, 5, 2, 6, 7, 9, 10)  # by adapter; those that nobody adapts are not among them
+    weights = torch.linspace(-1, 2, len(rows.adapters), dtype=dtype)
+    by_name = dict(zip(rows.adapters, weights.tolist(), strict=True))
+    found = add(y.clone(), x, LINEAR, given_factors, rows, weights)
+    torch.testing.assert_close(found.double(), by_hand(y, x, NAMES, given_factors, by_name), **close)
+    across = add(y.transpose(0, -1).contiguous().transpose(0, -1).clone(), x, LINEAR, given_factors, rows)
+    torch.testing.assert_close(across.double(), expected, **close)
+
+
+def test_a_device_leaves_gradients_other_layers_and_wider_numbers_to_plain_torch(launches: list[Segments]) -> None:
+    x, y = batch(3, IN, dtype=torch.float32), batch(3, OUT, seed=4, dtype=torch.float32)
+    rows, given_factors = Rows(["a", "b", "a"]), factors({"a": 4, "b": 2}, dtype=torch.float32)
+    add(y.clone(), x.clone().requires_grad_(), LINEAR, given_factors, rows).sum().backward()
+    add(y.double(), x.double(), LINEAR, given_factors, rows)
+    table = LowRank(torch.ones(9, 2), torch.ones(2, OUT), 1.0)
+    add(y.clone(), torch.tensor([1, 2, 3]), EMBEDDING, {"a": table}, rows)
+    assert not launches
+    given_factors["a"].up.requires_grad_()
+    before = by_hand(y, x, ["a", "b", "a"], given_factors)
+    with torch.no_grad():  # nothing of factors in training is kept
+        for _ in range(2):
+            found = add(y.clone(), x, LINEAR, given_factors, rows)
+            expected = by_hand(y, x, ["a", "b", "a"], given_factors)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+            given_factors["a"].up.mul_(3)
+    assert len(launches) == 2
+    assert not torch.allclose(before, expected)
+
+
+def test_a_batch_that_a_device_changed_is_known_to_autograd_as_changed(launches: list[Segments]) -> None:
+    x, y = batch(2, IN, dtype=torch.float32), batch(2, OUT, dtype=torch.float32)
+    given_factors = factors({"a": 4}, dtype=torch.float32)
+    leaf = torch.ones(2, OUT, requires_grad=True)
+    product = leaf * y  # keeps y
+    add(y, x, LINEAR, given_factors, Rows(["a", "a"]))
+    assert len(launches) == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

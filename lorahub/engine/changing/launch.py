@@ -90,7 +90,7 @@ class Launch:
         try:
             for numbers in batches(patches):
                 some = [patches[number] for number in numbers]
-                outcomes |= zip(numbers, merger(some[0].weight.device).merge(some), strict=True)
+                outcomes |= zip(numbers, merger(some[0].weight.device).run(some), strict=True)
             found = iter([outcomes[number] for number in range(len(patches))])
             for entry in self._entries:
                 told(entry.keeper.name, entry.unit.rows, _settle(entry, [next(found) for _ in entry.parts], space))

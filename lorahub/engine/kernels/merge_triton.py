@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from lorahub.engine.folding.sums import Change
+from lorahub.engine.kernels.bits_triton import from_bfloat16, to_bfloat16
 from lorahub.engine.kernels.patches import Outcome, Patch, accumulator, batches
 from lorahub.lazy import torch
 
@@ -35,19 +36,6 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 _BITS = {torch.bfloat16: tl.int16}  # stored dtypes that are rounded to by integers
-
-
-@triton.jit
-def _to_bfloat16(value):
-    """Bits of the nearest bfloat16, ties to even: by integers, so that every backend gives the same."""
-    bits = value.to(tl.int32, bitcast=True)
-    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-    return tl.where(value != value, 0x7FC0, nearest >> 16).to(tl.int16)
-
-
-@triton.jit
-def _from_bfloat16(bits):
-    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -128,9 +116,9 @@ def merge_tiles(
             tl.store(saved + i * width + j, stored, mask=inside)
         at = weight + i * below + j * beside
         if STORE == tl.int16:
-            before = _from_bfloat16(stored)
-            rounded = _to_bfloat16(before + added)
-            seen = _from_bfloat16(rounded)
+            before = from_bfloat16(stored)
+            rounded = to_bfloat16(before + added)
+            seen = from_bfloat16(rounded)
         else:
             before = stored.to(SUM)
             rounded = (before + added).to(STORE)
@@ -189,6 +177,9 @@ def _launch(patches: Sequence[Patch]) -> list[Outcome]:
     )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # kernels run on the current one
         _start(arguments, first, min(tiles, _programs(device)))
+    for patch in patches:
+        if not patch.weight.is_inference():
+            torch.autograd.graph.increment_version(patch.weight)  # as an operation of PyTorch's would
     return [_outcome(found) for found in torch.segment_reduce(sums, "sum", lengths=many, axis=0).tolist()]
 
 

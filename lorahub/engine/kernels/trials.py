@@ -1,0 +1,127 @@
+"""Small problems that a compiled kernel is tried on before its first use: against its plain twin, or what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import isclose
+from typing import TypeAlias
+
+from lorahub.engine.crew import Workspace
+from lorahub.engine.kernels import merge_torch, segmented_torch
+from lorahub.engine.kernels.merge_c import Kernel, Notes, Packed
+from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.kernels.segments import Segments
+from lorahub.engine.undoing.checksum import checksum
+from lorahub.lazy import torch
+
+__all__ = ["Adder", "Merger", "adds_alike", "is_right", "merges_alike"]
+
+Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
+Adder: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Segments, torch.Tensor], None]"
+
+_BATCHES = ((1, 96, 80), (19, 1100, 130))  # tokens, inputs, outputs: one tile, several of each
+_RANKS = (16, 1, 37)
+_STEPS = 64  # that sums of float32 may be off which were made in another order
+_SHAPES = ((64, 128, 16), (70, 96, 5), (33, 40, 20))  # m, n, r: whole tiles, ragged ones, several steps of the rank
+
+
+def is_right(found: Kernel, storage: torch.dtype) -> bool:
+    """Whether a kernel gives what the plain twin gives, and its notes give back what was there."""
+    for factors in (torch.bfloat16, torch.float32):
+        ours, theirs = (_problem(storage, factors, torch.device("cpu")) for _ in range(2))
+        merge_torch.merge_patches(theirs)
+        for patch, other in zip(ours, theirs, strict=True):
+            weight, saved = patch.weight, other.saved
+            assert saved is not None
+            notes = Notes(found, storage, weight.numel(), weight.shape[1], Workspace())
+            packed = found.pack(patch.up.double(), patch.down.double(), storage)
+            finite = found.add(packed, slice(None), patch.scale, weight, weight, notes)
+            if not finite or not _near(weight, other.weight):
+                return False
+            back, marks = torch.empty_like(weight), (checksum(saved), checksum(weight))
+            found.add(packed, slice(None), -patch.scale, weight, back)
+            found.restore(notes.residual, back)
+            if not torch.equal(back, saved) or not all(map(torch.equal, notes.checksums(), marks)):
+                return False
+            if not _rows_are_right(found, packed, patch, saved):
+                return False
+    return True
+
+
+def _rows_are_right(found: Kernel, packed: Packed, merged: Patch, saved: torch.Tensor) -> bool:
+    """Whether rows with the same numbers come out as those with one number do, and have the lengths that they have."""
+    out, by_row = torch.empty_like(saved), torch.tensor([[1.0, merged.scale]] * len(saved), dtype=torch.float64)
+    found.add_by_row(packed, slice(None), by_row, saved, out)
+    wide = saved.double().addmm_(merged.up.double(), merged.down.double(), alpha=merged.scale)
+    lengths = found.lengths(packed, slice(None), merged.scale, saved)
+    return torch.equal(out, merged.weight) and torch.allclose(lengths, wide.norm(dim=1))
+
+
+def merges_alike(merge: Merger, device: torch.device) -> bool:
+    """Whether ``merge`` gives what the plain twin gives on small problems: at most one rounding apart."""
+    for storage in (torch.bfloat16, torch.float16, torch.float32):
+        for factors in (torch.bfloat16, torch.float32):
+            ours, theirs = (_problem(storage, factors, device) for _ in range(2))
+            found, expected = merge(ours), merge_torch.merge_patches(theirs)
+            if not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
+                return False
+            if not all(map(_tell_alike, found, expected)):
+                return False
+    return True
+
+
+def adds_alike(add: Adder, device: torch.device) -> bool:
+    """Whether ``add`` gives what the plain twin gives on a small problem: at most one rounding apart."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+
+        def numbers(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        for tokens, inputs, outputs in _BATCHES:
+            ups = [numbers(outputs, rank) for rank in _RANKS]
+            downs = [numbers(rank, inputs) / inputs**0.5 for rank in _RANKS]
+            segments = Segments.of(((4, 1), (2,), (0,)), ups, downs)
+            ours, x = numbers(5, tokens, outputs), numbers(5, tokens, inputs)
+            theirs = ours.clone()
+            scales = torch.tensor([0.1, 0.2, 0.05, 0.3], device=device)
+            add(ours, x, segments, scales)
+            segmented_torch.add_segments(theirs, x, segments, scales)
+            if not _near(ours, theirs, steps=_STEPS if dtype == torch.float32 else 1):
+                return False
+    return True
+
+
+def _problem(storage: torch.dtype, factors: torch.dtype, device: torch.device) -> list[Patch]:
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return [
+        Patch(
+            weight=numbers(m, n, dtype=storage),
+            up=numbers(m, r, dtype=factors),
+            down=numbers(r, n, dtype=factors),
+            scale=0.3,
+            saved=torch.empty(m, n, dtype=storage, device=device),
+        )
+        for m, n, r in _SHAPES
+    ]
+
+
+def _tell_alike(ours: Outcome, theirs: Outcome) -> bool:
+    pairs = zip(astuple(ours.change), astuple(theirs.change), strict=True)
+    return ours.finite == theirs.finite and all(isclose(one, other, rel_tol=1e-2) for one, other in pairs)
+
+
+def _close(ours: Patch, theirs: Patch) -> bool:
+    assert ours.saved is not None
+    assert theirs.saved is not None
+    return torch.equal(ours.saved, theirs.saved) and _near(ours.weight, theirs.weight)
+
+
+def _near(ours: torch.Tensor, theirs: torch.Tensor, *, steps: int = 1) -> bool:
+    a, b = ours.double(), theirs.double()
+    return bool(((a - b).abs() <= steps * torch.finfo(ours.dtype).eps * b.abs().clamp_min(1)).all())
