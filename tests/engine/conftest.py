@@ -234,7 +234,7 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Merger], list[list[P
             calls.append(list(patches))
             return merge(patches)
 
-        for module in (fast, launch):
+        for module in (fast, directed, launch):
             monkeypatch.setattr(module, "merger", lambda _: Choice("triton", noted))
         for other in (fast, directed, planes, undo):
             monkeypatch.setattr(other, "native", lambda: Native(None, "a device is played"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from lorahub.findings import Verdict
 pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = [  # what the interpreter's arithmetic says where a device says nothing
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
@@ -135,6 +137,61 @@ def test_every_matrix_is_the_float64_sum_rounded_once(merge, device, stored, fac
         assert outcome.finite
         demand_told(outcome.change, weight.double().cpu(), total, found)
     assert wrong <= 5e-4 * elements  # ties of sums that are as large as the weights themselves
+
+
+def directed(stored, factors, device="cpu", *, strength=1.0):
+    """The same changes, and new lengths for the rows; one row is empty and stays so."""
+    made = []
+    for number, patch in enumerate(patches(stored, factors, device)):
+        m = len(patch.weight)
+        lengths = torch.linspace(0.5, 2, m, dtype=torch.float64, device=device)
+        if number == 3:
+            patch.weight[1], patch.up[1], lengths[1] = 0, 0, 0
+        made.append(replace(patch, lengths=lengths, strength=strength))
+    return made
+
+
+def turned(patch):
+    """The weights with new directions and lengths, row by row in Python's float64."""
+    rows = []
+    for before, moved, length in zip(
+        patch.weight.tolist(), by_loop(patch).tolist(), patch.lengths.tolist(), strict=True
+    ):
+        found = math.sqrt(sum(each * each for each in moved))
+        ratio = length / found if found or length else 1.0
+        rows.append([old + patch.strength * (ratio * new - old) for old, new in zip(before, moved, strict=True)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@cache
+def expected_turns(stored, factors, strength):
+    return [turned(patch) for patch in directed(stored, factors, strength=strength)]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", STORED)
+def test_rows_get_the_lengths_that_they_are_to_have(merge, device, stored, factors, strength):
+    given = directed(stored, factors, device, strength=strength)
+    before = [patch.weight.clone() for patch in given]
+    wrong = elements = 0
+    expected = expected_turns(stored, factors, strength)
+    for patch, weight, total, outcome in zip(given, before, expected, merge(given), strict=True):
+        found = patch.weight.double().cpu()
+        step = torch.finfo(stored).eps * torch.maximum(weight.double().abs().cpu(), total.abs())
+        assert ((found - total).abs() <= step + torch.finfo(stored).smallest_normal).all()
+        wrong += (patch.weight.cpu() != total.to(stored)).sum().item()
+        elements += total.numel()
+        assert torch.equal(patch.saved, weight)
+        assert outcome.finite
+        demand_told(outcome.change, weight.double().cpu(), total, found)
+    assert wrong <= 1e-3 * elements
+
+
+def test_a_row_of_zeros_that_is_to_have_a_length_is_told_of(merge, device):
+    given = directed(torch.bfloat16, torch.float32, device)
+    given[3].lengths[1] = 1.0
+    assert [each.finite for each in merge(given)] == [number != 3 for number in range(len(given))]
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -301,12 +358,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorahub.engine.kernels import merge_triton as kernel
 
-capability, stored = int(sys.argv[1]), sys.argv[2]
+capability, stored, directed = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 half = stored == "int16"
 rows, cols, ranks = kernel.BLOCK
+rows = kernel.DIRECTED if directed else rows
 constants = dict(STORE=getattr(language, stored), FACTOR=language.float32, PRODUCT="tf32x3", SAVE=False, WIDE=True)
+constants |= dict(DIRECTED=directed)
 constants |= dict(SUM=language.float32 if half else language.float64, ROWS=rows, COLS=cols, RANKS=ranks)
-arguments = dict(table="*i64", scales="*fp64", part_of_tile="*i32", tiles="i32", sums="*fp64")
+arguments = dict(table="*i64", numbers="*fp64", part_of_tile="*i32", tiles="i32", sums="*fp64")
 source = ASTSource(kernel.merge_tiles, arguments, constants)
 code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=kernel._WARPS))
 print(json.dumps(dict(shared=code.metadata.shared, ptx=code.asm["ptx"])))
@@ -316,9 +375,10 @@ print(json.dumps(dict(shared=code.metadata.shared, ptx=code.asm["ptx"])))
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("stored", ["int16", "float16", "float32"])
-def test_the_kernel_compiles_for_devices_that_are_not_here_and_moves_16_bytes_at_a_time(capability, stored):
+@pytest.mark.parametrize("lengths", [False, True])
+def test_the_kernel_compiles_for_devices_that_are_not_here_and_moves_16_bytes_at_a_time(capability, stored, lengths):
     around = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), stored]
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), stored, str(lengths)]
     done = subprocess.run(command, env=around, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     code = json.loads(done.stdout)

@@ -16,11 +16,13 @@ import torch
 
 from lorahub.bases.layout import Layout, Piece, Region
 from lorahub.deltas.dora import DoRA
+from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.lora import LoRA
 from lorahub.engine.changing.merge import Arranged, merge_into
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.kernels import merge_torch
 from lorahub.engine.rounding.nearest import nearest
+from lorahub.engine.undoing.reload import BaseRows
 from lorahub.errors import IntegrityError, NotFinite
 
 SHAPES = {"a.weight": (48, 40), "b.weight": (24, 16, 3, 3), "c.weight": (64, 64), "d.weight": (33, 7)}
@@ -157,9 +159,36 @@ def test_stacked_experts_go_along(tools, calls):
     assert the_same(live, world.tensors)
 
 
-def test_what_is_no_product_is_merged_beside_the_launch(tools, world, changes, calls):
+def test_new_lengths_of_rows_go_along(tools, world, changes, calls):
     low = tools.lora(48, 40, seed=9)
     mixed = changes | {"a.weight": DoRA(low.up, low.down, 1.0, torch.linspace(0.2, 0.4, 48), 0)}
+    live = world.live()
+    merged = world.merge(live, mixed)
+    assert sum(patch.lengths is not None for call in calls for patch in call) == 1
+    assert sum(map(len, calls)) == len(SHAPES)
+    demand_merged(live, world, mixed)
+    merged.undo()
+    assert the_same(live, world.tensors)
+
+
+def test_new_lengths_of_rows_that_are_not_copied_go_by_themselves(tools, calls, tmp_path):
+    world, low = tools.World({"a.weight": tools.weights(48, 40)}), tools.lora(48, 40, seed=9)
+    dora = {"a.weight": DoRA(low.up, low.down, 1.0, torch.linspace(0.2, 0.4, 48), 0)}
+    live, planned = world.live(), world.plan(dora, weights=[0.5])
+    base = BaseRows(world.save(tmp_path / "base"), world.index())
+    merged = merge_into(live, planned, tools.bring(dora), keeping=Keeping(policy="reload", base=base))
+    ((patch,),) = calls
+    assert (patch.saved, patch.strength) == (None, 0.5)
+    exact = world.tensors["a.weight"].double()
+    exact = nearest(exact + 0.5 * dora["a.weight"].delta(exact), torch.bfloat16)
+    assert (live["a.weight"] != exact).double().mean() < 2e-3
+    assert merged.report.retained["a.weight"].gain == pytest.approx(1, abs=0.01)
+    merged.undo()
+    assert the_same(live, world.tensors)
+
+
+def test_what_looks_at_the_weight_in_other_ways_is_merged_beside_the_launch(tools, world, changes, calls):
+    mixed = changes | {"a.weight": Gain(1 + tools.lora(48, 1, seed=1).up[:, :1], 0)}
     live = world.live()
     merged = world.merge(live, mixed)
     assert sum(map(len, calls)) == len(SHAPES) - 1

@@ -124,7 +124,7 @@ class Passage:
 
         return job
 
-    def _change(self, step: Step) -> Job:
+    def _change(self, step: Step, ready: Fold | None = None) -> Job:
         def put(space: Workspace) -> None:
             tensor, rows = self._new.tensors[step.out], slice(0, len(self._new.tensors[step.out]))
             way = self._new.keepers[step.out].open()
@@ -134,7 +134,7 @@ class Passage:
             self._finish()
 
         def job(space: Workspace) -> Iterator[Job]:
-            fold, way = self._fold(self._new, step), self._new.keepers[step.out].open()
+            fold, way = ready or self._fold(self._new, step), self._new.keepers[step.out].open()
             source = self._source(step.out, fold, space)
             self._left[step.out] = len(fold.units)
             if not fold.units:
@@ -151,7 +151,7 @@ class Passage:
         fast = self._new.plan.mode == FAST.spelled
         for step in steps:
             keeper = self._new.keepers[step.out]
-            if fast and step.products and launches(keeper) and (keeper.full or step.out not in self._kept):
+            if fast and step.windowed and launches(keeper) and (keeper.full or step.out not in self._kept):
                 together.setdefault(keeper.tensor.device, []).append((step, keeper))
             else:
                 apart.append(self._change(step))
@@ -167,7 +167,7 @@ class Passage:
                 if launch.take(keeper, fold):
                     taken.append((step, fold))
                 else:
-                    apart.append(self._change(step))
+                    apart.append(self._change(step, fold))
             try:
                 launch.run(lambda name, rows, change: self._changes[name].update({rows.start: change}), space)
             except BaseException:

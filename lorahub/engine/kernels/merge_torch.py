@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorahub.deltas.delta import ratio
 from lorahub.engine.folding.sums import Change, all_finite
 from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
 
@@ -22,6 +23,10 @@ def _merge(patch: Patch) -> Outcome:
         patch.saved.copy_(stored)
     before = stored.to(dtype, copy=True)
     added = patch.up.to(dtype) @ patch.down.to(dtype) * patch.scale
+    if patch.lengths is not None:
+        moved = before + added
+        multiple = patch.strength * ratio(patch.lengths, moved.norm(dim=1).double()).to(dtype)[:, None]
+        added = (1 - patch.strength + multiple) * before + multiple * added - before
     patch.weight.copy_(before + added)
     finite = all_finite(before) and all_finite(patch.weight)
     return Outcome(Change.of(before, added, patch.weight.to(dtype)), finite=finite)

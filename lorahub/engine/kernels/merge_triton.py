@@ -1,9 +1,9 @@
 """The merge of many patches as one launch: a fixed number of programs walk a table of matrices, tile by tile.
 
 Every tile of a weight is read once and written once, so the launch moves what must be moved: 4 bytes for each
-bfloat16 weight, and the factors.  What is written depends on the tile alone, never on how many programs there are.
-One TF32 product of bfloat16 factors is exact; for float32 factors three of them keep 21 bits or more.  Runs under
-Triton's interpreter too, where tensors lie on the CPU.
+bfloat16 weight, and the factors.  Where rows get lengths (DoRA), they are read again from the cache.  What is written
+depends on the tile alone, never on how many programs there are.  One TF32 product of bfloat16 factors is exact; for
+float32 factors three of them keep 21 bits or more.  Runs under Triton's interpreter too, where tensors lie on the CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ __all__ = ["BLOCK", "merge_patches"]
 BLOCK = (64, 128, 16)
 """Rows, columns and ranks of a tile."""
 
-_COLUMNS = tl.constexpr(13)  # of the table of matrices
+DIRECTED = 16
+"""Rows of a tile where they get lengths: few, so that they are still in the cache when they are written."""
+
+_COLUMNS = tl.constexpr(14)  # of the table of matrices
 _SUMS = tl.constexpr(5)  # for each tile: the sums of a ``Change``, and how many numbers are not finite
 _PROGRAMS = 4  # for each multiprocessor
 _WARPS = 8
@@ -45,9 +48,44 @@ def _total(values):
 
 
 @triton.jit
+def _product(
+    up,
+    down,
+    scale,
+    i,
+    j,
+    height,
+    width,
+    rank,
+    SUM: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """``scale * up[i] @ down[:, j]``; zero outside the matrix."""
+    added = tl.zeros((ROWS, COLS), SUM)
+    for start in range(0, rank, RANKS):
+        k = start + tl.arange(0, RANKS).to(tl.int64)
+        left = tl.load(up + i * rank + k[None, :], mask=(i < height) & (k[None, :] < rank), other=0.0)
+        right = tl.load(down + k[:, None] * width + j, mask=(k[:, None] < rank) & (j < width), other=0.0)
+        if SUM == tl.float64:
+            added = tl.dot(left.to(tl.float64), right.to(tl.float64), added)
+        else:
+            added = tl.dot(left.to(tl.float32), right.to(tl.float32), added, input_precision=PRODUCT)
+    return added * scale
+
+
+@triton.jit
+def _numbers(stored, STORE: tl.constexpr, SUM: tl.constexpr):
+    """What is stored, as it is summed."""
+    return from_bfloat16(stored) if STORE == tl.int16 else stored.to(SUM)
+
+
+@triton.jit
 def merge_tiles(
     table,
-    scales,
+    numbers,
     part_of_tile,
     tiles,
     sums,
@@ -57,6 +95,7 @@ def merge_tiles(
     PRODUCT: tl.constexpr,
     SAVE: tl.constexpr,
     WIDE: tl.constexpr,
+    DIRECTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -64,9 +103,9 @@ def merge_tiles(
     """Fold tiles ``program_id``, ``program_id + num_programs``, ...
 
     Args:
-        table: int64, ``_COLUMNS`` for each matrix: addresses of before, weight, up, down and saved; rows, columns,
-            rank; two strides of before and two of the weight; its first tile.
-        scales: float64, one a matrix.
+        table: int64, ``_COLUMNS`` for each matrix: addresses of before, weight, up, down, saved and lengths; rows,
+            columns, rank; two strides of before and two of the weight; its first tile.
+        numbers: float64, two a matrix: scale and strength.
         part_of_tile: int32, the matrix of each tile.
         tiles: how many.
         sums: float64, ``_SUMS`` for each tile.
@@ -74,6 +113,8 @@ def merge_tiles(
         PRODUCT: how float32 products are made of TF32 ones.
         SAVE: whether what is added to is put aside.
         WIDE: rows lie together and all addresses are multiples of 16 bytes, so that 16 bytes are moved at a time.
+        DIRECTED: whether rows get lengths; a tile is then all columns of its rows, gone through twice, ``COLS`` at a
+            time: the second time they come from the cache.
         ROWS, COLS, RANKS: of a tile.
     """
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -84,55 +125,72 @@ def merge_tiles(
         up = tl.load(row + 2).to(tl.pointer_type(FACTOR))
         down = tl.load(row + 3).to(tl.pointer_type(FACTOR))
         saved = tl.load(row + 4).to(tl.pointer_type(STORE))
-        height = tl.load(row + 5)
-        width = tl.load(row + 6)
-        rank = tl.load(row + 7)
-        source_below = tl.load(row + 8)
-        source_beside = tl.load(row + 9)
-        below = tl.load(row + 10)
-        beside = tl.load(row + 11)
-        here = tile - tl.load(row + 12)
+        height = tl.load(row + 6)
+        width = tl.load(row + 7)
+        rank = tl.load(row + 8)
+        source_below = tl.load(row + 9)
+        source_beside = tl.load(row + 10)
+        below = tl.load(row + 11)
+        beside = tl.load(row + 12)
+        here = tile - tl.load(row + 13)
         if WIDE:
             source, weight = tl.multiple_of(source, 16), tl.multiple_of(weight, 16)
             saved, down = tl.multiple_of(saved, 16), tl.multiple_of(down, 16)
             source_below, source_beside = tl.multiple_of(source_below, 16), 1
             width, below, beside = tl.multiple_of(width, 16), tl.multiple_of(below, 16), 1
-        across = tl.cdiv(width, COLS)
+        scale = tl.load(numbers + 2 * part).to(SUM)
+        across = 1 if DIRECTED else tl.cdiv(width, COLS)
+        first = (here % across) * COLS
+        last = width if DIRECTED else first + COLS
         i = (here // across) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        j = (here % across) * COLS + tl.arange(0, COLS).to(tl.int64)[None, :]
-        inside = (i < height) & (j < width)
-        added = tl.zeros((ROWS, COLS), SUM)
-        for start in range(0, rank, RANKS):
-            k = start + tl.arange(0, RANKS).to(tl.int64)
-            left = tl.load(up + i * rank + k[None, :], mask=(i < height) & (k[None, :] < rank), other=0.0)
-            right = tl.load(down + k[:, None] * width + j, mask=(k[:, None] < rank) & (j < width), other=0.0)
-            if SUM == tl.float64:
-                added = tl.dot(left.to(tl.float64), right.to(tl.float64), added)
-            else:
-                added = tl.dot(left.to(tl.float32), right.to(tl.float32), added, input_precision=PRODUCT)
-        added *= tl.load(scales + part).to(SUM)
-        stored = tl.load(source + i * source_below + j * source_beside, mask=inside, other=0)
-        if SAVE:
-            tl.store(saved + i * width + j, stored, mask=inside)
-        at = weight + i * below + j * beside
-        if STORE == tl.int16:
-            before = from_bfloat16(stored)
-            rounded = to_bfloat16(before + added)
-            seen = from_bfloat16(rounded)
-        else:
-            before = stored.to(SUM)
-            rounded = (before + added).to(STORE)
-            seen = rounded.to(SUM)
-        tl.store(at, rounded, mask=inside)
-        effect = seen - before
-        lost = effect - added
-        wrong = inside & ~(tl.abs(seen) < float("inf"))
-        found = sums + tile * _SUMS
-        tl.store(found, _total(before * before))
-        tl.store(found + 1, _total(added * added))
-        tl.store(found + 2, _total(effect * added))
-        tl.store(found + 3, _total(lost * lost))
-        tl.store(found + 4, _total(wrong.to(tl.float32)))
+        keep = tl.full((ROWS, 1), 1.0, SUM)
+        multiple = keep
+        if DIRECTED:
+            squares = tl.zeros((ROWS,), tl.float64)
+            for start in range(first, last, COLS):
+                j = start + tl.arange(0, COLS).to(tl.int64)[None, :]
+                at = source + i * source_below + j * source_beside
+                stored = tl.load(at, mask=(i < height) & (j < width), other=0)
+                moved = _numbers(stored, STORE, SUM)
+                moved += _product(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
+                squares += tl.sum(moved * moved, 1).to(tl.float64)
+            found = tl.sqrt(squares)[:, None]
+            lengths = tl.load(row + 5).to(tl.pointer_type(tl.float64))
+            wanted = tl.load(lengths + i, mask=i < height, other=0.0)
+            empty = (wanted == 0) & (found == 0)
+            strength = tl.load(numbers + 2 * part + 1)
+            ratio = strength * tl.where(empty, 1.0, wanted / tl.where(empty, 1.0, found))
+            keep, multiple = (1.0 - strength + ratio).to(SUM), ratio.to(SUM)
+        squared_before = tl.full((), 0.0, tl.float64)
+        squared_added, product, squared_lost, broken = squared_before, squared_before, squared_before, squared_before
+        for start in range(first, last, COLS):
+            j = start + tl.arange(0, COLS).to(tl.int64)[None, :]
+            inside = (i < height) & (j < width)
+            stored = tl.load(source + i * source_below + j * source_beside, mask=inside, other=0)
+            if SAVE:
+                tl.store(saved + i * width + j, stored, mask=inside)
+            before = _numbers(stored, STORE, SUM)
+            added = _product(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
+            total = keep * before + multiple * added if DIRECTED else before + added
+            if DIRECTED:
+                added = total - before
+            rounded = to_bfloat16(total) if STORE == tl.int16 else total.to(STORE)
+            tl.store(weight + i * below + j * beside, rounded, mask=inside)
+            seen = _numbers(rounded, STORE, SUM)
+            effect = seen - before
+            lost = effect - added
+            wrong = inside & ~(tl.abs(seen) < float("inf"))
+            squared_before += _total(before * before)
+            squared_added += _total(added * added)
+            product += _total(effect * added)
+            squared_lost += _total(lost * lost)
+            broken += _total(wrong.to(tl.float32))
+        told = sums + tile * _SUMS
+        tl.store(told, squared_before)
+        tl.store(told + 1, squared_added)
+        tl.store(told + 2, product)
+        tl.store(told + 3, squared_lost)
+        tl.store(told + 4, broken)
 
 
 def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
@@ -149,7 +207,7 @@ def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
 
 def _along_rows(patch: Patch) -> Patch:
     """The same change with the weight's rows together in memory, where its columns are."""
-    alone = patch.saved is None and patch.before is None
+    alone = patch.saved is None and patch.before is None and patch.lengths is None
     if patch.weight.stride(1) == 1 or patch.weight.stride(0) != 1 or not alone:
         return patch
     up, down = patch.down.T.contiguous(), patch.up.T.contiguous()
@@ -158,9 +216,8 @@ def _along_rows(patch: Patch) -> Patch:
 
 def _launch(patches: Sequence[Patch]) -> list[Outcome]:
     """One launch; what comes back from the device are a few numbers for each patch."""
-    rows, cols, _ = BLOCK
     first, device = patches[0], patches[0].weight.device
-    counts = [-(-patch.weight.shape[0] // rows) * -(-patch.weight.shape[1] // cols) for patch in patches]
+    counts = list(map(_tiles, patches))
     *starts, tiles = accumulate(counts, initial=0)
     if not tiles:
         return [Outcome(Change(), finite=True) for _ in patches]
@@ -170,7 +227,7 @@ def _launch(patches: Sequence[Patch]) -> list[Outcome]:
     sums = torch.empty(tiles, int(_SUMS), dtype=torch.float64, device=device)
     arguments = (
         table.to(device),
-        torch.tensor([patch.scale for patch in patches], dtype=torch.float64).to(device),
+        torch.tensor([(patch.scale, patch.strength) for patch in patches], dtype=torch.float64).to(device),
         parts.repeat_interleave(many, output_size=tiles),
         tiles,
         sums,
@@ -183,6 +240,12 @@ def _launch(patches: Sequence[Patch]) -> list[Outcome]:
     return [_outcome(found) for found in torch.segment_reduce(sums, "sum", lengths=many, axis=0).tolist()]
 
 
+def _tiles(patch: Patch) -> int:
+    """How many tiles a weight has."""
+    (height, width), (rows, cols, _) = patch.weight.shape, BLOCK
+    return -(-height // rows) * -(-width // cols) if patch.lengths is None else -(-height // DIRECTED) * (width > 0)
+
+
 def _start(arguments: Sequence[object], first: Patch, programs: int) -> None:
     rows, cols, ranks = BLOCK
     merge_tiles[(programs,)](
@@ -193,7 +256,8 @@ def _start(arguments: Sequence[object], first: Patch, programs: int) -> None:
         PRODUCT="tf32" if first.up.dtype == torch.bfloat16 else "tf32x3",
         SAVE=first.saved is not None,
         WIDE=first.wide,
-        ROWS=rows,
+        DIRECTED=first.lengths is not None,
+        ROWS=rows if first.lengths is None else DIRECTED,
         COLS=cols,
         RANKS=ranks,
         num_warps=_WARPS,
@@ -203,8 +267,8 @@ def _start(arguments: Sequence[object], first: Patch, programs: int) -> None:
 def _row(patch: Patch, start: int) -> list[int]:
     """One row of the table, as ``merge_tiles`` reads it."""
     source, weight = patch.source, patch.weight
-    saved = 0 if patch.saved is None else patch.saved.data_ptr()
-    addresses = (source.data_ptr(), weight.data_ptr(), patch.up.data_ptr(), patch.down.data_ptr(), saved)
+    pointed = (source, weight, patch.up, patch.down, patch.saved, patch.lengths)
+    addresses = (0 if each is None else each.data_ptr() for each in pointed)
     return [*addresses, *weight.shape, patch.up.shape[1], *source.stride(), *weight.stride(), start]
 
 

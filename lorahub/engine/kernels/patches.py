@@ -1,5 +1,8 @@
 """Low-rank changes to many matrices at once, as data: ``weight += scale * up @ down`` for each, rounded once.
 
+Or, with new lengths for its rows, ``weight += strength * (ratio * V - weight)``, where V is the sum above and
+``ratio``, row by row, the new length over that of V; 1 where both are zero.
+
 Sums are float32 where bfloat16 is stored and float64 where float16 or float32 is, as everywhere in the engine.
 """
 
@@ -30,6 +33,8 @@ class Patch:
         before: ``[m, n]`` of the weight's dtype, contiguous, in other memory: what is added to; None where it is what
             ``weight`` holds.
         saved: the same: where what is added to is put aside; or None.
+        lengths: ``[m]``, float64, on the same device: the new 2-norms of the rows; or None.
+        strength: see above; of no account without lengths.
     """
 
     weight: torch.Tensor
@@ -38,6 +43,8 @@ class Patch:
     scale: float
     before: torch.Tensor | None = None
     saved: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    strength: float = 1.0
 
     @property
     def source(self) -> torch.Tensor:
@@ -75,8 +82,8 @@ def batches(patches: Sequence[Patch]) -> list[list[int]]:
     """The positions of patches that one launch serves, in order: of one device, one way of storing, one alignment."""
     alike: dict[object, list[int]] = {}
     for number, patch in enumerate(patches):
-        sort = (patch.weight.device, patch.weight.dtype, patch.up.dtype, patch.saved is None, patch.wide)
-        alike.setdefault(sort, []).append(number)
+        way = (patch.saved is None, patch.lengths is None, patch.wide)
+        alike.setdefault((patch.weight.device, patch.weight.dtype, patch.up.dtype, *way), []).append(number)
     return list(alike.values())
 
 

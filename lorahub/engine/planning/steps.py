@@ -125,6 +125,11 @@ class Step:
         return self.before is None or (self.before.shape != self.after.shape and not self.widened)
 
     @property
+    def windowed(self) -> bool:
+        """Whether a few rows are enough at a time, as far as headers tell."""
+        return all(term.windowed for term in self.terms)
+
+    @property
     def products(self) -> bool:
         """Whether all that is added are products of factors, as far as headers tell."""
         return all(term.windowed and term.additive and term.rank is not None for term in self.terms)
@@ -132,7 +137,7 @@ class Step:
     @property
     def unit_bytes(self) -> int:
         """About how many stored bytes are held at a time while it is folded."""
-        if all(term.windowed for term in self.terms):
+        if self.windowed:
             experts = any(term.piece.of_parameter.expert is not None for term in self.terms)
             whole = self.after.nbytes // (self.after.shape[0] or 1) if experts else UNIT
             return min(whole, self.after.nbytes)
@@ -141,7 +146,7 @@ class Step:
     @property
     def scratch_bytes(self) -> int:
         """About how much memory folding takes besides, in the dtype of the sums: two windows, or four whole copies."""
-        if all(term.windowed for term in self.terms):
+        if self.windowed:
             return 2 * WINDOW
         width = 4 if self.after.dtype in {"BF16", "F16"} or self.after.dtype.startswith("F8") else 8
         return 4 * width * prod(self.after.shape)

@@ -25,7 +25,7 @@ from lorahub.engine.rounding.nearest import round_into
 from lorahub.findings import Finding, Verdict
 from lorahub.lazy import torch
 
-__all__ = ["FAST", "KERNEL_PLAIN", "Fast", "Product", "float32_is_float32", "told_of_kernels"]
+__all__ = ["FAST", "KERNEL_PLAIN", "Fast", "Product", "float32_is_float32", "has_kernel", "told_of_kernels"]
 
 KERNEL_PLAIN = "kernel-plain"
 """Code of the finding that a device has a compiled kernel for what was merged there, and it could not run."""
@@ -144,12 +144,11 @@ class Product(Notable, Launchable):
 
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
         """See ``Launchable``."""
-        device, takes = at.out.device, _COMPILED["cuda"].takes(at.out.dtype)
-        if not self._to_nearest or not takes or merger(device).name == "torch":
+        if not self._to_nearest or not has_kernel(at.out.device, at.out.dtype):
             return None
         if not at.stays or not at.lies_together:
             return None
-        up, down = self._joined(self._stored(torch.float32), device)
+        up, down = self._joined(self._stored(torch.float32), at.out.device)
         return Launching(at.patch(up[at.rows], down, self._weight, saved), self._suffices)
 
     def _pack(self, at: Stretch) -> Packed:
@@ -251,6 +250,11 @@ _COMPILED: Mapping[str, _Compiled] = MappingProxyType(
     }
 )
 """Sort of device -> its compiled kernel."""
+
+
+def has_kernel(device: torch.device, storage: torch.dtype) -> bool:
+    """Whether a device beyond the CPU has a kernel that merges into weights of a dtype."""
+    return _COMPILED["cuda"].takes(storage) and merger(device).name != "torch"
 
 
 def told_of_kernels(
