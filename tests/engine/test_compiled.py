@@ -221,6 +221,27 @@ def test_a_result_that_is_no_number_is_told_and_noted_like_others(kernel, stored
     assert torch.equal(back.view(torch.uint8), before.view(torch.uint8))
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFF8000, 0x7FFFFFFF, -1, -0x7FFFFF], ids=hex)
+def test_no_way_of_writing_what_is_no_number_is_taken_for_one(kernel, stored, bits):
+    """Rounded by integers, some of them would become zero."""
+    takes(kernel, stored)
+    odd = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    weight, up, down = problem(20, 40, 3, stored, torch.float32)
+    for spoilt in ("up", "down", "weight"):
+        live, one, other = weight.clone(), up.float(), down.float()
+        {"up": one, "down": other, "weight": live}[spoilt][-1, -1:] = odd.to(
+            stored if spoilt == "weight" else odd.dtype
+        )
+        before, packed = live.clone(), kernel.pack(one, other, stored)
+        notes = Notes(kernel, live.dtype, live.numel(), 40, Workspace())
+        assert not kernel.add(packed, slice(None), 1.0, live, torch.empty_like(live))
+        assert not kernel.add(packed, slice(None), 1.0, live, live, notes)
+        kernel.add(packed, slice(None), -1.0, live, live)
+        kernel.restore(notes.residual, live)
+        assert torch.equal(live.view(torch.uint8), before.view(torch.uint8))
+
+
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
 @pytest.mark.parametrize("stored", STORED, ids=str)
 def test_what_it_foresees_is_what_it_does(kernel, stored, factors):

@@ -52,6 +52,7 @@
 #endif
 
 #define ALWAYS static inline __attribute__((always_inline))
+#define NEVER __attribute__((noinline))
 
 typedef uint32_t vu __attribute__((vector_size(VECTOR)));
 typedef uint16_t vh __attribute__((vector_size(VECTOR)));
@@ -144,6 +145,27 @@ ALWAYS int to_bfloat16(vu even, vu odd, vu *panel) {
   return 1;
 }
 #endif
+
+// The larger of words without a sign, each of its pair.
+ALWAYS vu larger(vu one, vu other) {
+#if AVX512
+  return (vu)_mm512_max_epu32((__m512i)one, (__m512i)other);
+#elif AVX2
+  return (vu)_mm256_max_epu32((__m256i)one, (__m256i)other);
+#else
+  vu first = (vu)(one > other);
+  return (one & first) | (other & ~first);
+#endif
+}
+
+// The upper halves of words as even and odd numbers of a panel.
+ALWAYS vu upper_halves(vu even, vu odd) {
+#if AVX2
+  return (vu)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xAA);
+#else
+  return even >> 16 | (odd & 0xFFFF0000);
+#endif
+}
 
 // -------------------------------------------------------------------------------------------------- differences
 

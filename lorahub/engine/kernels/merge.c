@@ -117,13 +117,6 @@ struct book {
   struct checksum before, after;
 };
 
-// Enter where two panels differ, of which `here` columns count.
-ALWAYS void compare(enum storage s, struct row *row, vu was, vu back, int64_t column, int64_t here) {
-  uint32_t some = different(s, was, back);
-  if (here < PANEL(s)) some &= (1u << here) - 1;
-  note(s, row, some, less(s, was, back), column);
-}
-
 #define NEAR 254  // the longest step that needs no other before it
 #define SOME 16
 
@@ -189,8 +182,8 @@ ALWAYS struct sums widen(enum storage s, vu stored) {
   return (struct sums){stored << 16, stored & 0xFFFF0000};
 }
 
-ALWAYS vu nearest_bfloat16(vu bits) {  // in the upper half; what is no number stays none
-  return (bits + 0x7FFF + ((bits >> 16) & 1)) | (vu)((vf)bits != (vf)bits);
+ALWAYS vu nearest_bfloat16(vu bits) {  // in the upper half; what is no number may become one
+  return bits + 0x7FFF + ((bits >> 16) & 1);
 }
 
 ALWAYS vu narrow(enum storage s, struct sums p) {
@@ -203,14 +196,15 @@ ALWAYS vu narrow(enum storage s, struct sums p) {
   vu panel;
   if (to_bfloat16(p.one, p.other, &panel)) return panel;
 #endif
-  return nearest_bfloat16(p.one) >> 16 | (nearest_bfloat16(p.other) & 0xFFFF0000);
+  return upper_halves(nearest_bfloat16(p.one), nearest_bfloat16(p.other));
 }
 
-// Has the uppermost bit of a number set where that is none, or is infinite.
-ALWAYS vu unbounded(enum storage s, vu stored) {
-  if (s == FLOAT32) return (stored & 0x7FFFFFFF) + (0x80000000 - 0x7F800000);
-  const uint32_t room = s == FLOAT16 ? 0x8000 - 0x7C00 : 0x8000 - 0x7F80;
-  return (stored & 0x7FFF7FFF) + room * 0x10001;
+// Has the uppermost bit of a number set where that is none, or is infinite, or becomes so when it is rounded; of
+// bfloat16 before that, for then it could be hidden.
+ALWAYS vu unbounded(enum storage s, struct sums p, vu rounded) {
+  if (s == BFLOAT16) return larger(p.one & 0x7FFFFFFF, p.other & 0x7FFFFFFF) + (0x80000000 - 0x7F7F8000);
+  if (s == FLOAT16) return (rounded & 0x7FFF7FFF) + (0x8000 - 0x7C00) * 0x10001;
+  return (rounded & 0x7FFFFFFF) + (0x80000000 - 0x7F800000);
 }
 
 ALWAYS vu multiply_add(enum storage s, vu one, vu other, vu sum) {
@@ -249,8 +243,8 @@ ALWAYS vu times(enum storage s, int dots, const uint8_t *left, vu right, vu sum)
 }
 
 // One panel of HIGH rows of up @ down.
-ALWAYS void multiply(enum storage s, int dots, const uint8_t *const *left, const uint8_t *right, int64_t count,
-                     struct sums product[HIGH]) {
+ALWAYS void multiply_here(enum storage s, int dots, const uint8_t *const *left, const uint8_t *right, int64_t count,
+                          struct sums product[HIGH]) {
 #define BEGIN(i) vu a##i = {0}, b##i = {0}; const uint8_t *l##i = left[i];
 #define GO_ON(i) a##i = times(s, dots, l##i + k * each, one, a##i); b##i = times(s, dots, l##i + k * each, other, b##i);
 #define END(i) product[i] = (struct sums){a##i, b##i};
@@ -266,6 +260,24 @@ ALWAYS void multiply(enum storage s, int dots, const uint8_t *const *left, const
     EACH(GO_ON)
   }
   EACH(END)
+}
+
+// In functions of their own: what a caller wants to keep in registers would drive sums out of them.
+#define MULTIPLY(name, s, dots)                                                                                      \
+  static NEVER void multiply_##name(const uint8_t *const *left, const uint8_t *right, int64_t count,                 \
+                                    struct sums product[HIGH]) {                                                     \
+    multiply_here(s, dots, left, right, count, product);                                                             \
+  }
+
+MULTIPLY(float32, FLOAT32, 0)
+MULTIPLY(short, BFLOAT16, 0)
+MULTIPLY(dots, BFLOAT16, HAS_BFLOAT16)
+
+ALWAYS void multiply(enum storage s, int dots, const uint8_t *const *left, const uint8_t *right, int64_t count,
+                     struct sums product[HIGH]) {
+  if (s == FLOAT32) multiply_float32(left, right, count, product);
+  else if (dots) multiply_dots(left, right, count, product);
+  else multiply_short(left, right, count, product);
 }
 
 // -------------------------------------------------------------------------------------------------------- merge
@@ -284,16 +296,43 @@ struct job {
 
 enum way { PLAIN, BOOKED, BY_ROW };
 
-ALWAYS vu one_panel(enum storage s, const uint8_t *before, uint8_t *out, double scale, const double *by_row,
-                    struct sums product, struct row *row, int64_t column, int64_t here) {
-  vu was;
-  memcpy(&was, before, VECTOR);
-  struct sums start = widen(s, was);
-  if (by_row) start = add(s, (struct sums){{0}, {0}}, all(s, by_row[0]), start), scale = by_row[1];
-  vu now = narrow(s, add(s, start, all(s, scale), product));
-  if (row) compare(s, row, was, narrow(s, add(s, widen(s, now), all(s, -scale), product)), column, here);
-  memcpy(out, &now, VECTOR);
-  return unbounded(s, now);
+ALWAYS vu load(enum storage s, const uint8_t *from, int64_t here) {
+  vu found = {0};
+  memcpy(&found, from, here == PANEL(s) ? VECTOR : here * BYTES(s));
+  return found;
+}
+
+// Fold `high` rows of a panel, of which `here` columns count, and note what goes wrong on the way back.  All rows go one
+// step before any goes the next: within a row every step waits for the one before.
+ALWAYS vu fold(enum storage s, enum way way, const struct job *j, int64_t r, int high, int64_t c, int64_t here,
+               const struct sums *product, struct row *rows, int64_t column) {
+  const int64_t of_row = j->columns * BYTES(s), at = r * of_row + c * BYTES(s);
+  const uint8_t *before = j->before + at;
+  uint8_t *out = j->out + at;
+  vu bad = {0}, was[HIGH], now[HIGH], back[HIGH];
+  const vu there = all(s, j->scale), again = all(s, -j->scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < high; i++) {
+    if (way == BOOKED) __builtin_prefetch(before + (HIGH + i) * of_row, 1);  // the checksum comes to it first
+    was[i] = load(s, before + i * of_row, here);
+    struct sums start = widen(s, was[i]);
+    const double *own = way == BY_ROW ? j->by_row + 2 * (r + i) : NULL;
+    if (way == BY_ROW) start = add(s, (struct sums){{0}, {0}}, all(s, own[0]), start);
+    struct sums sum = add(s, start, way == BY_ROW ? all(s, own[1]) : there, product[i]);
+    now[i] = narrow(s, sum);
+    bad |= unbounded(s, sum, now[i]);
+    memcpy(out + i * of_row, &now[i], here == PANEL(s) ? VECTOR : here * BYTES(s));
+  }
+  if (way != BOOKED) return bad;
+#pragma GCC unroll 8
+  for (int i = 0; i < high; i++) back[i] = narrow(s, add(s, widen(s, now[i]), again, product[i]));
+#pragma GCC unroll 8
+  for (int i = 0; i < high; i++) {
+    uint32_t some = different(s, was[i], back[i]);
+    if (here < PANEL(s)) some &= (1u << here) - 1;
+    note(s, rows + i, some, less(s, was[i], back[i]), column);
+  }
+  return bad;
 }
 
 ALWAYS int64_t pairs_of(int dots, int64_t rank) { return dots ? (rank + 1) / 2 : rank; }
@@ -314,9 +353,7 @@ ALWAYS int merge(enum storage s, int dots, enum way way, const struct job *given
     int high = j.rows - r < at_once ? (int)(j.rows - r) : at_once;
     const uint8_t *left[HIGH];
     for (int i = 0; i < HIGH; i++) left[i] = j.up + (r + (i < high ? i : 0)) * of_factors;
-    const uint8_t *before = j.before + r * of_row;
-    uint8_t *out = j.out + r * of_row;
-    if (booked) add_bytes(&j.book->before, before, high * of_row);
+    if (booked) add_bytes(&j.book->before, j.before + r * of_row, high * of_row);
     for (int64_t band = 0; band < j.columns; band += at_once == 1 ? AT_ONCE : j.columns) {
       int64_t end = at_once == 1 && band + AT_ONCE < j.columns ? band + AT_ONCE : j.columns;
       for (int i = 0; i < high && booked; i++) rows[i].count = 0;
@@ -324,29 +361,17 @@ ALWAYS int merge(enum storage s, int dots, enum way way, const struct job *given
         struct sums product[HIGH];
         multiply(s, dots, left, j.down + c / PANEL(s) * pairs * 2 * VECTOR, pairs, product);
         int64_t here = end - c < PANEL(s) ? end - c : PANEL(s);
-        for (int i = 0; i < high; i++) {
-          const uint8_t *from = before + i * of_row + c * BYTES(s);
-          uint8_t *to = out + i * of_row + c * BYTES(s);
-          struct row *row = booked ? rows + i : NULL;
-          const double *by_row = way == BY_ROW ? j.by_row + 2 * (r + i) : NULL;
-          if (booked) __builtin_prefetch(from + HIGH * of_row, 1);  // the checksum comes to it first
-          if (here == PANEL(s)) {
-            bad |= one_panel(s, from, to, j.scale, by_row, product[i], row, c - band, PANEL(s));
-          } else {
-            uint8_t edge[VECTOR] = {0};
-            memcpy(edge, from, here * BYTES(s));
-            bad |= one_panel(s, edge, edge, j.scale, by_row, product[i], row, c - band, here);
-            memcpy(to, edge, here * BYTES(s));
-          }
-        }
+        int full = high == HIGH && here == PANEL(s);
+        bad |= full ? fold(s, way, &j, r, HIGH, c, PANEL(s), product, rows, c - band)
+                    : fold(s, way, &j, r, high, c, here, product, rows, c - band);
       }
       for (int i = 0; i < high && booked; i++) enter(s, j.book, rows + i, j.first + (r + i) * j.columns + band);
     }
-    if (booked) add_bytes(&j.book->after, out, high * of_row);
+    if (booked) add_bytes(&j.book->after, j.out + r * of_row, high * of_row);
   }
   uint32_t any = 0;
   for (int i = 0; i < WORDS; i++) any |= bad[i];
-  return !(any & (s == FLOAT32 ? 0x80000000 : 0x80008000));
+  return !(any & (s == FLOAT16 ? 0x80008000 : 0x80000000));
 }
 
 // ---------------------------------------------------------------------------------------------------------- look
@@ -380,10 +405,7 @@ ALWAYS void look(enum storage s, int dots, const struct job *given, int64_t step
       multiply(s, dots, left, j.down + c / PANEL(s) * pairs * 2 * VECTOR, pairs, product);
       int64_t here = j.columns - c < PANEL(s) ? j.columns - c : PANEL(s);
       for (int i = 0; i < high; i++) {
-        vu stored = {0};
-        const uint8_t *from = j.before + (r + i * step) * of_row + c * BYTES(s);
-        if (here == PANEL(s)) memcpy(&stored, from, VECTOR);
-        else memcpy(&stored, from, here * BYTES(s));
+        vu stored = load(s, j.before + (r + i * step) * of_row + c * BYTES(s), here);
         const vu scale = all(s, j.scale), less = all(s, -1);
         struct sums was = widen(s, stored), none = {{0}, {0}}, more = add(s, none, scale, product[i]);
         struct sums effect = add(s, widen(s, narrow(s, add(s, was, scale, product[i]))), less, was);
@@ -420,10 +442,7 @@ ALWAYS void squares(enum storage s, int dots, const struct job *given, double *f
         multiply(s, dots, left, j.down + c / PANEL(s) * pairs * 2 * VECTOR, pairs, product);
         int64_t here = end - c < PANEL(s) ? end - c : PANEL(s);
         for (int i = 0; i < high; i++) {
-          vu stored = {0};
-          const uint8_t *from = j.before + (r + i) * of_row + c * BYTES(s);
-          if (here == PANEL(s)) memcpy(&stored, from, VECTOR);
-          else memcpy(&stored, from, here * BYTES(s));
+          vu stored = load(s, j.before + (r + i) * of_row + c * BYTES(s), here);
           struct sums made = add(s, widen(s, stored), all(s, j.scale), product[i]);
           SUM(sums[i], made, made);
         }
