@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 __all__ = [
     "LLAMA",
+    "LLAMA3",
     "RANK",
     "TARGETS",
     "TINYLLAMA",
@@ -43,6 +44,18 @@ LLAMA = LlamaConfig(
     dtype="bfloat16",
 )
 """1.1 billion parameters, 2.2 GB in bfloat16."""
+
+LLAMA3 = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+"""Llama-3-8B's shape."""
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000,
@@ -102,7 +115,7 @@ def randomise(state: dict[str, torch.Tensor], *, seed: int) -> dict[str, torch.T
 
 
 def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype) -> PeftModel:
-    """PEFT's LoRA of rank 16 on the targets, with random factors of the given dtype."""
+    """PEFT's LoRA of rank 16 on the targets, with random factors of the given dtype where the weights are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
@@ -114,7 +127,8 @@ def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype) -> Peft
         for factors in (module.lora_A, module.lora_B):
             shape = factors["default"].weight.shape
             values = torch.empty(shape).normal_(0, 0.007, generator=generator)
-            factors["default"].weight = nn.Parameter(values.to(dtype), requires_grad=False)
+            place = module.get_base_layer().weight.device
+            factors["default"].weight = nn.Parameter(values.to(place, dtype), requires_grad=False)
     return wrapped
 
 
