@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 
 from lorahub.deltas.kind import JSON
 
@@ -79,10 +80,16 @@ def role_of(class_name: str, config: Mapping[str, JSON], name: str, shape: tuple
         return ""
     if module == "class_embedding" and len(shape) == 2:  # one of a kind: a layer or a table, by an argument
         return "linear" if config.get("class_embed_type") == "simple_projection" else "embedding"
-    for which, end, role in ELSE:
-        if fnmatchcase(class_name, which) and fnmatchcase(module, end):
+    for end, role in _else_of(class_name):
+        if fnmatchcase(module, end):
             return role
     return _BY_AXES.get(len(shape), "")
+
+
+@cache
+def _else_of(class_name: str) -> tuple[tuple[str, str], ...]:
+    """Ends of paths and roles in ``ELSE`` that are said of a class."""
+    return tuple((end, role) for which, end, role in ELSE if fnmatchcase(class_name, which))
 
 
 def in_attention(module: str) -> bool:
