@@ -18,6 +18,7 @@ from lorahub.front_matter import front_matter
 from lorahub.hub.cache import Cache
 from lorahub.hub.folder_store import Commit, FolderStore, State
 from lorahub.hub.hub import SORTS, FilePin, Listing, Pin, Progress, Revise, Span, Standing, Taken
+from lorahub.hub.noticed import moved
 from lorahub.hub.publication import (
     DEFAULT_BRANCH,
     Outcome,
@@ -58,8 +59,21 @@ class FolderHub:
         """The folder it lies in."""
         return str(self._store.root)
 
+    @property
+    def _key(self) -> str:
+        """What it is called in the cache, under whichever of its names it is opened."""
+        return f"folder-{hashlib.sha256(str(self._store.root.resolve()).encode()).hexdigest()[:12]}"
+
     def resolve(self, ref: Ref) -> Pin:
         """The exact state that ``ref`` means now; see ``Hub.resolve``."""
+        pin, state = self._pin(ref), self._store.state(repo_of(ref))
+        refs = self._cache.remember_refs(self._key, pin.repo, state.tags, state.branches)
+        before = refs.known.get(pin.tag or "", pin.commit)
+        if pin.tag is None or before == pin.commit:
+            return pin
+        return replace(pin, said=(moved(ref, pin.tag, before, pin.commit),))
+
+    def _pin(self, ref: Ref) -> Pin:
         repo = repo_of(ref)
         state = self._store.state(repo)
         selector = Selector.parse(ref.selector) if ref.selector is not None else None
@@ -80,8 +94,7 @@ class FolderHub:
 
     def pull(self, pin: Pin, *, progress: Progress | None = None) -> Path:
         """The folder with exactly the pinned files, copied and verified; see ``Hub.pull``."""
-        key = f"folder-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"
-        if (folder := self._cache.folder(key, pin)) is not None:
+        if (folder := self._cache.folder(self._key, pin)) is not None:
             return folder
         listed = self._store.commit(pin.repo, pin.commit).files
         if wrong := [path for path, file in pin.files.items() if listed.get(pin.at(path)) != file]:
@@ -99,7 +112,7 @@ class FolderHub:
                     if progress is not None:
                         progress(path, done, pin.size)
 
-        return self._cache.fill(key, pin, fetch)
+        return self._cache.fill(self._key, pin, fetch)
 
     def read(self, pin: Pin, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes of one pinned file without pulling it; see ``Hub.read``."""
@@ -134,7 +147,9 @@ class FolderHub:
         return version_tags(self._store.state(repo).tags)
 
     def trust(self, pin: Pin) -> None:
-        """Nothing to do: what a version means is read from the folder each time; see ``Hub.trust``."""
+        """The version of ``pin`` means its commit from now on; see ``Hub.trust``."""
+        if pin.tag is not None:
+            self._cache.trust(self._key, pin.repo, pin.tag, pin.commit)
 
     def search(
         self,
@@ -214,9 +229,16 @@ class FolderHub:
         job = replace(job, files={path: replace(file, git=None) for path, file in job.files.items()})
         text = message.encode("utf-8", "replace").decode()
         plan = self._plan(job, text)
-        if plan.outcome.done or dry_run:
-            said = plan.outcome.said if plan.outcome.done else f"would be {plan.outcome.said}"
-            return plan.pin(job, said)
+        if dry_run:
+            return plan.pin(job, plan.outcome.said if plan.outcome.done else f"would be {plan.outcome.said}")
+        if not plan.outcome.done:
+            plan = self._write(job, text, folder, progress)
+        pin = plan.pin(job, plan.outcome.said)
+        self.trust(pin)  # who publishes a version knows what it is
+        return pin
+
+    def _write(self, job: Publication, text: str, folder: Path, progress: Progress | None) -> _Plan:
+        """Store the files and enter the commit; what was done, which may be nothing any more."""
         done = 0
         try:
             self._store.create()
@@ -231,7 +253,7 @@ class FolderHub:
                     self._store.write(job.repo, plan.state, plan.new)
         except OSError as error:
             raise write_failed(self._store.root, error) from None
-        return plan.pin(job, plan.outcome.said)
+        return plan
 
     def _revised(self, job: Publication, readme: Revise | None) -> Publication:
         """The publication as it is once the README that the repository has is known."""
@@ -282,7 +304,7 @@ class FolderHub:
 
     def _card(self, repo: str) -> Mapping[str, Any]:
         with suppress(NotFound, IntegrityError, UsageError):  # a repository need have no card
-            pin = self.resolve(Ref(repo=repo))
+            pin = self._pin(Ref(repo=repo))
             return front_matter(self.read(pin, "README.md", length=_CARD_LIMIT).decode("utf-8", "replace"))
         return {}
 
@@ -290,7 +312,7 @@ class FolderHub:
         """What the newest state calls its base: the record, then PEFT's config, where it may be a path."""
         found: list[str] = []
         with suppress(NotFound, IntegrityError, UsageError):  # a listing does without what it cannot read
-            pin = self.resolve(Ref(repo=repo))
+            pin = self._pin(Ref(repo=repo))
             for path, keys in _NAMES_OF_BASES.items():
                 with suppress(NotFound, IntegrityError, ValueError, RecursionError):
                     said = json.loads(self.read(pin, path, length=_CONFIG_LIMIT))

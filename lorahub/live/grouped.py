@@ -39,7 +39,7 @@ COPIES = 4
 """How many rows of one adapter get a copy of its factors each; those of more rows are not copied."""
 
 
-_COMPILED = frozenset({torch.bfloat16, torch.float16, torch.float32})  # what kernels add to
+_COMPILED = frozenset({"torch.bfloat16", "torch.float16", "torch.float32"})  # what kernels add to
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def _linear(
 
 def _is_compiled(y: torch.Tensor, x: torch.Tensor, prepared: _Prepared, weights: torch.Tensor | None) -> bool:
     """Whether the device has a kernel for these rows, and nobody wants gradients."""
-    if torch.compiler.is_compiling() or y.dtype not in _COMPILED or adder(y.device).name == "torch":
+    if torch.compiler.is_compiling() or adder(y.device).name == "torch" or str(y.dtype) not in _COMPILED:
         return False
     if not torch.is_grad_enabled():
         return True

@@ -237,7 +237,7 @@ def test_a_hubs_adapter_is_inspected_by_the_command_too(
     document = lorahub("inspect", "acme/ink@1", "--hub", hub, "--json").json()
     assert document["remote"]["bytes_read"] < sum(document["remote"]["files"].values())
     assert document["where"] == "acme/ink@v1.0.0"
-    assert not (tmp_path / "cache" / "pulled").exists()
+    assert not list((tmp_path / "cache" / "pulled").rglob("*.safetensors"))
     hashed = lorahub("inspect", "acme/ink@1", "--hub", hub, "--hashes", "--json").json()
     assert hashed["hashes"]["autov2"] == document["remote"]["autov2"]
 
@@ -250,7 +250,7 @@ def test_a_hubs_adapter_is_checked_without_its_weights(lorahub: Cli, adapter: Pa
     run = lorahub("check", "acme/ink@1", "--base", base, "--hub", hub, "--json")
     assert run.code == 0, run.err
     far = run.json()
-    assert not (tmp_path / "cache" / "pulled").exists()
+    assert not list((tmp_path / "cache" / "pulled").rglob("*.safetensors"))
     assert {each["code"] for each in far["findings"]} == {each["code"] for each in near["findings"]}
     assert far["verdict"] == near["verdict"]
     assert lorahub("check", "acme/ink@1", "--for", "vllm", "--hub", hub).code == 0

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lorahub import fetching
 from lorahub.errors import (
+    Degraded,
     DigestMismatch,
     IntegrityError,
     InvalidRef,
@@ -22,6 +24,7 @@ from lorahub.errors import (
     WriteFailed,
 )
 from lorahub.files.user import cache_root
+from lorahub.findings import Verdict
 from lorahub.hub import open_hub
 from lorahub.hub.cache import Cache, pin_of
 from lorahub.hub.folder import FolderHub
@@ -572,3 +575,50 @@ def test_search_knows_the_base_by_the_name_that_was_recorded_and_by_the_path_it_
 def test_search_does_without_a_record_that_is_none(hub, make_adapter, record):
     hub.push(make_adapter(files={"lorahub.json": record}), INK, version="1.0.0")
     assert [found.base for found in hub.search()] == ["acme/base"]
+
+
+# ---------------------------------------------------------------------------------------------- moved versions
+
+
+def test_a_version_that_somebody_moved_is_told_until_it_is_trusted(tmp_path, make_adapter):
+    """Two machines, each with a cache of its own, and one folder."""
+    hers, ours = (FolderHub(tmp_path / "hub", cache=Cache(tmp_path / name)) for name in ("hers", "ours"))
+    first = hers.push(make_adapter("first"), INK, version="1.2.0")
+    assert ours.resolve(Ref.parse("acme/ink@1.2.0")).said == ()
+    other = make_adapter("other", files={"tokenizer.json": b"{}"})
+    moved = hers.push(other, INK, version="1.2.0", move_tag=True)
+    for asked in ("acme/ink@1.2.0", "acme/ink@~=1.2", "acme/ink"):
+        pin = ours.resolve(Ref.parse(asked))
+        assert pin.commit == moved.commit
+        (said,) = pin.said
+        assert (said.code, said.level) == ("tag-moved", Verdict.DEGRADED)
+        assert first.commit[:12] in said.message
+    assert ours.resolve(Ref(repo="acme/ink", selector=first.commit)).said == ()
+    assert hers.resolve(Ref.parse("acme/ink@1.2.0")).said == ()  # who moved it knows
+    ours.trust(ours.resolve(Ref.parse("acme/ink@1.2.0")))
+    assert ours.resolve(Ref.parse("acme/ink@1.2.0")).said == ()
+
+
+def test_nothing_of_a_moved_version_is_pulled_or_locked_before_it_is_allowed(tmp_path, make_adapter, monkeypatch):
+    root, theirs = tmp_path / "hub", Cache(tmp_path / "theirs")
+    monkeypatch.setenv("LORAHUB_HUB", str(root))
+    FolderHub(root, cache=theirs).push(make_adapter("first"), INK, version="1.2.0")
+    before = fetching.pull("acme/ink@1.2.0").pin.commit
+    other = make_adapter("other", files={"tokenizer.json": b"{}"})
+    after = FolderHub(root, cache=theirs).push(other, INK, version="1.2.0", move_tag=True).commit
+    for _ in range(2):
+        with pytest.raises(Degraded, match="--allow tag-moved") as refused:
+            fetching.pull("acme/ink@1.2.0")
+        assert before[:12] in str(refused.value)
+    assert fetching.pull("acme/ink@1.2.0", allow=["tag-moved"]).pin.commit == after
+    assert fetching.pull("acme/ink@1.2.0").findings == ()
+
+
+def test_a_folder_under_another_name_is_the_same_hub(tmp_path, make_adapter, monkeypatch, cache):
+    FolderHub(tmp_path / "hub", cache=cache).push(make_adapter("first"), INK, version="1.2.0")
+    monkeypatch.chdir(tmp_path)
+    other = make_adapter("other", files={"tokenizer.json": b"{}"})
+    elsewhere = FolderHub(Path("hub"), cache=Cache(tmp_path / "theirs"))
+    elsewhere.push(other, INK, version="1.2.0", move_tag=True)
+    (said,) = FolderHub(Path("hub"), cache=cache).resolve(Ref.parse("acme/ink@1.2.0")).said
+    assert said.code == "tag-moved"
