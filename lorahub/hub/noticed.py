@@ -14,13 +14,13 @@ NOTICED = frozenset({"commit-gone", "repo-renamed", "superseded", "tag-moved"})
 """The codes of all of them."""
 
 
-def moved(ref: Ref, tag: str, before: str, now: str) -> Finding:
-    """A version tag that this machine saw at another commit."""
+def moved(ref: Ref, tag: str, before: str, now: str, *, when: str = "when this machine first saw it") -> Finding:
+    """A version tag that was at another commit before; ``when`` says how that is known."""
     return Finding(
         code="tag-moved",
         axis="integrity",
         level=Verdict.DEGRADED,
-        message=f"{tag} of {ref.repo} was commit {before[:12]} when this machine first saw it and is {now[:12]} now; "
+        message=f"{tag} of {ref.repo} was commit {before[:12]} {when} and is {now[:12]} now; "
         "a published version should never change",
         remedy=f"for what it was: lorahub pull {Ref(repo=ref.repo, selector=before, subpath=ref.subpath)}",
         allowable=True,

@@ -23,13 +23,14 @@ from lorahub.findings import Finding
 from lorahub.front_matter import front_matter
 from lorahub.hub.contents import survey
 from lorahub.hub.hub import FilePin, Hub, Pin
+from lorahub.hub.noticed import moved
 from lorahub.hub.selection import Selection, select_adapter
 from lorahub.hub.versions import pick
 from lorahub.manifest.lockfile import LockedAdapter, LockedFile
 from lorahub.names import Ref, Selector, printable
 from lorahub.records import FILENAME as RECORD
 
-__all__ = ["Pinned", "local_files", "pin_entry", "satisfies"]
+__all__ = ["Pinned", "against", "local_files", "pin_entry", "satisfies"]
 
 _CARD = "README.md"
 _LARGEST = 4 << 20
@@ -95,6 +96,17 @@ def _pinned(hub: Callable[[], Hub], folder: Path, name: str, requested: str) -> 
         file=_locked_files(pin.files),
     )
     return Pinned(locked=locked, why=pin.why, said=pin.said)
+
+
+def against(old: LockedAdapter, new: Pinned) -> Pinned:
+    """What an entry came to, with what the lock knows of its version: a machine that never saw it cannot tell."""
+    now, before = new.locked, old.commit or ""
+    same = old.repo is not None and old.pin().tag is not None and (old.repo, old.resolved) == (now.repo, now.resolved)
+    if not same or before == now.commit or any(each.code == "tag-moved" for each in new.said):
+        return new
+    ref, tag = Ref.parse(now.requested), now.resolved or ""
+    said = moved(ref, tag, before, now.commit or "", when="when it was locked")
+    return replace(new, said=(*new.said, said))
 
 
 def satisfies(ref: Ref, locked: LockedAdapter) -> bool:

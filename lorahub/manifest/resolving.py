@@ -16,7 +16,7 @@ from lorahub.hub.hub import Hub
 from lorahub.manifest.document import FILENAME
 from lorahub.manifest.lockfile import CREATED_BY, Lock, LockedAdapter, LockedBase, LockedComposition
 from lorahub.manifest.mixing import Mix, mixes
-from lorahub.manifest.pinning import Pinned, pin_entry, satisfies
+from lorahub.manifest.pinning import Pinned, against, pin_entry, satisfies
 from lorahub.manifest.policy import demand, judge, offences
 from lorahub.manifest.project import Project
 from lorahub.merging import checking
@@ -144,6 +144,8 @@ class Resolving:
         if old is not None and not anew and ref.path is None and satisfies(ref, old):
             return old if old.requested == requested else old.model_copy(update={"requested": requested})
         found: Pinned = pin_entry(self._hub, self.project.folder, name, requested)
+        if old is not None:
+            found = against(old, found)
         self._say(name, found.said)
         self.why[name] = found.why
         said = [each for each in found.said if each.level >= Verdict.DEGRADED]

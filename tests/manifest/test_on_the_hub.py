@@ -266,3 +266,16 @@ def test_a_token_is_in_no_lock_and_no_output(served: Team, double: Double, run: 
     written = [path.read_bytes() for path in served.folder.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in text for text in [*written, *(f"{each.out}{each.err}".encode() for each in runs)])
     assert double.endpoint.encode() not in served.lock.read_bytes()
+
+
+def test_a_machine_that_never_saw_the_version_knows_it_from_the_lock(
+    served: Team, double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lorahub.sync()
+    before = served.lock.read_bytes()
+    commit = Lock.load(served.lock).adapter[0].commit
+    double.repo("acme/ink").tags["v1.2.0"] = newer(served, double, 2)
+    monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "of another machine"))
+    with pytest.raises(Degraded, match=f"v1.2.0 of acme/ink was commit {commit[:12]} when it was locked"):
+        lorahub.lock(upgrade=True)
+    assert served.lock.read_bytes() == before
