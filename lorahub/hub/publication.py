@@ -303,9 +303,11 @@ def outcome(
                 what=f"published as {taken[0].tag}" + (f", on a new branch {job.branch}" if opens else ""),
             )
         if not job.move_tag:
+            spelled = taken[0].tag.removeprefix("v")
+            same = "" if taken[0].tag == job.tag else f"It is the same version: say --version {printable(spelled)}. "
             raise PushRefused(
                 f"{job.repo} has {printable(taken[0].tag)} already, and it differs in {_few(others)}",
-                "A published version never changes: push under the next version, or say --move-tag.",
+                f"{same}A published version never changes: push under the next version, or say --move-tag.",
             )
     head = branches.get(job.branch)
     start = head or branches.get(DEFAULT_BRANCH)

@@ -622,3 +622,13 @@ def test_a_folder_under_another_name_is_the_same_hub(tmp_path, make_adapter, mon
     elsewhere.push(other, INK, version="1.2.0", move_tag=True)
     (said,) = FolderHub(Path("hub"), cache=cache).resolve(Ref.parse("acme/ink@1.2.0")).said
     assert said.code == "tag-moved"
+
+
+def test_a_version_in_another_spelling_is_called_the_same(hub, make_adapter):
+    hub.push(make_adapter("first"), INK, version="1.0")
+    with pytest.raises(PushRefused, match=r"has v1\.0 already") as refused:
+        hub.push(make_adapter("other", seed=1), INK, version="1.0.0")
+    assert "same version: say --version 1.0." in str(refused.value)
+    with pytest.raises(PushRefused) as refused:
+        hub.push(make_adapter("other", seed=1), INK, version="1.0")
+    assert "same version" not in str(refused.value)
