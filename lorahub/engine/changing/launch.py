@@ -15,6 +15,7 @@ from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.kernels.choice import merger
 from lorahub.engine.kernels.patches import Outcome, Patch, batches
+from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.copies import Copies
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.lazy import torch
@@ -94,7 +95,9 @@ class Launch:
             found = iter([outcomes[number] for number in range(len(patches))])
             for entry in self._entries:
                 told(entry.keeper.name, entry.unit.rows, _settle(entry, [next(found) for _ in entry.parts], space))
-                entry.keeper.mark(entry.unit.rows)
+            marks = checksums([entry.live for entry in self._entries])
+            for entry, mark in zip(self._entries, marks, strict=True):
+                entry.keeper.mark(entry.unit.rows, mark)
         except BaseException:
             _give_back(patches, outcomes)
             for entry in self._entries:

@@ -14,6 +14,7 @@ from lorahub.engine.folding.bind import Bound
 from lorahub.engine.folding.fold import Fold
 from lorahub.engine.kernels.choice import native
 from lorahub.engine.planning.steps import Step
+from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.choice import can_journal, choose, held_bytes
 from lorahub.engine.undoing.copies import Copies, HostCopies
 from lorahub.engine.undoing.journal import InPassing, Journal
@@ -161,6 +162,18 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
         IntegrityError: one holds what was written, and cannot be restored.
     """
     names: set[str] = set()
+    elsewhere: dict[torch.device, list[Keeper]] = {}  # on devices that take all checksums at once
+    apart: list[Keeper] = []
+    for keeper in keepers.values():
+        device = keeper.tensor.device
+        copied = device.type != "cpu" and not keeper.verified
+        (elsewhere.setdefault(device, []) if copied else apart).append(keeper)
+
+    def look_at_all(some: list[Keeper]) -> Job:
+        def job(_: Workspace) -> None:
+            names.update(_moved(some))
+
+        return job
 
     def look(keeper: Keeper) -> Job:
         def each(_: Workspace) -> list[Job]:
@@ -179,8 +192,18 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
 
         return each
 
-    run_jobs(map(look, keepers.values()), threads)
+    run_jobs([*map(look_at_all, elsewhere.values()), *map(look, apart)], threads)
     return sorted(names)
+
+
+def _moved(keepers: Sequence[Keeper]) -> list[str]:
+    """The parameters, all of one device, that no longer hold what was written: asked of the device once."""
+    written = [(keeper, rows) for keeper in keepers for rows in keeper.units]
+    if not written:
+        return []
+    found = checksums([keeper.tensor[rows] for keeper, rows in written])
+    differs = found != torch.stack([keeper.marked(rows) for keeper, rows in written])
+    return [keeper.name for (keeper, _), other in zip(written, differs.tolist(), strict=True) if other]
 
 
 def restore(keepers: Mapping[str, Keeper], threads: int) -> None:

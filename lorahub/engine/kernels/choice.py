@@ -13,14 +13,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Generic, TypeVar, final
 
-from lorahub.engine.kernels import merge_torch, segmented_torch
+from lorahub.engine.kernels import checksum_torch, merge_torch, segmented_torch
 from lorahub.engine.kernels.compiling import NotCompiled, SwitchedOff
 from lorahub.engine.kernels.merge_c import Kernel, kernel
-from lorahub.engine.kernels.trials import Adder, Merger, adds_alike, is_right, merges_alike
+from lorahub.engine.kernels.trials import Adder, Merger, Summer, adds_alike, is_right, merges_alike, sums_alike
 from lorahub.engine.undoing.residual import Steps
 from lorahub.lazy import torch
 
-__all__ = ["Choice", "Native", "adder", "merger", "native", "restore"]
+__all__ = ["Choice", "Native", "adder", "merger", "native", "restore", "summer"]
 
 _Kernel = TypeVar("_Kernel")
 
@@ -77,6 +77,12 @@ def merger(device: torch.device) -> Choice[Merger]:
 def adder(device: torch.device) -> Choice[Adder]:
     """What adds changes to the rows of a batch, each its own, on ``device``; tried there once a process."""
     return _tried(device, "segmented_triton", "add_segments", segmented_torch.add_segments, adds_alike)
+
+
+@lru_cache(maxsize=16)
+def summer(device: torch.device) -> Choice[Summer]:
+    """What gives the checksums of tensors on ``device``; tried there once a process."""
+    return _tried(device, "checksum_triton", "checksums", checksum_torch.checksums, sums_alike)
 
 
 def _tried(

@@ -19,7 +19,7 @@ const int32_t has_float16 = HAS_FLOAT16;
 
 // ---------------------------------------------------------------------------------------------------- checksums
 
-// As in `checksum.py`: words in a table of COLUMNS, its rows and columns weighed by odd numbers.
+// As in `checksum_torch.py`: words in a table of COLUMNS, its rows and columns weighed by odd numbers.
 #define COLUMNS 64
 #define ROWS (1 << 14)
 #define LINE (8 * COLUMNS)
@@ -103,6 +103,12 @@ uint64_t checksum_end(struct checksum *c) {
   uint64_t last = 0;
   for (uint64_t i = 0; i < c->resting; i++) last += c->rest[i] * c->weights[i];
   return c->total * MULTIPLIER + last + c->bytes;
+}
+
+uint64_t checksum(const uint8_t *bytes, int64_t count, const uint64_t *weights) {
+  struct checksum c = {.weights = weights};
+  add_bytes(&c, bytes, count);
+  return checksum_end(&c);
 }
 
 // --------------------------------------------------------------------------------------------------------- book

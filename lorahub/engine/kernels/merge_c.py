@@ -14,8 +14,8 @@ from typing import final
 
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.sums import Change
+from lorahub.engine.kernels.checksum_torch import checksum_weights
 from lorahub.engine.kernels.compiling import library
-from lorahub.engine.undoing.checksum import checksum_weights
 from lorahub.engine.undoing.residual import Steps
 from lorahub.lazy import torch
 
@@ -153,7 +153,8 @@ class Kernel:
         self._keep, self._end = compiled.keep, compiled.checksum_end
         for silent in (*self._look.values(), *self._squares.values(), *self._restore.values(), self._keep):
             silent.restype = None
-        self._end.restype = ctypes.c_int64
+        self._checksum = compiled.checksum
+        self._end.restype = self._checksum.restype = ctypes.c_int64
 
     def takes(self, storage: torch.dtype, rank: int) -> bool:
         """Whether it merges changes of this rank into weights of this dtype."""
@@ -275,6 +276,12 @@ class Kernel:
     def total(self, running: ctypes.Structure) -> int:
         """The checksum of what was added to a running one."""
         return int(self._end(ctypes.byref(running)))
+
+    def checksum(self, tensor: torch.Tensor) -> int:
+        """The checksum of a tensor's bits, as ``checksum_torch`` has it."""
+        data = tensor.contiguous()
+        weights = checksum_weights(data.device).data_ptr()
+        return int(self._checksum(*map(ctypes.c_void_p, (data.data_ptr(), data.nbytes, weights))))
 
     def _whole(self, storage: torch.dtype, columns: int) -> int:
         panel = self._panel // storage.itemsize

@@ -8,17 +8,17 @@ from math import isclose
 from typing import TypeAlias
 
 from lorahub.engine.crew import Workspace
-from lorahub.engine.kernels import merge_torch, segmented_torch
+from lorahub.engine.kernels import checksum_torch, merge_torch, segmented_torch
 from lorahub.engine.kernels.merge_c import Kernel, Notes, Packed
 from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.kernels.segments import Segments
-from lorahub.engine.undoing.checksum import checksum
 from lorahub.lazy import torch
 
-__all__ = ["Adder", "Merger", "adds_alike", "is_right", "merges_alike"]
+__all__ = ["Adder", "Merger", "Summer", "adds_alike", "is_right", "merges_alike", "sums_alike"]
 
 Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
 Adder: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Segments, torch.Tensor], None]"
+Summer: TypeAlias = "Callable[[Sequence[torch.Tensor]], torch.Tensor]"
 
 _BATCHES = ((1, 96, 80), (19, 1100, 130))  # tokens, inputs, outputs: one tile, several of each
 _RANKS = (16, 1, 37)
@@ -39,10 +39,12 @@ def is_right(found: Kernel, storage: torch.dtype) -> bool:
             finite = found.add(packed, slice(None), patch.scale, weight, weight, notes)
             if not finite or not _near(weight, other.weight):
                 return False
-            back, marks = torch.empty_like(weight), (checksum(saved), checksum(weight))
+            back, marks = torch.empty_like(weight), checksum_torch.checksums((saved, weight))
             found.add(packed, slice(None), -patch.scale, weight, back)
             found.restore(notes.residual, back)
-            if not torch.equal(back, saved) or not all(map(torch.equal, notes.checksums(), marks)):
+            if not torch.equal(back, saved) or marks.tolist() != [*map(int, notes.checksums())]:
+                return False
+            if marks.tolist() != [found.checksum(saved), found.checksum(weight)]:
                 return False
             if not _rows_are_right(found, packed, patch, saved):
                 return False
@@ -91,6 +93,14 @@ def adds_alike(add: Adder, device: torch.device) -> bool:
             if not _near(ours, theirs, steps=_STEPS if dtype == torch.float32 else 1):
                 return False
     return True
+
+
+def sums_alike(sums: Summer, device: torch.device) -> bool:
+    """Whether ``sums`` gives the plain twin's checksums of small tensors and of one beyond a table."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (0, 1, 511, 512, 5_003, checksum_torch.ROWS * 8 * checksum_torch.COLUMNS + 70_000)
+    given = [torch.randint(256, (size,), generator=generator, dtype=torch.uint8).to(device) for size in sizes]
+    return torch.equal(sums(given), checksum_torch.checksums(given))
 
 
 def _problem(storage: torch.dtype, factors: torch.dtype, device: torch.device) -> list[Patch]:

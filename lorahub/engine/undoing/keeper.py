@@ -114,9 +114,13 @@ class Keeper(ABC):
         """Remember what rows hold now; ``found`` is its checksum, where that is known."""
         self._marks[rows.start] = rows, checksum(self.tensor[rows]) if found is None else found
 
+    def marked(self, rows: slice) -> torch.Tensor:
+        """The checksum of what was written to rows, a scalar."""
+        return self._marks[rows.start][1]
+
     def matches(self, rows: slice, content: torch.Tensor) -> bool:
         """Whether ``content`` is what was written to rows."""
-        return bool(torch.equal(self._marks[rows.start][1], checksum(content)))
+        return bool(torch.equal(self.marked(rows), checksum(content)))
 
     def forget(self, rows: slice) -> None:
         """Rows hold again what they held before."""

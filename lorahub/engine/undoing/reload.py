@@ -16,7 +16,8 @@ from typing import ClassVar, Self, final
 from lorahub.bases.framework import BaseFiles
 from lorahub.bases.index import BaseIndex
 from lorahub.engine.crew import Workspace
-from lorahub.engine.undoing.checksum import checksum, flat
+from lorahub.engine.kernels.checksum_torch import flat
+from lorahub.engine.undoing.checksum import checksum
 from lorahub.engine.undoing.keeper import Keeper, Policy
 from lorahub.errors import BaseMismatch, IntegrityError, UsageError
 from lorahub.files.dtypes import DTYPES, to_torch, torch_shape
