@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 
 from lorahub.bases.layers import LayerList, Repetition
@@ -68,6 +69,7 @@ class ParameterInfo:
     storage: str = field(default="", compare=False, repr=False)
 
 
+@lru_cache(maxsize=1 << 14)  # names of a model, which several tables are sorted by
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts ``layers.2`` before ``layers.10``."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)

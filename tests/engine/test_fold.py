@@ -226,7 +226,9 @@ def test_an_interrupt_ends_a_crew_but_not_one_that_works_to_the_end():
 
 
 def test_fewer_than_one_thread_is_refused():
-    assert crew_size(None) == torch.get_num_threads()
+    assert crew_size(None) == crew_size(None, [1 << 23, 10]) == torch.get_num_threads()
+    assert crew_size(None, [2000, 10]) == 1
+    assert crew_size(3, [2000, 10]) == 3
     with pytest.raises(UsageError):
         crew_size(0)
 

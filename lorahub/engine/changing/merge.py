@@ -86,7 +86,8 @@ def merge_into(
         plan: made for exactly these parameters.
         adapters: name -> adapter, as in the plan; they are held as long as the merge can be undone.
         held: canonical name -> what is held there, for parameters that are quantised.
-        threads: how many parameters are folded at a time; as many as PyTorch would use by default.
+        threads: how many parameters are folded at a time; by default as many as PyTorch would use, or one where they
+            are small.
         progress: called from this thread with (parameters done, in all).
         keeping: how it is to be undone; the fastest way that there is room for by default.
         again: plans another merge, for ``Merged.swap``.
@@ -103,8 +104,8 @@ def merge_into(
     """
     arranged = Arranged(parameters=parameters, plan=plan, adapters=adapters, held=held or {})
     keeping = keeping or Keeping()
-    count = crew_size(threads)
     state = _state(arranged, keeping, {})
+    count = crew_size(threads, [tensor.nbytes for tensor in state.tensors.values()])
     report = Passage(parameters, None, state, count).run(progress)
     return Merged(parameters, state, report, count, keeping, again)
 
