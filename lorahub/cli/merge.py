@@ -13,6 +13,7 @@ from lorahub.engine.folding.retention import Retention
 from lorahub.engine.planning.casting import DTYPES
 from lorahub.engine.rounding.table import MODES, STOCHASTIC
 from lorahub.engine.writing.ranks import Ranks
+from lorahub.engine.writing.where import folded_on
 from lorahub.errors import UsageError
 from lorahub.fetching import quiet
 from lorahub.merging.apart import Weight
@@ -50,6 +51,7 @@ __all__ = ["merge"]
     help="Whose tokenizer, processor and chat template files come along where both have them.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="How many threads fold; the result does not depend on it.")
+@click.option("--device", metavar="DEVICE", help="Where units are folded: cpu (the default), cuda, cuda:1.")
 @click.option(
     "--mode",
     default="fast",
@@ -73,6 +75,7 @@ def merge(
     plan_only: bool,
     tokenizer: str,
     threads: int | None,
+    device: str | None,
     allow: tuple[str, ...],
     compat: str | None,
     mode: str,
@@ -109,7 +112,7 @@ def merge(
     if in_place and not base:
         raise UsageError("--in-place needs the folder that is to change", "lorahub merge REF --base FOLDER --in-place")
     settled = patching.settle_base(base) if in_place and base and not plan_only else None
-    ranks = Ranks.from_environment()
+    ranks, where = Ranks.from_environment(), folded_on(device)
     with _progress(out, "reading", ranks) as progress:
         job = prepare(
             base,
@@ -132,7 +135,12 @@ def merge(
     if in_place:
         with out.progress("merging") as progress:
             report = job.write_in_place(
-                keep_undo=keep_undo, keep_base_tokenizer=keep_base, settled=settled, threads=threads, progress=progress
+                keep_undo=keep_undo,
+                keep_base_tokenizer=keep_base,
+                settled=settled,
+                threads=threads,
+                where=where,
+                progress=progress,
             )
         out.findings(job.findings, allowed=allow)
     else:
@@ -143,7 +151,9 @@ def merge(
         with _progress(out, "pulling", ranks) as progress:
             job = job.pulled(progress)
         with _progress(out, "merging", ranks) as progress:
-            report = job.write(target, keep_base_tokenizer=keep_base, threads=threads, ranks=ranks, progress=progress)
+            report = job.write(
+                target, keep_base_tokenizer=keep_base, threads=threads, where=where, ranks=ranks, progress=progress
+            )
     if ranks.rank:
         return  # rank 0 tells the whole
     out.findings(report.findings, allowed=allow)

@@ -31,12 +31,22 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A contiguous tensor with undefined content; it is the same memory for the same name, dtype and device."""
+    def take(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False
+    ) -> torch.Tensor:
+        """A contiguous tensor with undefined content; it is the same memory for the same name, dtype and device.
+
+        Args:
+            name: what it is for.
+            shape: its shape.
+            dtype: its dtype.
+            device: where it lies.
+            pinned: it is memory of the CPU that a GPU reads and writes by itself.
+        """
         size, key = prod(shape), (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned)
         return buffer[:size].view(*shape)
 
 

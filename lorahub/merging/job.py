@@ -26,6 +26,7 @@ from lorahub.engine.writing.inplace import merge_in_place
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.engine.writing.staging import SINGLE
 from lorahub.engine.writing.stream import stream_merge
+from lorahub.engine.writing.where import HOST, Where
 from lorahub.errors import Degraded, Incompatible, UsageError
 from lorahub.fetching import Progress, quiet
 from lorahub.files.digest import file_digest
@@ -148,6 +149,7 @@ class Job:
         *,
         keep_base_tokenizer: bool = False,
         threads: int | None = None,
+        where: Where = HOST,
         ranks: Ranks = ALONE,
         progress: Progress = quiet,
     ) -> MergeReport:
@@ -180,6 +182,7 @@ class Job:
                 companions=None if single else companions,
                 metadata={HEADER_KEY: strict_json.compact(self.provenance())} if single else None,
                 threads=threads,
+                where=where,
                 ranks=ranks,
                 progress=progress,
             )
@@ -191,6 +194,7 @@ class Job:
         keep_base_tokenizer: bool = False,
         settled: MergeReport | None = None,
         threads: int | None = None,
+        where: Where = HOST,
         progress: Progress = quiet,
     ) -> MergeReport:
         """Merge into the base's own files; either all that changes is written, or nothing.
@@ -201,6 +205,7 @@ class Job:
             settled: what ``patching.settle_base`` gave before this merge was planned: where that was this very merge,
                 there is nothing left to do.
             threads: how many fold.
+            where: what folds units.
             progress: called with (bytes done, bytes in all).
 
         Raises:
@@ -233,6 +238,7 @@ class Job:
                 companions=small,
                 keep_undo=keep_undo,
                 threads=threads,
+                where=where,
                 progress=progress,
             )
 

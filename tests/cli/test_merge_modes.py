@@ -124,3 +124,27 @@ def test_modes_and_refusals_are_the_same_from_python(base, adapter, tmp_path):
     with pytest.raises(Incompatible) as error:
         library.merge(base, [adapter], out=tmp_path / "peft", mode="peft")
     assert any(finding.code == "mode-unfit" and "dora" in finding.message for finding in error.value.findings)
+
+
+# --------------------------------------------------------------------------------------------------- devices
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(lorahub, base, adapter, tmp_path):
+    for command in (["-o", tmp_path / "out"], ["--in-place"]):
+        run = lorahub("merge", adapter, "--base", base, *command, "--device", "cuda:99")
+        assert run.code == 2
+        assert "cuda:99 does not compute here" in run.err
+    assert not (tmp_path / "out").exists()
+    run = lorahub("merge", adapter, "--base", base, "-o", tmp_path / "out", "--device", "cpu")
+    assert run.code == 0, run.err
+    found = load_file(tmp_path / "out" / "model.safetensors")["layers.0.q_proj.weight"]
+    assert (found == _expected(base, adapter, torch.bfloat16)).double().mean() > 0.999
+
+
+def test_a_live_model_is_merged_into_where_it_lies(adapter):
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(48, 64)})
+    before = model["q_proj"].weight.detach().clone()
+    with pytest.raises(UsageError, match="not on cuda") as caught:
+        library.merge(model, adapter, device="cuda")
+    assert "model.to" in caught.value.hint
+    assert torch.equal(model["q_proj"].weight, before)

@@ -256,6 +256,7 @@ def tools() -> Any:
         contents=contents,
         kinds=KINDS,
         read=_read,
+        survey=survey,
     )
 
 

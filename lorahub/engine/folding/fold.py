@@ -15,7 +15,7 @@ from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.planes import Noted, Plane, Rows, Whole
 from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.folding.sums import Change, Ingredient, NotFiniteHere, Sums, all_finite
-from lorahub.engine.folding.windows import gather
+from lorahub.engine.folding.windows import UNIT, gather
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.fast import FAST
 from lorahub.engine.rounding.mode import Mode
@@ -56,10 +56,27 @@ class Fold:
     """
 
     def __init__(
-        self, step: Step, items: Sequence[Ingredient], device: torch.device | None = None, mode: Mode = FAST
+        self,
+        step: Step,
+        items: Sequence[Ingredient],
+        device: torch.device | None = None,
+        mode: Mode = FAST,
+        *,
+        streamed: bool = False,
     ) -> None:
+        """Cut a step into units.
+
+        Args:
+            step: of a plan.
+            items: what is added, in the step's order.
+            device: where it is computed; the CPU by default.
+            mode: how sums are made and rounded.
+            streamed: units pass through the memory of the CPU, and are as large as they would be there.
+        """
         self._step, self._items = step, items
         self._sums = Sums(to_torch(step.after.dtype), device or torch.device("cpu"), mode, step.out)
+        if streamed:
+            self._sums = replace(self._sums, at_most=UNIT)
         self.units = tuple(self._cut(torch_shape(step.after.dtype, step.after.shape)))
 
     def run(self, unit: Unit, before: torch.Tensor | None, out: torch.Tensor, space: Workspace) -> Change:

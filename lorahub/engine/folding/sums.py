@@ -110,6 +110,7 @@ class Sums:
         mode: how they are made and rounded.
         name: the parameter.
         first: how many of its elements lie before this part.
+        at_most: bytes of a window or unit beyond the CPU.
     """
 
     storage: torch.dtype
@@ -117,6 +118,7 @@ class Sums:
     mode: Mode
     name: str = ""
     first: int = 0
+    at_most: int = _ON_DEVICE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,12 +128,12 @@ class Sums:
     @property
     def window(self) -> int:
         """Bytes of a window in ``dtype``."""
-        return WINDOW if self.device.type == "cpu" else _ON_DEVICE
+        return WINDOW if self.device.type == "cpu" else self.at_most
 
     @property
     def unit(self) -> int:
         """Bytes of a unit as stored."""
-        return UNIT if self.device.type == "cpu" else _ON_DEVICE
+        return UNIT if self.device.type == "cpu" else self.at_most
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` where and as sums are made."""

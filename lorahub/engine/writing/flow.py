@@ -24,8 +24,10 @@ from lorahub.engine.folding.retention import judge, measured, overall
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
+from lorahub.engine.rounding.fast import FAST, told_of_kernels
 from lorahub.engine.rounding.table import read_mode
 from lorahub.engine.writing.checkpoint import Shard
+from lorahub.engine.writing.where import HOST, Where
 from lorahub.errors import IntegrityError
 from lorahub.files.direct import BLOCK
 from lorahub.files.dtypes import to_torch, torch_shape
@@ -79,7 +81,14 @@ def open_sources(files: BaseFiles, opened: ExitStack) -> dict[str, FileSource]:
 
 
 def report(
-    plan: Plan, notes: Iterable[Note], *, seconds: float, threads: int, written: int, resumed: int = 0
+    plan: Plan,
+    notes: Iterable[Note],
+    *,
+    seconds: float,
+    threads: int,
+    written: int,
+    resumed: int = 0,
+    where: Where = HOST,
 ) -> MergeReport:
     """What was done, from the notes of all shards."""
     done = list(notes)
@@ -88,6 +97,9 @@ def report(
     complete = all(step.out in sums for step in plan.steps)  # of several ranks, one sees all
     dtypes = {step.after.dtype for step in plan.steps}
     findings = judge(sums, allowed=plan.allowed, dtypes=dtypes) if complete else ()
+    if where.name != HOST.name and plan.mode == FAST.spelled:
+        forms = {step.out: (torch.device(where.name), to_torch(step.after.dtype)) for step in plan.steps}
+        findings = (*findings, *told_of_kernels(plan.steps, forms))
     return MergeReport(
         changes={step.out: changes.get(step.out) for step in plan.steps if step.terms},
         created=tuple(step.out for step in plan.steps if step.made_whole),
@@ -137,6 +149,7 @@ class Flow:
         *,
         create: Callable[[Shard], Output],
         finish: Callable[[Shard, Output, Note], None],
+        where: Where = HOST,
     ) -> None:
         """Say where results go.
 
@@ -147,9 +160,10 @@ class Flow:
             opened: what outputs are discarded by, when it is closed.
             create: gives a shard's output; called from any thread.
             finish: called once for each shard, from any thread, when all of it has been handed over.
+            where: what folds units.
         """
         self._plan, self._bound, self._sources, self._opened = plan, bound, sources, opened
-        self._create, self._finish = create, finish
+        self._create, self._finish, self._where = create, finish, where
         self._files = {name: source for source in sources.values() for name in source.names()}
         self._lock = threading.Lock()
         self._moved = 0
@@ -222,7 +236,8 @@ class Flow:
 
         def job(_: Workspace) -> Iterable[Job]:
             paged = self._bound.paged(step)
-            fold = Fold(step, self._bound.ingredients(step, sibling, paged), mode=read_mode(self._plan.mode))
+            items, mode = self._bound.ingredients(step, sibling, paged), read_mode(self._plan.mode)
+            fold = Fold(step, items, torch.device(self._where.name), mode, streamed=True)
             state.changes[step.out] = {}
             with self._lock:
                 state.left += len(fold.units)
@@ -237,23 +252,23 @@ class Flow:
         other = to_torch(step.before.dtype) if step.before and step.before.dtype != step.after.dtype else None
 
         def job(space: Workspace) -> Iterable[Job]:
-            raw = _take(space, nbytes, state.output.phase(step.saved_as, start) // dtype.itemsize * dtype.itemsize)
+            phase = state.output.phase(step.saved_as, start) // dtype.itemsize * dtype.itemsize
+            raw = _beginning_at(self._where.memory(space, nbytes + BLOCK), nbytes, phase)
             rows = raw.view(dtype).view(-1, *shape[1:])
             if paged:
                 paged.pages.fill(unit.rows)
+            before: torch.Tensor | None = rows
             if step.made_whole:
-                change = fold.run(unit, None, rows, space)
+                before = None
             elif step.widened:
                 before = self._padded(step, file, unit.rows, space)
-                change = fold.run(unit, before, rows, space)
             elif other:  # the result is stored in another dtype
                 before = space.take("other", rows.shape, other, rows.device)
                 at = start // dtype.itemsize * other.itemsize
                 self._sources[file].read_into(step.stored_as, at, before.view(-1).view(torch.uint8).numpy().data)
-                change = fold.run(unit, before, rows, space)
             else:
                 self._sources[file].read_into(step.stored_as, start, raw.numpy().data)
-                change = fold.run(unit, rows, rows, space)
+            change = self._where.fold(fold, unit, before, rows, space)
             if paged:
                 paged.pages.drop(unit.rows)
             state.output.write(step.saved_as, start, raw.numpy().data)
@@ -290,8 +305,7 @@ class Flow:
         return job
 
 
-def _take(space: Workspace, nbytes: int, phase: int) -> torch.Tensor:
-    """Scratch bytes that begin at ``phase`` within a block."""
-    room = space.take("unit", (nbytes + BLOCK,), torch.uint8, torch.device("cpu"))
+def _beginning_at(room: torch.Tensor, nbytes: int, phase: int) -> torch.Tensor:
+    """So many bytes of ``room``, which has a block more, that begin at ``phase`` within a block."""
     shift = (phase - room.data_ptr()) % BLOCK
     return room[shift : shift + nbytes]

@@ -20,6 +20,7 @@ from lorahub.engine.planning.plan import Plan
 from lorahub.engine.report import MergeReport
 from lorahub.engine.writing.checkpoint import Shard, lay_out
 from lorahub.engine.writing.flow import Flow, Note, Progress, open_sources, report
+from lorahub.engine.writing.where import HOST, Where
 from lorahub.errors import IntegrityError, UsageError
 from lorahub.files.journal import Draft, demand_writable, hold_settled
 from lorahub.files.raw import Bytes
@@ -36,6 +37,7 @@ def merge_in_place(
     companions: Mapping[str, bytes] | None = None,
     keep_undo: bool = False,
     threads: int | None = None,
+    where: Where = HOST,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Execute ``plan`` on the base in ``files`` and leave the result there.
@@ -50,6 +52,7 @@ def merge_in_place(
         companions: file name -> new content of small files.
         keep_undo: keep the old bytes in the folder, for ``journal.revert``.
         threads: as for ``stream_merge``.
+        where: what folds units; see ``where``.
         progress: called from this thread with (bytes of weights folded, in all).
 
     Raises:
@@ -85,6 +88,7 @@ def merge_in_place(
                 opened,
                 create=lambda shard: _Ranges(draft, sources[shard.name], shard.name),
                 finish=finish,
+                where=where,
             )
             flow.run(shards, count, progress, total=sum(shard.nbytes for shard in shards))
             for name, content in (companions or {}).items():
@@ -96,6 +100,7 @@ def merge_in_place(
                 seconds=time.perf_counter() - start,
                 threads=count,
                 written=draft.nbytes + small,
+                where=where,
             )
             draft.commit({"report": done.document()})
             draft.apply()

@@ -25,6 +25,7 @@ from lorahub.engine.writing.flow import Flow, Note, Output, Progress, open_sourc
 from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.engine.writing.resume import whole
 from lorahub.engine.writing.staging import SINGLE, Staging
+from lorahub.engine.writing.where import HOST, Where
 from lorahub.errors import IntegrityError, Unavailable, UsageError, WriteFailed
 from lorahub.files.atomic import atomic_write, write_failed
 from lorahub.files.writer import StreamWriter
@@ -44,6 +45,7 @@ def stream_merge(
     companions: Mapping[str, bytes | Path] | None = None,
     metadata: Mapping[str, str] | None = None,
     threads: int | None = None,
+    where: Where = HOST,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -61,6 +63,7 @@ def stream_merge(
             made to ``config.json``.  Beside one file there are none.
         metadata: what one file's header says besides the base's; a folder has companions for that.
         threads: how many units are folded at a time; one more than PyTorch would use by default.
+        where: what folds units; see ``where``.
         ranks: this process among those that were started with the same arguments; each makes whole shards.
         progress: called from this thread with (bytes of weights done, in all).
 
@@ -86,10 +89,10 @@ def stream_merge(
         shards, small = _one_file(shards, plan, metadata or {}), {}
     else:
         small = _small_files(files, plan, shards, companions or {})
-    staging = Staging(out, _identity(files, plan, bound, metadata or {}), ranks)
+    staging = Staging(out, _identity(files, plan, bound, metadata or {}, where), ranks)
     try:
         with ExitStack() as opened:
-            notes = _make(files, plan, bound, ranks.share(shards), staging, opened, count, progress)
+            notes = _make(files, plan, bound, ranks.share(shards), staging, opened, count, where, progress)
         resumed = len(staging.kept)
         if ranks.rank == 0:
             shares = {rank: [shard.name for shard in ranks.share(shards, rank)] for rank in range(ranks.world)}
@@ -106,6 +109,7 @@ def stream_merge(
             threads=count,
             written=written,
             resumed=resumed,
+            where=where,
         )
         if ranks.rank == 0:
             staging.publish({*small, *(shard.name for shard in shards)})
@@ -127,6 +131,7 @@ def _make(
     staging: Staging,
     opened: ExitStack,
     threads: int,
+    where: Where,
     progress: Progress | None,
 ) -> dict[str, Note]:
     """Write the shards that are not finished; the notes of all."""
@@ -149,7 +154,7 @@ def _make(
             staging.finish(shard.name, dict(notes[shard.name]))
 
     lock = threading.Lock()
-    flow = Flow(plan, bound, sources, opened, create=create, finish=finish)
+    flow = Flow(plan, bound, sources, opened, create=create, finish=finish, where=where)
     flow.run(
         [shard for shard in shards if shard.name not in kept],
         threads,
@@ -170,7 +175,7 @@ def _one_file(shards: tuple[Shard, ...], plan: Plan, metadata: Mapping[str, str]
     return tuple(replace(shard, metadata={**shard.metadata, **metadata}) for shard in shards)
 
 
-def _identity(files: BaseFiles, plan: Plan, bound: Bound, metadata: Mapping[str, str]) -> dict[str, JSON]:
+def _identity(files: BaseFiles, plan: Plan, bound: Bound, metadata: Mapping[str, str], where: Where) -> dict[str, JSON]:
     """What decides the bytes of the result's weights, so far as it can be told without reading the base's."""
     stats = {name: (files.folder / name).stat() for name in files.headers}
     inputs: dict[str, JSON] = {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
@@ -180,6 +185,7 @@ def _identity(files: BaseFiles, plan: Plan, bound: Bound, metadata: Mapping[str,
         "plan": plan.digest(),
         "adapters": bound.digest(plan),
         **({"metadata": dict(metadata)} if metadata else {}),
+        **({} if where.name == HOST.name else {"device": where.name.partition(":")[0]}),
     }
 
 
