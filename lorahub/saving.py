@@ -30,7 +30,7 @@ from lorahub.lazy import torch
 from lorahub.records import FILENAME, SCHEMA_VERSION, AdapterRecord, FileRecord, ModuleRecord
 from lorahub.registry import Registry
 
-__all__ = ["module_record", "write_folder"]
+__all__ = ["carries", "module_record", "write_folder"]
 
 TRAINING = "lorahub.training"
 """Of a file's metadata, what going on with a training takes; see ``lorahub.training.going_on``."""
@@ -59,10 +59,7 @@ def write_folder(
         CannotCarry: the format has no word for part of it; nothing was written.
         WriteFailed: no space or no permission.
     """
-    stored = _as_stored(deltas, hints, registry.kinds)
-    writer = registry.format(format)
-    written = writer.write(stored, tuple(registry.kinds.values()), _with_base(hints, record))
-    groups = _prove(written, stored, writer, registry.kinds)
+    written, groups = _spelled(deltas, registry=registry, format=format, hints=hints, record=record)
     described = _described(record, groups, registry.kinds)
     metadata = {**written.metadata, "lorahub": strict_json.compact(described.maths())}
     if training := hints.get("training"):
@@ -79,6 +76,36 @@ def write_folder(
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone by then, or what a failure left
     return folder
+
+
+def carries(
+    deltas: Mapping[Target, Delta],
+    *,
+    registry: Registry,
+    format: str,  # noqa: A002 - what people call it
+    hints: Mapping[str, JSON],
+) -> bool:
+    """Whether a format has words for all of these deltas; nothing is written."""
+    try:
+        _spelled(deltas, registry=registry, format=format, hints=hints, record=None)
+    except CannotCarry:
+        return False
+    return True
+
+
+def _spelled(
+    deltas: Mapping[Target, Delta],
+    *,
+    registry: Registry,
+    format: str,  # noqa: A002 - what people call it
+    hints: Mapping[str, JSON],
+    record: AdapterRecord | None,
+) -> tuple[Written, tuple[Group, ...]]:
+    """What a format makes of deltas, and the groups that it reads as; see ``write_folder``."""
+    stored = _as_stored(deltas, hints, registry.kinds)
+    writer = registry.format(format)
+    written = writer.write(stored, tuple(registry.kinds.values()), _with_base(hints, record))
+    return written, _prove(written, stored, writer, registry.kinds)
 
 
 def _with_base(hints: Mapping[str, JSON], record: AdapterRecord | None) -> dict[str, JSON]:

@@ -30,6 +30,7 @@ from lorahub.composition.gathering import seed_of
 from lorahub.composition.method import Method, SumMethod
 from lorahub.composition.uncut import Uncut, addable
 from lorahub.composition.weights.resolve import parameters_of, weights_of
+from lorahub.deltas.delta import Delta
 from lorahub.deltas.full import Full
 from lorahub.deltas.kind import JSON
 from lorahub.descent import derived, new_folder, written
@@ -45,6 +46,7 @@ from lorahub.plugins import load_registry
 from lorahub.recipe import Ingredient, Recipe
 from lorahub.records import AdapterRecord
 from lorahub.registry import Registry
+from lorahub.saving import carries
 
 __all__ = ["Composition", "prepare_composition"]
 
@@ -288,11 +290,11 @@ class Composition:
         place = folder or (home.path if home else Path()) / self.recipe.method
         told = hints(self.opened, self.base.index if self.base else None, found.deltas)
         try:
-            deltas, said = spelled(found.deltas, told, layout, self.opened, self.base.index if self.base else None)
+            deltas, said = self._spelled(found, told, layout)
             made = Adapter(deltas=deltas, record=record, hints=said)
             save(made, place, registry=self.registry, format=layout)
         except CannotCarry as error:
-            raise _with_a_way(error, found) from None
+            raise self._with_a_way(error, found, told, layout) from None
         report = ComposeReport(
             out=os.fspath(place),
             method=self.recipe.method,
@@ -304,6 +306,32 @@ class Composition:
         )
         header = open_header(place, self.registry)
         return Composed(deltas=found.deltas, record=header.record, hints=told, header=header, report=report, home=home)
+
+    def _spelled(
+        self, found: Combined, told: Mapping[str, JSON], layout: str
+    ) -> tuple[Mapping[Target, Delta], Mapping[str, JSON]]:
+        """The result and its hints in the words of a format."""
+        return spelled(found.deltas, told, layout, self.opened, self.base.index if self.base else None)
+
+    def _with_a_way(self, error: CannotCarry, found: Combined, told: Mapping[str, JSON], layout: str) -> CannotCarry:
+        """The refusal of a format, with what to ask for instead."""
+        if error.hint:
+            return error
+        if any(isinstance(delta, Full) and delta.diff.dim() > 1 for delta in found.deltas.values()):
+            hint = "make factors of what has none: --rank R, or --energy 0.999"
+        elif others := [each for each in _OFFERED if each != layout and self._carried(found, told, each)]:
+            hint = f"choose a format that has a word for it: --format {' or '.join(others)}"
+        else:
+            hint = "compose those of one kind at a time, or merge side by side: lorahub merge A B --base BASE -o FOLDER"
+        return CannotCarry(error.message, hint, error.findings)
+
+    def _carried(self, found: Combined, told: Mapping[str, JSON], layout: str) -> bool:
+        """Whether the result could be written in another format."""
+        try:
+            deltas, said = self._spelled(found, told, layout)
+        except CannotCarry:
+            return False
+        return carries(deltas, registry=self.registry, format=layout, hints=said)
 
 
 def prepare_composition(
@@ -358,6 +386,10 @@ def prepare_composition(
     )
 
 
+_OFFERED = ("peft", "diffusers", "kohya")
+"""Formats that are read most widely."""
+
+
 def _budget(recipe: Recipe) -> Budget | Shared | None:
     asked = recipe.budget()
     if recipe.adaptive or any(value is not None for name, value in asked.items() if name != "adaptive"):
@@ -380,17 +412,6 @@ def _seen(one: Opened, registry: Registry) -> Mapping[Target, Seen]:
             rank = home.header.touches[target].rank
             result[target] = Seen(shape=shape or each.shape, rank=rank if shape else each.rank, whole=each.whole)
     return result
-
-
-def _with_a_way(error: CannotCarry, found: Combined) -> CannotCarry:
-    """The refusal of a format, with what to ask for instead."""
-    if error.hint:
-        return error
-    if any(isinstance(delta, Full) and delta.diff.dim() > 1 for delta in found.deltas.values()):
-        return CannotCarry(error.message, "make factors of what has none: --rank R, or --energy 0.999", error.findings)
-    return CannotCarry(
-        error.message, "choose a format that has a word for it: --format diffusers, kohya, ...", error.findings
-    )
 
 
 def _cut(method: str, error: float) -> tuple[Finding, ...]:

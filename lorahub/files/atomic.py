@@ -51,7 +51,10 @@ _HINTS: dict[int, str] = {
 
 def write_failed(path: str | os.PathLike[str], error: OSError) -> WriteFailed:
     """The typed error for what the system said while ``path`` was written."""
-    hint = _HINTS.get(error.errno or 0, "").replace("{folder}", shlex.quote(os.fspath(Path(path).parent)))
+    folder = Path(path).parent
+    hint = _HINTS.get(error.errno or 0, "").replace("{folder}", shlex.quote(os.fspath(folder)))
+    if error.errno == errno.ENOENT and folder.is_dir():
+        hint = "this folder takes no new files: name another place"
     return WriteFailed(f"{os.fspath(path)} cannot be written: {error.strerror or error}", hint)
 
 

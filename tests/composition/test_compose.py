@@ -12,10 +12,15 @@ import torch
 from composition.composed import IN, OUT, Model, dense, same, save_base, write
 
 import lorahub
+from lorahub import Adapter
 from lorahub.bases.layout import Target
 from lorahub.composing.asked import requested
 from lorahub.composing.job import prepare_composition
 from lorahub.deltas.dora import DoRA
+from lorahub.deltas.full import Full
+from lorahub.deltas.ia3 import Gain
+from lorahub.deltas.lora import LoRA
+from lorahub.deltas.oft import Turn
 from lorahub.errors import (
     BaseMismatch,
     BaseNeeded,
@@ -266,6 +271,27 @@ def test_what_has_no_factors_says_that_a_rank_makes_some(pair: Mapping[str, Path
         lorahub.compose({"dora": dora}, **fields)
     assert "--rank" in caught.value.hint
     assert lorahub.compose({"dora": dora}, rank=IN, **fields).report.energy > 0.999
+
+
+def test_what_one_format_cannot_hold_is_offered_in_those_that_can(tmp_path: Path) -> None:
+    low = LoRA(torch.randn(IN, 2), torch.randn(2, IN), 1.0)
+    one = Adapter(deltas={Target("unet", "mid.to_q", "weight"): low})
+    change = torch.randn(IN)
+    norm = Adapter(deltas={Target("unet", "mid.norm", "weight"): Full(change)})
+    allow = ["base-unrecorded"]
+    for layout in ("diffusers", "peft"):
+        with pytest.raises(CannotCarry) as caught:
+            lorahub.compose({"one": one, "norm": norm}, format=layout, allow=allow)
+        assert caught.value.hint.endswith("--format kohya")
+    made = lorahub.compose({"one": one, "norm": norm}, format="kohya", allow=allow)
+    (kept,) = (delta for delta in made.deltas.values() if isinstance(delta, Full))
+    assert torch.equal(kept.diff, change)
+    gain = Adapter(deltas={Target("", "mid.q", "weight"): Gain(torch.rand(IN, 1) + 0.5, 0)})
+    turn = Adapter(deltas={Target("", "mid.v", "weight"): Turn(torch.randn(IN // 4, 6), (2.0,))})
+    with pytest.raises(CannotCarry, match="of one kind") as caught:
+        lorahub.compose({"gain": gain, "turn": turn}, method="product", allow=allow)
+    assert "--format" not in caught.value.hint
+    assert "side by side" in caught.value.hint
 
 
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(

@@ -63,6 +63,10 @@ def test_a_forbidden_or_absent_folder_is_a_write_failure(tmp_path, monkeypatch):
     with pytest.raises(WriteFailed) as caught:
         atomic_write(tmp_path / "absent" / "a", b"")
     assert caught.value.hint == f"make the folder first: mkdir -p {tmp_path / 'absent'}"
+    monkeypatch.setattr("lorahub.files.atomic.new_partial", failing(errno.ENOENT))
+    with pytest.raises(WriteFailed) as caught:
+        atomic_write(tmp_path / "a", b"")
+    assert "takes no new files" in caught.value.hint  # as /proc, which is there
     monkeypatch.setattr("lorahub.files.atomic.new_partial", failing(errno.EACCES))
     with pytest.raises(WriteFailed, match="Permission denied") as caught:
         atomic_write(tmp_path / "a", b"")
