@@ -177,7 +177,7 @@ def _placed(modules: Sequence[Stem], index: BaseIndex | None) -> Sequence[Stem]:
 
     def place(component: str, module: str) -> Stem:
         found = known.find(parts[component], module)
-        return (parts[component], found[0]) if len(found) == 1 else (component, module)
+        return parts[component], found[0] if len(found) == 1 else module
 
     return [place(*each) for each in modules]
 

@@ -209,7 +209,7 @@ def _place(
             found = (listed,)
         if len(found) > 1:
             trouble.add("module-ambiguous", [], f"{prefix}_{spelled} is {' and '.join(found)}")
-        result.append((parts[component], found[0]) if len(found) == 1 else (component, listed))
+        result.append((parts[component], found[0] if len(found) == 1 else listed))
     return result
 
 

@@ -172,6 +172,13 @@ def test_one_part_of_a_pipeline_fits_a_bare_model_of_that_part(weights: Folder) 
     assert (group.component, group.module) == ("", "mid.to_q")
 
 
+def test_a_module_that_the_bare_model_lacks_is_of_the_part_that_the_others_are(weights: Folder) -> None:
+    """So that it is said to be missing, and not to belong to another part."""
+    shapes = {f"{stem}.{name}": shape for stem in (STEM, "lora_unet_mid_to_k") for name, shape in PAIR.items()}
+    reading = weights.read(shapes, index=base("mid.to_q.weight"), stem="")
+    assert {(group.component, group.module) for group in reading.groups} == {("", "mid.to_q"), ("", "mid_to_k")}
+
+
 def test_a_bare_model_without_the_names_or_a_file_of_two_parts_keeps_its_components(weights: Folder) -> None:
     (group,) = weights.read(PAIR, index=base("up.to_q.weight")).groups
     assert (group.component, group.module) == ("unet", "mid_to_q")
