@@ -24,6 +24,7 @@ from lorahub.deltas.replace import REPLACE, Replace
 from lorahub.engine.changing import launch, undo
 from lorahub.engine.changing.merge import Merged, merge_into
 from lorahub.engine.folding import planes
+from lorahub.engine.kernels import checksum_torch
 from lorahub.engine.kernels.choice import Choice, Native
 from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.kernels.trials import Merger
@@ -238,6 +239,7 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Merger], list[list[P
             monkeypatch.setattr(module, "merger", lambda _: Choice("triton", noted))
         for other in (fast, directed, planes, undo):
             monkeypatch.setattr(other, "native", lambda: Native(None, "a device is played"))
+        monkeypatch.setattr(undo, "summer", lambda _: Choice("triton", checksum_torch.checksums))
         return calls
 
     return use

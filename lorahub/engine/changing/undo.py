@@ -12,7 +12,7 @@ from typing import final
 from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.engine.folding.bind import Bound
 from lorahub.engine.folding.fold import Fold
-from lorahub.engine.kernels.choice import native
+from lorahub.engine.kernels.choice import native, summer
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.choice import can_journal, choose, held_bytes
@@ -162,16 +162,16 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
         IntegrityError: one holds what was written, and cannot be restored.
     """
     names: set[str] = set()
-    elsewhere: dict[torch.device, list[Keeper]] = {}  # on devices that take all checksums at once
+    together: dict[torch.device, list[Keeper]] = {}  # on devices whose kernel takes all checksums at once
     apart: list[Keeper] = []
     for keeper in keepers.values():
         device = keeper.tensor.device
-        copied = device.type != "cpu" and not keeper.verified
-        (elsewhere.setdefault(device, []) if copied else apart).append(keeper)
+        at_once = not keeper.verified and summer(device).name != "torch"
+        (together.setdefault(device, []) if at_once else apart).append(keeper)
 
     def look_at_all(some: list[Keeper]) -> Job:
         def job(_: Workspace) -> None:
-            names.update(_moved(some))
+            names.update(_unlike(some))
 
         return job
 
@@ -192,11 +192,11 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
 
         return each
 
-    run_jobs([*map(look_at_all, elsewhere.values()), *map(look, apart)], threads)
+    run_jobs([*map(look_at_all, together.values()), *map(look, apart)], threads)
     return sorted(names)
 
 
-def _moved(keepers: Sequence[Keeper]) -> list[str]:
+def _unlike(keepers: Sequence[Keeper]) -> list[str]:
     """The parameters, all of one device, that no longer hold what was written: asked of the device once."""
     written = [(keeper, rows) for keeper in keepers for rows in keeper.units]
     if not written:
