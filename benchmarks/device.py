@@ -20,7 +20,7 @@ import timm
 import torch
 from diffusers import UNet2DConditionModel
 from measure import Sample, fold, ratios
-from models import LLAMA3, RANK, lora_on, meta_llama, small
+from models import LLAMA3, RANK, SDXL, lora_on, meta_llama, small
 from torch import nn
 
 import lorahub
@@ -38,19 +38,6 @@ UNDONE = "lorahub.merge, then undo"
 ADDMM = "torch addmm_"
 PEFT = "PEFT merge_adapter"
 
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 _SMALL = {"block_out_channels": (32, 64, 64), "attention_head_dim": (2, 2, 2), "cross_attention_dim": 64}
 
 

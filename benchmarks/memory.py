@@ -17,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from machine import HERE
 from measure import Sample, fold, ratios
-from models import LLAMA, TARGETS, Stack, lora_on, meta_llama, randomise, small
+from models import LLAMA, SDXL, TARGETS, Stack, lora_on, meta_llama, randomise, small
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import lorahub
 
-__all__ = ["kinds", "layers", "layers32", "llama"]
+__all__ = ["kinds", "layers", "layers32", "llama", "many"]
 
 FLOOR = "read + write pass"
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
+
+_NARROW = {"block_out_channels": (32, 64, 128), "attention_head_dim": (2, 2, 2), "cross_attention_dim": 64}
 
 _KINDS: dict[str, Callable[[list[str]], Any]] = {
     "LoRA": lambda names: LoraConfig(r=16, target_modules=names),
@@ -151,6 +154,20 @@ def llama(quick: bool) -> dict[str, Any]:
     return {"title": title} | _compare(lambda: meta_llama(config), model.state_dict(), TARGETS, repeats=repeats)
 
 
+def many(quick: bool) -> dict[str, Any]:
+    """SDXL's UNet with a tenth of its width: what a merge costs for a layer, however small that is."""
+    config = SDXL | _NARROW | ({"transformer_layers_per_block": (1, 1, 1)} if quick else {})
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return UNet2DConditionModel(**config).to(torch.bfloat16)
+
+    found = (nn.Linear, nn.Conv2d)
+    targets = sorted(name for name, module in build().named_modules() if isinstance(module, found))
+    title = f"Merge in memory: the {len(targets)} layers of an SDXL UNet of a tenth of the width, bf16, rank 16, {HERE}"
+    return {"title": title} | _compare(build, build().state_dict(), targets, repeats=3 if quick else 9)
+
+
 def _numbers(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
@@ -223,7 +240,7 @@ def _lora(model: nn.Module) -> list[Any]:
 def _addmm(model: nn.Module) -> None:
     for module in _lora(model):
         up, down = module.lora_B["default"].weight, module.lora_A["default"].weight
-        module.base_layer.weight.addmm_(up, down, alpha=module.scaling["default"])
+        module.base_layer.weight.flatten(1).addmm_(up.flatten(1), down.flatten(1), alpha=module.scaling["default"])
 
 
 def _forget_merge(layers: Sequence[Any]) -> None:

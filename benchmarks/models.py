@@ -20,6 +20,7 @@ __all__ = [
     "LLAMA",
     "LLAMA3",
     "RANK",
+    "SDXL",
     "TARGETS",
     "TINYLLAMA",
     "Stack",
@@ -68,6 +69,21 @@ TINYLLAMA = LlamaConfig(
     dtype="bfloat16",
 )
 """TinyLlama's shape: 1.1 billion parameters, 154 linear layers in 22 blocks."""
+
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""SDXL's UNet."""
 
 RANK = 16
 DECAY = 0.85

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "out" / "results.json"
 CASES = {
     "memory-layers": ("memory", "layers"),
+    "memory-many": ("memory", "many"),
     "memory-llama": ("memory", "llama"),
     "memory-float32": ("memory", "layers32"),
     "memory-kinds": ("memory", "kinds"),

@@ -43,6 +43,8 @@ def translate(
         kinds: by name.
     """
     own = set(index.modules())
+    if own.issuperset(_joined(group.component, group.module) for group in header.reading.groups):
+        return header, {}
     foreign: dict[str, list[_Place]] = {}
     for each in _places(index):
         for where in {each.module, flat(each.module)}:
