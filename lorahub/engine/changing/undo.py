@@ -5,7 +5,7 @@ Knows plans and tensors; what is kept and how is in ``undoing``, one file each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -162,12 +162,7 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
         IntegrityError: one holds what was written, and cannot be restored.
     """
     names: set[str] = set()
-    together: dict[torch.device, list[Keeper]] = {}  # on devices whose kernel takes all checksums at once
-    apart: list[Keeper] = []
-    for keeper in keepers.values():
-        device = keeper.tensor.device
-        at_once = not keeper.verified and summer(device).name != "torch"
-        (together.setdefault(device, []) if at_once else apart).append(keeper)
+    together, apart = _by_device(keepers.values())
 
     def look_at_all(some: list[Keeper]) -> Job:
         def job(_: Workspace) -> None:
@@ -192,8 +187,19 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
 
         return each
 
-    run_jobs([*map(look_at_all, together.values()), *map(look, apart)], threads)
+    run_jobs([*map(look_at_all, together), *map(look, apart)], threads)
     return sorted(names)
+
+
+def _by_device(keepers: Iterable[Keeper]) -> tuple[list[list[Keeper]], list[Keeper]]:
+    """Those of each device that has a kernel, whose copies need no trying: all at once; and the others."""
+    together: dict[torch.device, list[Keeper]] = {}
+    apart: list[Keeper] = []
+    for keeper in keepers:
+        device = keeper.tensor.device
+        at_once = not keeper.verified and summer(device).name != "torch"
+        (together.setdefault(device, []) if at_once else apart).append(keeper)
+    return [*together.values()], apart
 
 
 def _unlike(keepers: Sequence[Keeper]) -> list[str]:
@@ -228,4 +234,15 @@ def restore(keepers: Mapping[str, Keeper], threads: int) -> None:
 
         return each
 
-    run_jobs([put(keeper) for keeper in keepers.values() if keeper.units], threads, to_the_end=True)
+    def put_all(some: list[Keeper]) -> Job:
+        def job(space: Workspace) -> None:
+            written = [(keeper, rows) for keeper in some for rows in keeper.units]
+            live = [keeper.tensor[rows] for keeper, rows in written]
+            torch._foreach_copy_(live, [keeper.open().recover(rows, space) for keeper, rows in written])
+            for keeper, rows in written:
+                keeper.forget(rows)
+
+        return job
+
+    together, apart = _by_device(keeper for keeper in keepers.values() if keeper.units)
+    run_jobs([*map(put_all, together), *map(put, apart)], threads, to_the_end=True)
