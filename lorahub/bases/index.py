@@ -81,6 +81,9 @@ def structure_digest(entries: Iterable[tuple[str, tuple[int, ...]]]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+_TABLE = re.compile(r"^(wte|shared)$|emb(?!ed_out$)")  # what models call their tables of embeddings
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseIndex:
     """A base's parameters under canonical names, in natural order.
@@ -161,6 +164,20 @@ class BaseIndex:
     def stored(self, name: str) -> str:
         """The name in ``parameters`` that ``name`` shares storage with; ``name`` itself where it is not tied."""
         return next((group[0] for group in self.tied if name in group), name)
+
+    def role(self, name: str) -> str:
+        """What the module of a parameter is; "" where the base has none of that name, or nobody knows.
+
+        A name that shares the storage of an embedding is a table of its own (T5's ``encoder.embed_tokens``) or a linear
+        head (``lm_head``), which its own name tells.
+        """
+        own = self.parameters.get(name)
+        if own is not None:
+            return own.role
+        shared = self.parameters.get(self.stored(name))
+        if shared is None or shared.role != "embedding":
+            return shared.role if shared else ""
+        return "embedding" if _TABLE.search(name.rpartition(".")[0].rpartition(".")[2]) else "linear"
 
     def tied_with(self, name: str) -> tuple[str, ...]:
         """The other names that share storage with ``name``."""

@@ -174,7 +174,6 @@ def known_roles(changes: Sequence[Change], index: BaseIndex, layouts: Mapping[Ta
     for change in changes:
         if change.target not in layouts:
             continue
-        info = index.parameters.get(index.stored(change.target.name))
-        if info is not None and info.role == "embedding":
+        if index.role(change.target.name) == "embedding":
             roles[change.target.name] = "embedding"
     return roles

@@ -8,6 +8,7 @@ alone: ``lorahub check ADAPTER --base BASE --for peft``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from lorahub.bases.index import ParameterInfo
@@ -61,9 +62,10 @@ def _found(subject: Subject) -> Iterator[tuple[Group, ParameterInfo]]:
     if index is None:
         return
     for group in subject.reading.groups:
-        info = index.parameters.get(index.stored(f"{group.module}.weight"))
+        name = f"{group.module}.weight"
+        info = index.parameters.get(index.stored(name))
         if info is not None and group.parameter == "weight":
-            yield group, info
+            yield group, replace(info, role=index.role(name))
 
 
 def _layer(group: Group, info: ParameterInfo) -> str:
