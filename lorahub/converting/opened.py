@@ -108,14 +108,18 @@ class Opened:
         if self.base is None:
             return changes
         changes = [change for change in changes if not self._is_the_bases(change)]
-        landed, stuck = land(changes, self._layouts, self.base.index, self.weight)
+        # a model that was loaded has these itself, and what reads the format looks for them there
+        kept = frozenset() if self.renames else self.base.index.elsewhere.keys()
+        loaded = [change for change in changes if change.target.name in kept]
+        others = [change for change in changes if change.target.name not in kept]
+        landed, stuck = land(others, self._layouts, self.base.index, self.weight)
         if stuck:
             by_target = {change.target: change for change in changes}
             raise refusal(
                 self.request.to,
                 [Misfit(changes=(by_target[target],), reason=reason, remedy="") for target, reason in stuck.items()],
             )
-        return landed
+        return [*loaded, *landed]
 
     def hints(self, adapter: Adapter, changes: Sequence[Change]) -> dict[str, JSON]:
         """What goes along to the format, keyed by the source's names."""
