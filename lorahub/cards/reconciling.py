@@ -78,7 +78,7 @@ def reconcile(
             judged, said = _JUDGES.get(key, _keep)(key, old, want)
             findings += said
             _put(values, key, judged, kept=repr(judged) == repr(old))
-            keys |= {key: digest(new)} if repr(judged) == repr(new) != repr(old) else {}
+            keys |= {key: digest(new)} if new is not None and repr(judged) == repr(new) != repr(old) else {}
     _drop_orphans(values, have, want, keys)
     lost = [text for text in _texts(have.get("base_model")) if not is_repo(text)]
     return Reconciled(

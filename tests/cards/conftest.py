@@ -25,6 +25,8 @@ def made(ink: AdapterHeader) -> Made:
 
     def build(existing: str | None = None, **fields: Any) -> Card:
         record = AdapterRecord.from_json({key: value for key, value in (RECORD | fields).items() if value is not None})
-        return make_card(existing, ink, record, repo="acme/ink")
+        card = make_card(existing, ink, record, repo="acme/ink")
+        assert make_card(card.text, ink, record, repo="acme/ink").text == card.text  # as a repeated push
+        return card
 
     return build
