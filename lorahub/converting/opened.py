@@ -108,8 +108,8 @@ class Opened:
         if self.base is None:
             return changes
         changes = [change for change in changes if not self._is_the_bases(change)]
-        # a model that was loaded has these itself, and what reads the format looks for them there
-        kept = frozenset() if self.renames else self.base.index.elsewhere.keys()
+        # what a model loaded from these files has itself, and where what reads the format looks for it
+        kept = frozenset() if self.renames or self.base.model is not None else self.base.index.elsewhere.keys()
         loaded = [change for change in changes if change.target.name in kept]
         others = [change for change in changes if change.target.name not in kept]
         landed, stuck = land(others, self._layouts, self.base.index, self.weight)

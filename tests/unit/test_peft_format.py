@@ -276,7 +276,7 @@ def several_layers(*modules: str) -> BaseIndex:
         ({"target_modules": ["q"], "layers_to_transform": [0, 1]}, ("m.layers.1.q",)),
         ({"target_modules": ["q"], "layers_to_transform": 0}, ()),
         ({"target_modules": ["q"], "exclude_modules": ["layers.2.q"]}, ("m.layers.1.q",)),
-        ({"target_modules": ["q", "k"], "modules_to_save": ["2.q", "k"]}, ("m.layers.1.q",)),
+        ({"target_modules": ["q", "k"], "modules_to_save": ["2.q", "k"]}, ("m.layers.1.q", "2.q", "k")),
         ({"target_modules": "all-linear"}, ()),
         ({}, ()),
     ],
@@ -291,6 +291,47 @@ def test_modules_the_config_covers_and_the_file_lacks_are_mentioned(
     found = [each for each in reading.findings if each.code == "target-unfilled"]
     assert tuple(where for each in found for where in each.where) == lacking
     assert all(each.level is Verdict.UNVERIFIED for each in found)
+
+
+def test_what_was_trained_whole_and_is_not_in_the_file_is_mentioned(kinds: tuple[Kind, ...]) -> None:
+    def missed(names: tuple[str, ...], index: BaseIndex | None, **config: JSON) -> list[str]:
+        shapes = {**{f"m.{name}": shape for name, shape in PAIR.items()}, **dict.fromkeys(names, (6,))}
+        reading = read(kinds, shapes, lora(target_modules=["q"], **config), index=index)
+        assert not [each for each in reading.findings if each.level > Verdict.UNVERIFIED]
+        return [where for each in reading.findings if each.code == "target-unfilled" for where in each.where]
+
+    info = ParameterInfo(shape=(6,), dtype="F32", stored_as="")
+    parameters = {**several_layers("m.q", "m.head").parameters, "m.q.bias": info, "m.norm.bias": info}
+    biased = BaseIndex(ref=BaseRef(), framework="test", parameters=parameters)
+    for index in (None, biased):
+        assert missed((), index, modules_to_save=["head"]) == ["head"]
+        assert missed(("m.head.weight",), index, modules_to_save=["head"]) == []
+        assert missed(("m.head.weight",), index, modules_to_save=["head", "score"]) == []  # as PEFT lists both
+    assert missed((), biased, bias="lora_only") == ["m.q.bias"]
+    assert missed(("m.q.bias",), biased, bias="lora_only") == []
+    assert missed(("m.q.bias",), biased, bias="all") == ["m.norm.bias"]
+    assert missed((), biased, bias="none") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"exclude_modules": ["layers.1.q"]}, ("m.layers.1.q",)),
+        ({"exclude_modules": r".*layers\.1.*"}, ("m.layers.1.q",)),
+        ({"layers_to_transform": [0]}, ("m.layers.1.q",)),
+        ({"layers_to_transform": [0, 1]}, ()),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, ("m.layers.1.q",)),
+    ],
+)
+def test_modules_that_peft_would_leave_out_are_mentioned_whichever_field_says_so(
+    kinds: tuple[Kind, ...], config: dict[str, JSON], named: tuple[str, ...]
+) -> None:
+    shapes = {f"m.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in PAIR.items()}
+    reading = read(kinds, shapes, lora(target_modules=["q"], **config))
+    assert len(reading.groups) == 2
+    found = [each for each in reading.findings if each.code == "target-unlisted"]
+    assert tuple(where for each in found for where in each.where) == named
+    assert all(next(iter(config)) in each.message for each in found)
 
 
 def test_modules_of_another_class_of_model_are_not_missed(kinds: tuple[Kind, ...]) -> None:

@@ -30,7 +30,7 @@ from lorahub.formats.peft.lookalikes import lookalike, named_by_peft
 from lorahub.formats.peft.owner import Owner
 from lorahub.formats.peft.parameters import attention_outputs, in_order, owners
 from lorahub.formats.peft.replication import replication
-from lorahub.formats.peft.targets import unfilled
+from lorahub.formats.peft.targets import unfilled, unsaved
 from lorahub.formats.peft.types import PeftType, type_of
 from lorahub.formats.peft.write import FILE, write
 from lorahub.formats.peft.written import written_choice
@@ -111,6 +111,7 @@ class PeftFormat:
             findings += field_findings(config, spellings, [way for kind, way in ways if kind.name in present])
             findings += _unknown(left)
             findings += unfilled(config, found, whole.groups, stems, index)
+            findings += unsaved(config, found, whole.groups, stems, index)
         else:
             findings.append(_no_kind(tag, about, left, others=bool(groups)))
             if about and about.part and left:

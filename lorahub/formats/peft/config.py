@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from lorahub.deltas.kind import JSON, Field, Spelling
-from lorahub.deltas.patterns import full_match
-from lorahub.errors import IntegrityError, UnsupportedKind
+from lorahub.errors import IntegrityError
 from lorahub.findings import Finding, Verdict
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "kept_by",
     "names",
     "trains_biases",
-    "untargeted",
 ]
 
 CONFIG = "adapter_config.json"
@@ -133,25 +131,6 @@ def names(config: Mapping[str, JSON], field: str) -> tuple[str, ...]:
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise IntegrityError(f"{CONFIG}: {field} is {_show(value)}, not a list of module names")
     return tuple(str(name) for name in listed if name)
-
-
-def untargeted(modules: Collection[str], config: Mapping[str, JSON]) -> list[str]:
-    """The modules that ``target_modules`` does not cover, by PEFT's rules; none where it does not say.
-
-    Raises:
-        IntegrityError: it is neither a list of names nor a pattern.
-    """
-    given = config.get("target_modules")
-    if given is None or given == "all-linear":
-        return []
-    if isinstance(given, str):
-        try:
-            return [module for module in modules if not full_match(given, module, field="target_modules")]
-        except UnsupportedKind:  # a pattern beyond what is understood; the tensors tell which modules were trained
-            return []
-    listed = names(config, "target_modules")
-    ends = tuple(f".{name}" for name in listed)
-    return [module for module in modules if module not in listed and not module.endswith(ends)]
 
 
 def trains_biases(config: Mapping[str, JSON]) -> bool:

@@ -18,10 +18,11 @@ from lorahub.files.entries import forms_of
 from lorahub.files.header import Header
 from lorahub.findings import Finding, Verdict
 from lorahub.formats.families import Family, Groups, Like, by_module, representatives
-from lorahub.formats.peft.config import CONFIG, untargeted
+from lorahub.formats.peft.config import CONFIG
 from lorahub.formats.peft.fits import Fit, Ways, choose, named
 from lorahub.formats.peft.keys import Names, Stems
 from lorahub.formats.peft.owner import Owner
+from lorahub.formats.peft.rules import left_out
 from lorahub.formats.peft.trouble import Trouble
 from lorahub.formats.peft.tying import without_copies
 from lorahub.formats.runs import Runs, runs_of
@@ -253,16 +254,24 @@ def _shared(found: Names, ways: Ways, header: Header, present: Collection[str]) 
 
 def _unlisted(modules: Collection[str], config: Mapping[str, JSON]) -> list[Finding]:
     """Modules with tensors that the config does not target: PEFT itself would leave their tensors aside, unsaid."""
-    apart = without_copies(untargeted(modules, config), config)
-    if not apart:
-        return []
+    found = {field: without_copies(some, config) for field, some in left_out(modules, config).items()}
     return [
         Finding(
             code="target-unlisted",
             axis="format",
             level=Verdict.UNVERIFIED,
-            message=f"target_modules in {CONFIG} does not cover {len(apart)} of the {len(modules)} modules in "
+            message=f"{field} in {CONFIG} {_LEFT_OUT[field]} {len(apart)} of the {len(modules)} modules in "
             "the file; they are used here, and PEFT would leave them out",
             where=tuple(sorted(apart, key=natural)),
         )
+        for field, apart in found.items()
+        if apart
     ]
+
+
+_LEFT_OUT: Mapping[str, str] = {
+    "target_modules": "does not cover",
+    "exclude_modules": "leaves out",
+    "layers_to_transform": "does not cover the layers of",
+}
+"""What a field does to modules that it keeps from being adapted."""

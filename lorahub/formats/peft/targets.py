@@ -5,19 +5,19 @@ Knows names and the shapes of a base's weights; what is said where the rules can
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from lorahub.bases.index import BaseIndex
 from lorahub.deltas.kind import JSON, Group
-from lorahub.deltas.patterns import full_match
 from lorahub.errors import UnsupportedKind
 from lorahub.findings import Finding, Verdict
+from lorahub.formats.families import representatives
 from lorahub.formats.peft.config import CONFIG, kept_by, names
 from lorahub.formats.peft.keys import Names, Stems
+from lorahub.formats.peft.rules import covers, of_layers
 
-__all__ = ["targeted", "unfilled"]
+__all__ = ["targeted", "unfilled", "unsaved"]
 
 _TAG: Final = "LORA"
 """The only type of adapter that has tensors of its own for each of its modules, whatever its settings."""
@@ -33,13 +33,70 @@ def targeted(modules: Sequence[str], config: Mapping[str, JSON]) -> tuple[str, .
         return tuple(
             module
             for module in modules
-            if _named(module, "target_modules", config)
-            and not _named(module, "exclude_modules", config)
+            if covers(module, "target_modules", config)
+            and not covers(module, "exclude_modules", config)
             and not any(f".{each}." in f".{module}." for each in kept)
-            and (isinstance(given, str) or module in names(config, "target_modules") or _of_layers(module, config))
+            and (isinstance(given, str) or module in names(config, "target_modules") or of_layers(module, config))
         )
     except UnsupportedKind:  # a pattern beyond what is matched here
         return None
+
+
+def unsaved(
+    config: Mapping[str, JSON], found: Names, whole: Sequence[Group], stems: Stems, index: BaseIndex | None
+) -> list[Finding]:
+    """That a file lacks parameters which its config says were trained and saved whole.
+
+    Args:
+        config: the parsed config.
+        found: the file's names.
+        whole: the groups of parameters that the file replaces.
+        stems: the base's modules.
+        index: the base, or None.
+    """
+    if not found.factors or config.get("peft_type") != _TAG:
+        return []
+    saved = {(group.module, group.parameter) for group in representatives(whole)}
+    findings = []
+    kept = names(config, "modules_to_save")
+    there = {entry for module, _ in saved for entry in kept if kept_by(module, [entry])}
+    wanted = {entry: _modules_of(entry, index) for entry in kept} if index else {}
+    lacking = [entry for entry in kept if entry not in there and wanted.get(entry)] or ([] if there else [*kept])
+    if lacking:
+        findings.append(_lacking(f"modules_to_save in {CONFIG} names {', '.join(lacking)}", lacking))
+    if index is not None and all(stems.find(stem) == stem for stem in found.factors):
+        trained = [name for name in _biases(config, found.factors, index) if tuple(name.rsplit(".", 1)) not in saved]
+        if trained:
+            findings.append(_lacking(f"bias in {CONFIG} covers {_counted(trained)} of the base", trained))
+    return findings
+
+
+def _counted(biases: Sequence[str]) -> str:
+    return "a bias" if len(biases) == 1 else f"{len(biases)} biases"
+
+
+def _lacking(what: str, where: Sequence[str]) -> Finding:
+    return Finding(
+        code="target-unfilled",
+        axis="format",
+        level=Verdict.UNVERIFIED,
+        message=f"{what}, for which the file has no tensors; they stay as they are, and the file is incomplete",
+        where=tuple(where),
+        remedy="fetch the file again, or ask its author",
+    )
+
+
+def _modules_of(entry: str, index: BaseIndex) -> list[str]:
+    """The modules of a base that an entry of ``modules_to_save`` covers."""
+    return [module for module in index.modules() if kept_by(module, [entry])]
+
+
+def _biases(config: Mapping[str, JSON], factors: Collection[str], index: BaseIndex) -> list[str]:
+    """The biases of a base that were trained along: those of adapted modules, or all."""
+    bias = config.get("bias")
+    if bias == "all":
+        return [name for name in index.parameters if name.endswith(".bias")]
+    return [name for stem in factors if (name := f"{stem}.bias") in index.parameters] if bias == "lora_only" else []
 
 
 def unfilled(
@@ -83,24 +140,3 @@ def unfilled(
             remedy="fetch the file again, or ask its author",
         )
     ]
-
-
-def _named(module: str, field: str, config: Mapping[str, JSON]) -> bool:
-    """Whether a list of names or a pattern in the config covers ``module``."""
-    given = config.get(field)
-    if isinstance(given, str) and given:
-        return full_match(given, module, field=field)
-    return any(f".{module}".endswith(f".{name}") for name in names(config, field))
-
-
-def _of_layers(module: str, config: Mapping[str, JSON]) -> bool:
-    """Whether ``layers_to_transform`` and ``layers_pattern`` let in a module that is targeted by its name's end."""
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    wanted = layers if isinstance(layers, list) else [layers]
-    parts, patterns = module.split("."), names(config, "layers_pattern")
-    numbered = (at for at in range(1, len(parts) - 1) if re.fullmatch(r"\d+", parts[at], re.ASCII))
-    # without a pattern PEFT 0.21.2 wants two names before the number
-    at = next((at for at in numbered if (parts[at - 1] in patterns if patterns else at > 1)), None)
-    return at is not None and int(parts[at]) in wanted

@@ -21,9 +21,9 @@ from lorahub.deltas.kind import JSON
 from lorahub.deltas.peft_config import chosen
 from lorahub.errors import IntegrityError, UnsupportedKind
 from lorahub.files.header import Header
-from lorahub.formats.peft.config import untargeted
 from lorahub.formats.peft.keys import WRAPPED, Names, Stems
 from lorahub.formats.peft.owner import SQUARE, Owner
+from lorahub.formats.peft.rules import untargeted
 from lorahub.formats.peft.written import written_down
 
 __all__ = ["Wrappers", "in_registration_order"]
