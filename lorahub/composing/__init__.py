@@ -64,7 +64,9 @@ class Compose:
                 or a rule as recipes have them (what ``learn`` gives).  They are never normalised unless a parameter
                 asks for it.
             method: "linear" by default; see ``lorahub compose --methods``.
-            rank: of every target, at most; without a budget the result keeps every rank that the method gives.
+            rank: of every target, at most; without a budget the result keeps every rank that the method gives, and of
+                methods that look at elements (TIES, DARE) as many as the adapters have together: the report says what
+                that lost, and the smaller side of the largest matrix as a rank loses nothing.
             energy: keep at least this share of the squared norm of each change.
             error: lose at most this share of the norm of each change.
             adaptive: meet energy or error over all targets together.

@@ -119,6 +119,7 @@ def _spelled(
 
 
 def _number(value: float, like: torch.dtype) -> torch.Tensor:
-    """The number as a tensor: in the factors' dtype where that holds it exactly, else in one wide enough."""
-    tensors = (torch.tensor(value, dtype=dtype) for dtype in (like, torch.float32) if dtype.is_floating_point)
+    """The number as a tensor: in the factors' dtype where that has over eight bits and holds it exactly, or wider."""
+    fitting = [like] if like.is_floating_point and like.itemsize > 1 else []  # nobody reads an alpha of eight
+    tensors = (torch.tensor(value, dtype=dtype) for dtype in (*fitting, torch.float32))
     return next((each for each in tensors if float(each) == value), torch.tensor(value, dtype=torch.float64))

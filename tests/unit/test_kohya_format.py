@@ -477,6 +477,21 @@ def test_what_is_saved_reads_back_with_dots_and_all(tmp_path: Path, registry: Re
     assert again[Target("unet", "mid.to_q", "weight")].scale == 0.7  # type: ignore[attr-defined]
 
 
+def test_an_alpha_beside_factors_of_eight_bits_is_stored_wider(tmp_path: Path, registry: Registry) -> None:
+    lora = _lora()
+    short = LoRA(lora.up.to(torch.float8_e4m3fn), lora.down.to(torch.float8_e4m3fn), 1.0)
+    target = Target("unet", "mid.to_q", "weight")
+    folder = save(Adapter(deltas={target: short}), tmp_path / "out", registry=registry, format="kohya")
+    stored = {
+        key.rpartition(".")[2]: info.dtype for key, info in read_header(folder / "lora.safetensors").tensors.items()
+    }
+    assert stored == {"alpha": "F32", "weight": "F8_E4M3"}
+    again = load(open_header(folder, registry), registry).deltas[target]
+    assert isinstance(again, LoRA)
+    assert again.scale == 1.0
+    assert torch.equal(again.up.float(), short.up.float())
+
+
 def test_a_saved_file_keeps_its_prefix_and_what_it_says_of_its_base(weights: Folder, tmp_path: Path) -> None:
     said = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_network_dim": "2"}
     stem = "lora_te1_fc1."

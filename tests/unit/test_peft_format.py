@@ -598,6 +598,7 @@ def test_what_is_no_weight_change_becomes_a_part_with_its_reason(kinds: tuple[Ki
     assert (found.level, found.allowable) == (Verdict.INCOMPATIBLE, False)
     assert TYPES[tag].title in found.message
     assert part.reason in found.message
+    assert ("attaches it" in found.remedy) == TYPES[tag].live
 
 
 def test_a_head_beside_prompts_can_be_had_without_them_if_allowed(kinds: tuple[Kind, ...]) -> None:

@@ -168,9 +168,16 @@ def _no_kind(tag: str, about: PeftType | None, keys: Sequence[str], *, others: b
         level=Verdict.DEGRADED if partly else Verdict.INCOMPATIBLE,
         message=message,
         where=tuple(keys),
-        remedy=("lorahub.attach(model, [FOLDER]) attaches it" if about.part else "lorahub plugins") if about else "",
+        remedy=_way_on(about) if about else "",
         allowable=partly,
     )
+
+
+def _way_on(about: PeftType) -> str:
+    """What to do with an adapter of a type that no kind reads."""
+    if about.live:
+        return "lorahub.attach(model, [FOLDER]) attaches it"
+    return "load it with the library that made it" if about.part else "lorahub plugins"
 
 
 def _unknown(keys: Sequence[str]) -> list[Finding]:

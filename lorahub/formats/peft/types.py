@@ -22,11 +22,13 @@ class PeftType:
         title: how people write it.
         part: what an adapter of this type carries instead of a weight change ("prompt-tuning"), or "" where it is one.
         reason: why that cannot be merged, as a sentence; or what is special about a weight change of this type.
+        live: a framework's plugin attaches such a part to its models.
     """
 
     title: str
     part: str = ""
     reason: str = ""
+    live: bool = False
 
 
 _PROMPT = "it puts trained vectors before the input and changes no weight"
@@ -35,11 +37,11 @@ _ROUTED = "which of its factors act depends on the input, so no one weight can s
 
 TYPES: Mapping[str, PeftType] = MappingProxyType(
     {
-        "PROMPT_TUNING": PeftType("prompt tuning", "prompt-tuning", _PROMPT),
-        "MULTITASK_PROMPT_TUNING": PeftType("multitask prompt tuning", "multitask-prompt-tuning", _PROMPT),
-        "P_TUNING": PeftType("P-tuning", "p-tuning", _PROMPT),
+        "PROMPT_TUNING": PeftType("prompt tuning", "prompt-tuning", _PROMPT, live=True),
+        "MULTITASK_PROMPT_TUNING": PeftType("multitask prompt tuning", "multitask-prompt-tuning", _PROMPT, live=True),
+        "P_TUNING": PeftType("P-tuning", "p-tuning", _PROMPT, live=True),
         "CPT": PeftType("context-aware prompt tuning", "cpt", _PROMPT),
-        "PREFIX_TUNING": PeftType("prefix tuning", "prefix-tuning", _PREFIX),
+        "PREFIX_TUNING": PeftType("prefix tuning", "prefix-tuning", _PREFIX, live=True),
         "CARTRIDGE": PeftType("Cartridges", "cartridge", _PREFIX),
         "ADAPTION_PROMPT": PeftType(
             "LLaMA-Adapter",

@@ -14,6 +14,8 @@ import transformers
 
 import lorahub
 from lorahub.errors import BaseMismatch, IntegrityError, UnsupportedKind, UsageError
+from lorahub.formats.peft.types import TYPES
+from lorahub_transformers import parts
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for an attribute that it deprecates
@@ -312,3 +314,7 @@ def test_a_static_cache_has_no_room_for_it(case):
     lorahub.attach(model, [folder])
     with pytest.raises(UsageError, match="static cache"):
         model.generate(X, attention_mask=MASK, max_new_tokens=3, cache_implementation="static", disable_compile=True)
+
+
+def test_what_peft_types_are_said_to_be_attached_is_what_is_attached() -> None:
+    assert {about.part for about in TYPES.values() if about.live} == parts._WAYS.keys()
