@@ -79,8 +79,11 @@ class Replace(Delta):
 
 
 def touches(group: Group) -> tuple[Touch, ...]:
-    """The one parameter the group stands for, replaced whole."""
-    return (Touch(parameter=group.parameter, dims="*shape", slots=("value",), additive=False, replaces=True),)
+    """The one parameter the group stands for, replaced whole; the option "tied" says for all names that it has."""
+    tied = "value" if group.options.get("tied") else ""
+    return (
+        Touch(parameter=group.parameter, dims="*shape", slots=("value",), additive=False, replaces=True, tied=tied),
+    )
 
 
 def build(group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, Delta]:

@@ -16,6 +16,7 @@ from lorahub.findings import Axis, Finding, Verdict
 from lorahub.formats.peft.config import kept_by, names, trains_biases
 from lorahub.formats.peft.groups import tensor_ref
 from lorahub.formats.peft.keys import ORIGINAL, SAVED, WRAPPED, Bare, Names, Stems
+from lorahub.formats.peft.tying import ties_saved
 
 __all__ = ["Bared", "group_bare"]
 
@@ -49,6 +50,7 @@ def group_bare(
         IntegrityError: ``modules_to_save`` is no list of names.
     """
     entries, biases = (*names(config, "modules_to_save"), *_heads(config)), trains_biases(config)
+    tied = ties_saved(config)
     plain = {(bare.module, bare.parameter) for bare in found.bare.values() if not bare.wrapper}
     reasons: dict[str, list[str]] = {}
     groups: dict[tuple[str, str], Group] = {}
@@ -59,7 +61,11 @@ def group_bare(
             code = "key-twice"
         if code in _TAKEN:
             groups[module, bare.parameter] = Group(
-                module=module, parameter=bare.parameter, kind="replace", slots={"value": tensor_ref(header, key)}
+                module=module,
+                parameter=bare.parameter,
+                kind="replace",
+                slots={"value": tensor_ref(header, key)},
+                options={"tied": True} if tied and bare.parameter == "weight" else {},
             )
         reasons.setdefault(code, []).append(key)
     findings = [replace(_TEXTS[code], where=tuple(keys)) for code, keys in sorted(reasons.items()) if code in _TEXTS]

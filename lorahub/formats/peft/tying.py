@@ -16,7 +16,7 @@ from lorahub.errors import UnsupportedKind
 from lorahub.formats.peft.config import names
 from lorahub.formats.peft.keys import Names, Stems
 
-__all__ = ["shared_weights", "without_copies"]
+__all__ = ["shared_weights", "ties_saved", "without_copies"]
 
 _FIELD = "ensure_weight_tying"
 
@@ -42,6 +42,11 @@ def shared_weights(
         if len(together) > 1:
             result |= dict.fromkeys(together, len(together))
     return result
+
+
+def ties_saved(config: Mapping[str, JSON]) -> bool:
+    """Whether PEFT kept a module that it trained whole and those that share its weight one, and saved each."""
+    return config.get(_FIELD) is True and bool(names(config, "modules_to_save"))
 
 
 def without_copies(modules: Collection[str], config: Mapping[str, JSON]) -> list[str]:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lorahub
 from lorahub.errors import BaseMismatch, Degraded, Incompatible
@@ -149,3 +150,53 @@ def test_a_saved_side_of_a_tied_pair_counts_once(
     trained(copy.deepcopy(base), tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(Degraded, match="tied-parameter"):
         lorahub.merge(saved(base), {"adapter": tmp_path / "adapter"}, out=tmp_path / "out")
+
+
+def test_a_weight_that_was_trained_whole_for_both_its_names_stays_one(tmp_path: Path) -> None:
+    """``ensure_weight_tying``: the file has the embedding and the head, with the same numbers."""
+    config = transformers.GemmaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.GemmaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return transformers.GemmaForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+    tuning = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    wrapped = peft.get_peft_model(base(), tuning)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert sum("embed_tokens" in name or "lm_head" in name for name in names) == 2
+    tokens = torch.tensor([[3, 17, 41, 5]])
+    model = base()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        expected = wrapped(tokens).logits
+        assert (expected - model(tokens).logits).abs().max() > 0.1
+        merged = lorahub.merge(model, {"a": tmp_path / "adapter"})
+        assert torch.allclose(model(tokens).logits, expected, atol=1e-5)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        merged.undo()
+        assert all(map(torch.equal, before, model.parameters()))
+        lorahub.merge(tmp_path / "base", {"a": tmp_path / "adapter"}, out=tmp_path / "out")
+        stored = transformers.GemmaForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert stored.config.tie_word_embeddings
+        assert torch.allclose(stored(tokens).logits, expected, atol=1e-5)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (head,) = (name for name in tensors if "lm_head" in name)
+    save_file(tensors | {head: tensors[head] + 1}, file)
+    with pytest.raises(lorahub.LorahubError, match=r"lm_head|embed_tokens"):  # one weight has one value
+        lorahub.merge(base(), {"a": tmp_path / "adapter"})
