@@ -24,14 +24,16 @@ from lorahub.deltas.replace import REPLACE, Replace
 from lorahub.engine.changing import launch, undo
 from lorahub.engine.changing.merge import Merged, merge_into
 from lorahub.engine.folding import planes
-from lorahub.engine.kernels import checksum_torch
+from lorahub.engine.kernels import checksum_torch, noting_torch
 from lorahub.engine.kernels.choice import Choice, Native
 from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.kernels.tiles import Noter
 from lorahub.engine.kernels.trials import Merger
 from lorahub.engine.planning.casting import cast
 from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding import directed, fast
+from lorahub.engine.undoing import noted
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.files.dtypes import from_torch
 from lorahub.files.header import read_header
@@ -225,20 +227,25 @@ def base() -> World:
 
 
 @pytest.fixture
-def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Merger], list[list[Patch]]]:
-    """Has weights on the CPU merged as those of a device are that has a kernel; returns what it will be called with."""
+def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[Patch]]]:
+    """Has weights on the CPU merged as those of a device are that has kernels; returns what they will be called with.
 
-    def use(merge: Merger) -> list[list[Patch]]:
+    The kernels are a merger, and what notes journals.
+    """
+
+    def use(merge: Merger, note: Noter = noting_torch.NOTER) -> list[list[Patch]]:
         calls: list[list[Patch]] = []
 
-        def noted(patches: Sequence[Patch]) -> list[Outcome]:
+        def told(patches: Sequence[Patch]) -> list[Outcome]:
             calls.append(list(patches))
             return merge(patches)
 
         for module in (fast, directed, launch):
-            monkeypatch.setattr(module, "merger", lambda _: Choice("triton", noted))
+            monkeypatch.setattr(module, "merger", lambda _: Choice("triton", told))
         for other in (fast, directed, planes, undo):
             monkeypatch.setattr(other, "native", lambda: Native(None, "a device is played"))
+        for noting in (fast, launch, noted):
+            monkeypatch.setattr(noting, "noter", lambda _: Choice("triton", note))
         monkeypatch.setattr(undo, "summer", lambda _: Choice("triton", checksum_torch.checksums))
         return calls
 

@@ -251,8 +251,9 @@ def test_a_sum_beyond_the_largest_number_is_told_of(merge, device):
 
 def test_the_number_of_programs_changes_no_bit(kernel, monkeypatch):
     results = []
+    shared = importlib.import_module("lorahub.engine.kernels.sums_triton")
     for programs in (1, 3, 64):
-        monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+        monkeypatch.setattr(shared, "_PROGRAMS", programs)
         given = patches(torch.bfloat16, torch.float32)
         kernel.merge_patches(given)
         results.append([patch.weight for patch in given])
@@ -367,7 +368,7 @@ constants |= dict(DIRECTED=directed)
 constants |= dict(SUM=language.float32 if half else language.float64, ROWS=rows, COLS=cols, RANKS=ranks)
 arguments = dict(table="*i64", numbers="*fp64", part_of_tile="*i32", tiles="i32", sums="*fp64")
 source = ASTSource(kernel.merge_tiles, arguments, constants)
-code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=kernel._WARPS))
+code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernel.OPTIONS)
 print(json.dumps(dict(shared=code.metadata.shared, ptx=code.asm["ptx"])))
 """
 

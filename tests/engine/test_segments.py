@@ -169,7 +169,8 @@ for function, constants in ((kernel.shrink, inward), (kernel.expand, outward)):
     even = {"inputs", "outputs", "x_row", "x_token", "y_row", "y_token", *pointers} & arguments.keys()
     places = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(function, arguments, constants, places)
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=kernel._WARPS))
+    options = dict(num_warps=kernel._WARPS, enable_fp_fusion=False)
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     codes.append(dict(shared=code.metadata.shared, ptx=code.asm["ptx"]))
 print(json.dumps(codes))
 """

@@ -19,22 +19,24 @@ from lorahub.engine.folding.fold import Fold
 from lorahub.engine.folding.planes import Noted
 from lorahub.engine.kernels import merge_torch
 from lorahub.engine.planning.plan import plan
+from lorahub.engine.undoing import noted as noted_module
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.engine.undoing.reload import BaseRows
 from lorahub.errors import BaseMismatch, IntegrityError, NotFinite, UsageError
 from lorahub.files.tensors import open_weights
 from lorahub.files.writer import save_file
 
-POLICIES = ["copy", "journal", "host", "reload", "launched"]
-"""The last one: copies, which a device's kernel makes in passing."""
+PLAYED = {"launched": "copy", "noted": "journal"}
+"""What a device's kernel does in passing -> the policy that this is."""
+POLICIES = ["copy", "journal", "host", "reload", *PLAYED]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
 def device(request, as_device):
-    """Plays a device where the policy is "launched"."""
+    """Plays a device where the policy wants one."""
     given = getattr(request.node, "callspec", None)
-    if given is not None and given.params.get("policy") == "launched":
+    if given is not None and given.params.get("policy") in PLAYED:
         as_device(merge_torch.merge_patches)
 
 
@@ -107,7 +109,7 @@ class Go:
         return Arranged(parameters=self.live, plan=self.plan(adapter, weight), adapters=self.tools.bring(adapter))
 
     def keeping(self, policy):
-        return Keeping(policy="copy" if policy == "launched" else policy, base=BaseRows(self.files, self.world.index()))
+        return Keeping(policy=PLAYED.get(policy, policy), base=BaseRows(self.files, self.world.index()))
 
     def merge(self, adapter, policy="copy", weight=1.0, live=None, **options):
         return merge_into(
@@ -376,7 +378,7 @@ class Broken:
 
     def __init__(self, monkeypatch, at):
         self.calls, self.at = 0, at
-        run, put, change = Fold.run, Fold.put, Noted.change
+        run, put, change, checksums = Fold.run, Fold.put, Noted.change, noted_module.checksums
 
         def broken(original):
             def fold(fold, unit, before, out, space, **more):
@@ -389,15 +391,19 @@ class Broken:
 
             return fold
 
-        def noted(given):
-            self.calls += 1
-            if self.calls == self.at:
-                raise Stop
-            return change(given)
+        def stopping(original):
+            def act(given):
+                self.calls += 1
+                if self.calls == self.at:
+                    raise Stop
+                return original(given)
+
+            return act
 
         monkeypatch.setattr(Fold, "run", broken(run))
         monkeypatch.setattr(Fold, "put", broken(put))
-        monkeypatch.setattr(Noted, "change", noted)
+        monkeypatch.setattr(Noted, "change", stopping(change))
+        monkeypatch.setattr(noted_module, "checksums", stopping(checksums))  # before what a device notes, and after
 
 
 def _fails_everywhere(go, monkeypatch, prepare, act, check):

@@ -1,35 +1,73 @@
-"""Rows of many parameters folded in one launch of their device's kernel, which puts aside what they held as it goes.
+"""Rows of many parameters folded together by their device's kernel, which takes hold of what they held as it goes.
 
-For weights that are copied to be undone, on a device that has a kernel (``kernels.choice``).  What cannot go along, or
-would not be exact enough, is folded by itself.  Knows no plans and no policies.
+On a device that has a kernel (``kernels.choice``), for weights that are copied there or have a journal.  What cannot go
+along, or would not be exact enough, is folded by itself.  Knows no plans and no policies.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeGuard, final
+from typing import TypeAlias, final
 
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.recipes import Launching
-from lorahub.engine.kernels.choice import merger
+from lorahub.engine.kernels.choice import merger, noter
 from lorahub.engine.kernels.patches import Outcome, Patch, batches
 from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.copies import Copies
+from lorahub.engine.undoing.journal import Journal
 from lorahub.engine.undoing.keeper import Keeper
+from lorahub.engine.undoing.noted import Ready, look, ready, write
 from lorahub.lazy import torch
 
-__all__ = ["Launch", "launches"]
+__all__ = ["Launch", "launch_for"]
 
 Told: TypeAlias = "Callable[[str, slice, Change], None]"
 """Takes a parameter, some of its rows, and what became of them."""
 
 
-def launches(keeper: Keeper) -> TypeGuard[Copies]:
-    """Whether a parameter may be folded in one launch with others: its device has a kernel, and it is copied there."""
+class Launch(ABC):
+    """Parameters of one device that are put into it are all folded or none; but for those that ``run`` leaves."""
+
+    @abstractmethod
+    def take(self, keeper: Keeper, fold: Fold) -> bool:
+        """Take a parameter along; False, with nothing done, where its rows cannot all be folded by the kernel.
+
+        Args:
+            keeper: its, of the class that ``launch_for`` was asked for; nothing of it was written yet.
+            fold: what is done to it.
+        """
+
+    @abstractmethod
+    def run(self, told: Told, space: Workspace) -> Sequence[str]:
+        """Fold all rows, tell what became of them, and have their keepers know.
+
+        Whatever is raised, the rows hold then what they held before anything was merged, and no keeper knows them.
+
+        Returns:
+            The parameters that were left as they were, since they want wider sums than the kernel has.
+
+        Raises:
+            NotFinite: as ``Fold.run``.
+        """
+
+
+def launch_for(keeper: Keeper, *, merged: bool) -> type[Launch] | None:
+    """What folds a parameter together with others; None where it is folded by itself.
+
+    Args:
+        keeper: of what is about to be merged.
+        merged: something is merged there now.
+    """
     device = keeper.tensor.device
-    return isinstance(keeper, Copies) and keeper.copy.device == device and merger(device).name != "torch"
+    if isinstance(keeper, Copies) and keeper.copy.device == device and (keeper.full or not merged):
+        return _Copying if merger(device).name != "torch" else None
+    if isinstance(keeper, Journal) and not merged:  # otherwise what was there is restored a parameter at a time
+        return _Noting if noter(device).name != "torch" else None
+    return None
 
 
 @final
@@ -54,19 +92,15 @@ class _Entry:
 
 
 @final
-class Launch:
-    """One launch; parameters of one device are put into it, and all of them are folded or none."""
+class _Copying(Launch):
+    """One launch, which puts aside what rows held, or reads what was put aside."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
 
-    def take(self, keeper: Copies, fold: Fold) -> bool:
-        """Take a parameter along; False, with nothing done, where its rows cannot all be folded by the kernel.
-
-        Args:
-            keeper: its, holding a copy of all of it or of nothing.
-            fold: what is done to it.
-        """
+    def take(self, keeper: Keeper, fold: Fold) -> bool:
+        """See ``Launch``."""
+        assert isinstance(keeper, Copies)
         entries: list[_Entry] = []
         for unit in fold.units:
             live, copy = keeper.tensor[unit.rows], keeper.copy[unit.rows]
@@ -78,14 +112,8 @@ class Launch:
         self._entries += entries
         return True
 
-    def run(self, told: Told, space: Workspace) -> None:
-        """Fold all rows, tell what became of them, and have their keepers know.
-
-        Whatever is raised, the rows hold then what they held before anything was merged, and no keeper knows them.
-
-        Raises:
-            NotFinite: as ``Fold.run``.
-        """
+    def run(self, told: Told, space: Workspace) -> Sequence[str]:
+        """See ``Launch``; what wants wider sums is folded again, from what was put aside."""
         patches = [part.patch for entry in self._entries for part in entry.parts]
         outcomes: dict[int, Outcome] = {}  # by position among the patches
         try:
@@ -103,6 +131,39 @@ class Launch:
             for entry in self._entries:
                 entry.keeper.forget(entry.unit.rows)
             raise
+        return ()
+
+
+@final
+class _Noting(Launch):
+    """A launch that looks and one that writes, and notes the way back."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Journal, Ready]] = []
+
+    def take(self, keeper: Keeper, fold: Fold) -> bool:
+        """See ``Launch``."""
+        assert isinstance(keeper, Journal)
+        found = [ready(fold, unit, keeper.tensor[unit.rows], None) for unit in fold.units]
+        if None in found:
+            return False
+        self._entries += [(keeper, each) for each in found if each is not None]
+        return True
+
+    def run(self, told: Told, space: Workspace) -> Sequence[str]:
+        """See ``Launch``."""
+        foreseen = look([each for _, each in self._entries])
+        left = {keeper.name for (keeper, _), own in zip(self._entries, foreseen, strict=True) if own is None}
+        going = [
+            (keeper, each, own)
+            for (keeper, each), own in zip(self._entries, foreseen, strict=True)
+            if own is not None and keeper.name not in left
+        ]
+        entries = write([(each, own) for _, each, own in going])
+        for (keeper, each, _), entry in zip(going, entries, strict=True):
+            keeper.enter(each.unit.rows, entry.tiles, entry.before, entry.after)
+            told(keeper.name, each.unit.rows, entry.change)
+        return sorted(left)
 
 
 def _settle(entry: _Entry, outcomes: Sequence[Outcome], space: Workspace) -> Change:

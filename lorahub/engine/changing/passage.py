@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TypeAlias, final
 
-from lorahub.engine.changing.launch import Launch, launches
+from lorahub.engine.changing.launch import Launch, launch_for
 from lorahub.engine.changing.state import State, demand_unaltered, untouched
 from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.engine.folding.fold import Change, Fold, Unit
@@ -23,7 +23,6 @@ from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding.fast import FAST, told_of_kernels
 from lorahub.engine.rounding.table import read_mode
-from lorahub.engine.undoing.copies import Copies
 from lorahub.engine.undoing.keeper import Keeper, Way
 from lorahub.errors import IntegrityError
 from lorahub.lazy import torch
@@ -145,39 +144,40 @@ class Passage:
         return put if _reads(step) else job
 
     def _changing(self, steps: Iterable[Step]) -> list[Job]:
-        """A launch for each device that has a kernel, and whatever changes by itself."""
-        together: dict[torch.device, list[tuple[Step, Copies]]] = {}
+        """A launch for each device that has a kernel and each way back, and whatever changes by itself."""
+        together: dict[tuple[torch.device, type[Launch]], list[Step]] = {}
         apart: list[Job] = []
         fast = self._new.plan.mode == FAST.spelled
         for step in steps:
             keeper = self._new.keepers[step.out]
-            if fast and step.windowed and launches(keeper) and (keeper.full or step.out not in self._kept):
-                together.setdefault(keeper.tensor.device, []).append((step, keeper))
-            else:
+            kind = launch_for(keeper, merged=step.out in self._kept) if fast and step.windowed else None
+            if kind is None:
                 apart.append(self._change(step))
-        return [*map(self._launch, together.values()), *apart]
+            else:
+                together.setdefault((keeper.tensor.device, kind), []).append(step)
+        return [*(self._launch(kind(), several) for (_, kind), several in together.items()), *apart]
 
-    def _launch(self, pairs: Iterable[tuple[Step, Copies]]) -> Job:
+    def _launch(self, launch: Launch, steps: Iterable[Step]) -> Job:
         def job(space: Workspace) -> list[Job]:
-            launch, apart = Launch(), list[Job]()
-            taken: list[tuple[Step, Fold]] = []
-            for step, keeper in pairs:
+            apart: list[Job] = []
+            taken: dict[str, tuple[Step, Fold]] = {}
+            for step in steps:
                 fold = self._fold(self._new, step)
                 self._source(step.out, fold, space)  # going back has to know of rows that were cut in another way
-                if launch.take(keeper, fold):
-                    taken.append((step, fold))
+                if launch.take(self._new.keepers[step.out], fold):
+                    taken[step.out] = step, fold
                 else:
                     apart.append(self._change(step, fold))
             try:
-                launch.run(lambda name, rows, change: self._changes[name].update({rows.start: change}), space)
+                left = launch.run(lambda name, rows, change: self._changes[name].update({rows.start: change}), space)
             except BaseException:
-                for step, fold in taken:
+                for step, fold in taken.values():
                     for unit in fold.units:
                         self._take_off(step.out, unit.rows)
                 raise
-            for _ in taken:
+            for _ in range(len(taken) - len(left)):
                 self._finish()
-            return apart
+            return [*apart, *(self._change(*taken[name]) for name in left)]
 
         return job
 

@@ -95,7 +95,7 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     arguments = (torch.tensor(rows).to(device), parts, tiles, checksum_weights(device), _powers(device, most), sums)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # kernels run on the current one
         sum_tiles[(min(tiles, _programs(device)),)](
-            *arguments, LINES=_LINES, WORDS=COLUMNS, ROWS=ROWS, num_warps=_WARPS
+            *arguments, LINES=_LINES, WORDS=COLUMNS, ROWS=ROWS, num_warps=_WARPS, enable_fp_fusion=False
         )
     return found.index_add_(0, parts, sums)
 

@@ -6,21 +6,31 @@ cannot be compiled, or gives other numbers, the plain twin runs, and whoever ask
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Generic, TypeVar, final
 
-from lorahub.engine.kernels import checksum_torch, merge_torch, segmented_torch
+from lorahub.engine.kernels import checksum_torch, merge_torch, noting_torch, segmented_torch
 from lorahub.engine.kernels.compiling import NotCompiled, SwitchedOff
 from lorahub.engine.kernels.merge_c import Kernel, kernel
-from lorahub.engine.kernels.trials import Adder, Merger, Summer, adds_alike, is_right, merges_alike, sums_alike
+from lorahub.engine.kernels.tiles import Noter, Tiles
+from lorahub.engine.kernels.trials import (
+    Adder,
+    Merger,
+    Summer,
+    adds_alike,
+    is_right,
+    merges_alike,
+    notes_alike,
+    sums_alike,
+)
 from lorahub.engine.undoing.residual import Steps
 from lorahub.lazy import torch
 
-__all__ = ["Choice", "Native", "adder", "merger", "native", "restore", "summer"]
+__all__ = ["Choice", "Native", "adder", "merger", "native", "noter", "restore", "summer"]
 
 _Kernel = TypeVar("_Kernel")
 
@@ -60,11 +70,20 @@ def native() -> Native:
     return Native(found)
 
 
-def restore(residual: Steps, given: torch.Tensor) -> None:
-    """``residual.apply(given)`` by the CPU's kernel, which noted it and is therefore there; takes no memory."""
-    found = native().kernel
-    assert found is not None
-    found.restore(residual, given)
+def restore(noted: Steps | Sequence[Tiles], given: torch.Tensor) -> None:
+    """Make up in ``given`` for what a kernel noted, by that kernel, which is therefore there.
+
+    Args:
+        noted: by the CPU's, of all rows; or by a device's, one for each part of the rows, in order.
+        given: rows that lie together.
+    """
+    if isinstance(noted, Steps):
+        found = native().kernel
+        assert found is not None
+        found.restore(noted, given)
+    else:
+        parts = torch.split(given.view(-1), [rows * columns for rows, columns in (each.shape for each in noted)])
+        noter(given.device).run.restore([*zip(noted, parts, strict=True)])
 
 
 @lru_cache(maxsize=16)  # as many as a machine has devices
@@ -77,6 +96,12 @@ def merger(device: torch.device) -> Choice[Merger]:
 def adder(device: torch.device) -> Choice[Adder]:
     """What adds changes to the rows of a batch, each its own, on ``device``; tried there once a process."""
     return _tried(device, "segmented_triton", "add_segments", segmented_torch.add_segments, adds_alike)
+
+
+@lru_cache(maxsize=16)
+def noter(device: torch.device) -> Choice[Noter]:
+    """What merges patches on ``device`` and notes the way back; tried there once a process."""
+    return _tried(device, "noting_triton", "NOTER", noting_torch.NOTER, notes_alike)
 
 
 @lru_cache(maxsize=16)

@@ -9,77 +9,33 @@ float32 factors three of them keep 21 bits or more.  Runs under Triton's interpr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 
 import triton
 import triton.language as tl
 
 from lorahub.engine.folding.sums import Change
-from lorahub.engine.kernels.bits_triton import from_bfloat16, to_bfloat16
-from lorahub.engine.kernels.patches import Outcome, Patch, accumulator, batches
+from lorahub.engine.kernels.bits_triton import to_bfloat16
+from lorahub.engine.kernels.patches import Outcome, Patch, batches
+from lorahub.engine.kernels.sums_triton import (
+    BLOCK,
+    OPTIONS,
+    numbers_of,
+    on_device,
+    product_of,
+    programs,
+    total_of,
+    way_of,
+)
 from lorahub.lazy import torch
 
-__all__ = ["BLOCK", "merge_patches"]
-
-BLOCK = (64, 128, 16)
-"""Rows, columns and ranks of a tile."""
+__all__ = ["DIRECTED", "merge_patches"]
 
 DIRECTED = 16
 """Rows of a tile where they get lengths: few, so that they are still in the cache when they are written."""
 
 _COLUMNS = tl.constexpr(14)  # of the table of matrices
 _SUMS = tl.constexpr(5)  # for each tile: the sums of a ``Change``, and how many numbers are not finite
-_PROGRAMS = 4  # for each multiprocessor
-_WARPS = 8
-_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-_BITS = {torch.bfloat16: tl.int16}  # stored dtypes that are rounded to by integers
-
-
-@triton.jit
-def _total(values):
-    """The sum of a tile in float64, of a row in the dtype that it has."""
-    return tl.sum(tl.sum(values, 1).to(tl.float64), 0)
-
-
-@triton.jit
-def _product(
-    up,
-    down,
-    scale,
-    i,
-    j,
-    height,
-    width,
-    rank,
-    SUM: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """``scale * up[i] @ down[:, j]``; zero outside the matrix."""
-    added = tl.zeros((ROWS, COLS), SUM)
-    for start in range(0, rank, RANKS):
-        k = start + tl.arange(0, RANKS).to(tl.int64)
-        left = tl.load(up + i * rank + k[None, :], mask=(i < height) & (k[None, :] < rank), other=0.0)
-        right = tl.load(down + k[:, None] * width + j, mask=(k[:, None] < rank) & (j < width), other=0.0)
-        if SUM == tl.float64:
-            added = tl.dot(left.to(tl.float64), right.to(tl.float64), added)
-        else:
-            added = tl.dot(left.to(tl.float32), right.to(tl.float32), added, input_precision=PRODUCT)
-    return added * scale
-
-
-@triton.jit
-def _numbers(stored, STORE: tl.constexpr, SUM: tl.constexpr):
-    """What is stored, as it is summed."""
-    return from_bfloat16(stored) if STORE == tl.int16 else stored.to(SUM)
 
 
 @triton.jit
@@ -151,8 +107,8 @@ def merge_tiles(
                 j = start + tl.arange(0, COLS).to(tl.int64)[None, :]
                 at = source + i * source_below + j * source_beside
                 stored = tl.load(at, mask=(i < height) & (j < width), other=0)
-                moved = _numbers(stored, STORE, SUM)
-                moved += _product(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
+                moved = numbers_of(stored, STORE, SUM)
+                moved += product_of(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
                 squares += tl.sum(moved * moved, 1).to(tl.float64)
             found = tl.sqrt(squares)[:, None]
             lengths = tl.load(row + 5).to(tl.pointer_type(tl.float64))
@@ -162,33 +118,33 @@ def merge_tiles(
             ratio = strength * tl.where(empty, 1.0, wanted / tl.where(empty, 1.0, found))
             keep, multiple = (1.0 - strength + ratio).to(SUM), ratio.to(SUM)
         squared_before = tl.full((), 0.0, tl.float64)
-        squared_added, product, squared_lost, broken = squared_before, squared_before, squared_before, squared_before
+        squared_added, kept, squared_lost, broken = squared_before, squared_before, squared_before, squared_before
         for start in range(first, last, COLS):
             j = start + tl.arange(0, COLS).to(tl.int64)[None, :]
             inside = (i < height) & (j < width)
             stored = tl.load(source + i * source_below + j * source_beside, mask=inside, other=0)
             if SAVE:
                 tl.store(saved + i * width + j, stored, mask=inside)
-            before = _numbers(stored, STORE, SUM)
-            added = _product(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
+            before = numbers_of(stored, STORE, SUM)
+            added = product_of(up, down, scale, i, j, height, width, rank, SUM, PRODUCT, ROWS, COLS, RANKS)
             total = keep * before + multiple * added if DIRECTED else before + added
             if DIRECTED:
                 added = total - before
             rounded = to_bfloat16(total) if STORE == tl.int16 else total.to(STORE)
             tl.store(weight + i * below + j * beside, rounded, mask=inside)
-            seen = _numbers(rounded, STORE, SUM)
+            seen = numbers_of(rounded, STORE, SUM)
             effect = seen - before
             lost = effect - added
             wrong = inside & ~(tl.abs(seen) < float("inf"))
-            squared_before += _total(before * before)
-            squared_added += _total(added * added)
-            product += _total(effect * added)
-            squared_lost += _total(lost * lost)
-            broken += _total(wrong.to(tl.float32))
+            squared_before += total_of(before * before)
+            squared_added += total_of(added * added)
+            kept += total_of(effect * added)
+            squared_lost += total_of(lost * lost)
+            broken += total_of(wrong.to(tl.float32))
         told = sums + tile * _SUMS
         tl.store(told, squared_before)
         tl.store(told + 1, squared_added)
-        tl.store(told + 2, product)
+        tl.store(told + 2, kept)
         tl.store(told + 3, squared_lost)
         tl.store(told + 4, broken)
 
@@ -232,8 +188,8 @@ def _launch(patches: Sequence[Patch]) -> list[Outcome]:
         tiles,
         sums,
     )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # kernels run on the current one
-        _start(arguments, first, min(tiles, _programs(device)))
+    with on_device(device):
+        _start(arguments, first, min(tiles, programs(device)))
     for patch in patches:
         if not patch.weight.is_inference():
             torch.autograd.graph.increment_version(patch.weight)  # as an operation of PyTorch's would
@@ -250,17 +206,13 @@ def _start(arguments: Sequence[object], first: Patch, programs: int) -> None:
     rows, cols, ranks = BLOCK
     merge_tiles[(programs,)](
         *arguments,
-        STORE=_BITS.get(first.weight.dtype) or _DTYPES[first.weight.dtype],
-        FACTOR=_DTYPES[first.up.dtype],
-        SUM=_DTYPES[accumulator(first.weight.dtype)],
-        PRODUCT="tf32" if first.up.dtype == torch.bfloat16 else "tf32x3",
+        **way_of(first),
         SAVE=first.saved is not None,
-        WIDE=first.wide,
         DIRECTED=first.lengths is not None,
         ROWS=rows if first.lengths is None else DIRECTED,
         COLS=cols,
         RANKS=ranks,
-        num_warps=_WARPS,
+        **OPTIONS,
     )
 
 
@@ -275,9 +227,3 @@ def _row(patch: Patch, start: int) -> list[int]:
 def _outcome(sums: Sequence[float]) -> Outcome:
     before, added, kept, lost, wrong = sums
     return Outcome(Change(before, added, added, kept, lost), finite=not wrong)
-
-
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROGRAMS
-    return _PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -180,6 +180,7 @@ def add_segments(y: torch.Tensor, x: torch.Tensor, segments: Segments, scales: t
             INPUTS=INPUTS[1],
             RANKS=RANKS,
             num_warps=_WARPS,
+            enable_fp_fusion=False,
         )
         expand[(blocks, -(-outputs // OUTPUTS))](
             segments.table,
@@ -198,6 +199,7 @@ def add_segments(y: torch.Tensor, x: torch.Tensor, segments: Segments, scales: t
             OUTPUTS=OUTPUTS,
             RANKS=RANKS,
             num_warps=_WARPS,
+            enable_fp_fusion=False,
         )
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)  # as an operation of PyTorch's would

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from math import isclose
 from typing import TypeAlias
 
@@ -12,9 +12,10 @@ from lorahub.engine.kernels import checksum_torch, merge_torch, segmented_torch
 from lorahub.engine.kernels.merge_c import Kernel, Notes, Packed
 from lorahub.engine.kernels.patches import Outcome, Patch
 from lorahub.engine.kernels.segments import Segments
+from lorahub.engine.kernels.tiles import Noter
 from lorahub.lazy import torch
 
-__all__ = ["Adder", "Merger", "Summer", "adds_alike", "is_right", "merges_alike", "sums_alike"]
+__all__ = ["Adder", "Merger", "Summer", "adds_alike", "is_right", "merges_alike", "notes_alike", "sums_alike"]
 
 Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
 Adder: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Segments, torch.Tensor], None]"
@@ -69,6 +70,26 @@ def merges_alike(merge: Merger, device: torch.device) -> bool:
             if not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
                 return False
             if not all(map(_tell_alike, found, expected)):
+                return False
+    return True
+
+
+def notes_alike(noter: Noter, device: torch.device) -> bool:
+    """Whether ``noter`` merges small problems as plain torch does, and its notes give back what was there."""
+    for storage in (torch.bfloat16, torch.float16):
+        for factors in (torch.bfloat16, torch.float32):
+            ours, theirs = (_problem(storage, factors, device) for _ in range(2))
+            expected = merge_torch.merge_patches(theirs)
+            foreseen = noter.look([replace(patch, saved=None) for patch in ours])
+            if not all(_tell_alike(each.outcome, other) for each, other in zip(foreseen, expected, strict=True)):
+                return False
+            tiles = noter.write(foreseen)
+            if not all(_near(patch.weight, other.weight) for patch, other in zip(ours, theirs, strict=True)):
+                return False
+            noter.put([replace(patch, saved=None, scale=-patch.scale) for patch in ours])
+            noter.restore([(each, patch.weight) for each, patch in zip(tiles, ours, strict=True)])
+            pairs = [(patch.weight, other.saved) for patch, other in zip(ours, theirs, strict=True)]
+            if not all(before is not None and torch.equal(found, before) for found, before in pairs):
                 return False
     return True
 

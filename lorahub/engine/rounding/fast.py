@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MappingProxyType
 from typing import final
@@ -18,7 +18,7 @@ from typing import final
 from lorahub.engine.folding.recipes import Factors, Launchable, Launching, Notable, Noting, Recipe, Stretch, joined
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
-from lorahub.engine.kernels.choice import merger, native
+from lorahub.engine.kernels.choice import merger, native, noter
 from lorahub.engine.kernels.merge_c import Notes, Packed
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.rounding.nearest import round_into
@@ -139,7 +139,12 @@ class Product(Notable, Launchable):
     def put(self, at: Stretch, sign: float = 1.0) -> None:
         """See ``Notable``."""
         here = at.together()
-        self._compiled(here, sign)
+        if self._kernel is not None:
+            self._compiled(here, sign)
+        else:
+            ready = self.launching(here, None)
+            assert ready is not None  # as when it was noted
+            noter(at.out.device).run.put([replace(ready.patch, scale=ready.patch.scale * sign)])
         at.take(here)
 
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:

@@ -5,12 +5,12 @@ recorded when the change is made (``residual``), by doing exactly what undoing w
 same arithmetic gives the same bits, which a checksum of what was there proves before anything is written.  Serves
 changes that do not look at the weight.
 
-Where the CPU's compiled kernel folds, it notes the difference on its way, and no copy of what was there is made.
+Where a compiled kernel folds, it notes the difference on its way, and no copy of what was there is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
@@ -20,8 +20,10 @@ from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.planes import Noted
 from lorahub.engine.folding.sums import all_finite
 from lorahub.engine.kernels.choice import restore
+from lorahub.engine.kernels.tiles import Tiles
 from lorahub.engine.undoing.checksum import checksum
 from lorahub.engine.undoing.keeper import Keeper, Policy
+from lorahub.engine.undoing.noted import look, ready, write
 from lorahub.engine.undoing.residual import Residual, Steps, Verbatim, encode
 from lorahub.errors import IntegrityError, NotFinite
 from lorahub.lazy import torch
@@ -60,6 +62,18 @@ class Journal(Keeper):
     def held(self) -> int:
         """Bytes of all entries; factors that they need are not counted."""
         return sum(residual.nbytes for residual, _ in self.entries.values())
+
+    def enter(self, rows: slice, noted: Steps | Sequence[Tiles], before: torch.Tensor, after: torch.Tensor) -> None:
+        """Remember rows that a kernel merged.
+
+        Args:
+            rows: which.
+            noted: by the CPU's, of all rows; or by a device's, one for each part of the rows.
+            before: a checksum of what they held.
+            after: of what they hold.
+        """
+        self.entries[rows.start] = _Noted(noted), before
+        self.mark(rows, after)
 
     def drop(self) -> None:
         """Free the entries."""
@@ -103,8 +117,8 @@ class _Open:
         try:
             noted = fold.run_noting(unit, live if untouched is None else untouched, live, space)
             if noted is None:
-                return None
-            self._enter(rows, noted)
+                return self._fold_there(fold, unit, untouched)
+            self._journal.enter(rows, noted.notes.residual.copy(), *noted.notes.checksums())
             _demand_finite(noted, fold, unit, live, space)
             return noted.change()
         except BaseException:
@@ -116,10 +130,15 @@ class _Open:
             self._journal.forget(rows)
             raise
 
-    def _enter(self, rows: slice, noted: Noted) -> None:
-        before, after = noted.notes.checksums()
-        self._journal.entries[rows.start] = _Noted(noted.notes.residual.copy()), before
-        self._journal.mark(rows, after)
+    def _fold_there(self, fold: Fold, unit: Unit, untouched: torch.Tensor | None) -> Change | None:
+        """The same by the kernel of a device beyond the CPU."""
+        there = ready(fold, unit, self._journal.tensor[unit.rows], untouched)
+        foreseen = None if there is None else look([there])[0]
+        if there is None or foreseen is None:
+            return None
+        (entry,) = write([(there, foreseen)])
+        self._journal.enter(unit.rows, entry.tiles, entry.before, entry.after)
+        return entry.change
 
     def keep(self, rows: slice, untouched: torch.Tensor | None, space: Workspace) -> torch.Tensor:
         live = self._journal.tensor[rows]
@@ -138,7 +157,7 @@ class _Open:
         if isinstance(residual, _Noted):
             unit = self._unit(rows)
             assert unit is not None  # of the same step as the one that was folded
-            back: torch.Tensor | None = _restored(self._fold, unit, live, residual.steps, space)
+            back: torch.Tensor | None = _restored(self._fold, unit, live, residual.by, space)
         elif (back := self._taken_off(rows, "undo: restored", space)) is not None:
             residual.apply(back)
         if back is None or not torch.equal(checksum(back), expected):
@@ -170,14 +189,14 @@ class _Open:
 @final
 @dataclass(frozen=True, slots=True)
 class _Noted:
-    """A difference that the kernel noted, to be made up for by the same kernel."""
+    """A difference that a kernel noted, to be made up for by the same kernel."""
 
-    steps: Steps
+    by: Steps | Sequence[Tiles]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.steps.nbytes
+        return self.by.nbytes if isinstance(self.by, Steps) else sum(each.nbytes for each in self.by)
 
 
 def _demand_finite(noted: Noted, fold: Fold, unit: Unit, live: torch.Tensor, space: Workspace) -> None:
@@ -191,11 +210,17 @@ def _untouched(fold: Fold, unit: Unit, live: torch.Tensor, steps: Steps, space: 
 
 
 def _restored(
-    fold: Fold, unit: Unit, live: torch.Tensor, steps: Steps, space: Workspace, *, sign: float = 1.0
+    fold: Fold,
+    unit: Unit,
+    live: torch.Tensor,
+    noted: Steps | Sequence[Tiles],
+    space: Workspace,
+    *,
+    sign: float = 1.0,
 ) -> torch.Tensor:
     back = _scratch("undo: restored", live, space)
     fold.put(unit, live, back, space, sign=sign)
-    restore(steps, back)
+    restore(noted, back)
     return back
 
 
