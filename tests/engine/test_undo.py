@@ -13,8 +13,9 @@ from lorahub.deltas.full import Full
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.loha import LOHA, LoHa
 from lorahub.deltas.replace import Replace
-from lorahub.engine.changing.merge import Arranged, merge_into
+from lorahub.engine.changing.merge import Arranged, Merged, merge_into
 from lorahub.engine.changing.undo import Keeping
+from lorahub.engine.folding.bind import Bound
 from lorahub.engine.folding.fold import Fold
 from lorahub.engine.folding.planes import Noted
 from lorahub.engine.kernels import merge_torch
@@ -348,8 +349,60 @@ def test_other_weights_are_a_swap_to_the_same_adapter(go, first, second, world, 
 
 
 def test_a_merge_from_a_plan_swaps_to_a_plan(go, first):
-    with pytest.raises(UsageError, match="made from a plan"):
-        go.merge(first).swap(first)
+    for act in (Merged.swap, Merged.prepare):
+        go.live = go.world.live()
+        with pytest.raises(UsageError, match="made from a plan"):
+            act(go.merge(first), first)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_was_prepared_is_swapped_to_as_often_as_one_likes(go, first, second, world, policy, monkeypatch):
+    merged = go.merge(
+        first, policy, again=lambda adapters, weights, allow: go.arranged(adapters or first, weights or 1)
+    )
+    one, other = merged.prepare(None), merged.prepare(second, weights=0.3)
+    assert go.holds(go.fresh(first))  # preparing writes nothing
+    wanted = {id(one): go.fresh(first), id(other): go.fresh(second, 0.3)}
+    for ready in (other, one, other):
+        assert merged.swap(ready) is merged.report
+        assert go.holds(wanted[id(ready)])
+    bound, made = Bound.ingredients, []
+    with monkeypatch.context() as patched:
+        patched.setattr(Bound, "ingredients", lambda *given: made.append(given[0]) or bound(*given))
+        merged.swap(one)
+        assert one.folds().bound not in made or PLAYED.get(policy, policy) == "journal"  # which asks how large it is
+        merged.swap(second, weights=0.3)
+    assert go.holds(wanted[id(other)])
+    assert len(made) >= len(one.plan.steps)
+    merged.swap(one)
+    assert go.holds(wanted[id(one)])
+    merged.set_weights(0.5)  # of the adapters that were prepared
+    assert go.holds(go.fresh(first, 0.5))
+    merged.undo()
+    assert go.holds(world.tensors)
+    with pytest.raises(UsageError, match="undone already"):
+        merged.swap(one)
+
+
+def test_what_was_prepared_has_its_weights(go, first, second):
+    merged = go.merge(first, again=lambda adapters, weights, allow: go.arranged(adapters or first, weights or 1))
+    ready = merged.prepare(second)
+    for more in ({"weights": 0.3}, {"allow": ["delta-lost"]}):
+        with pytest.raises(UsageError, match="has its weights"):
+            merged.swap(ready, **more)
+    assert go.holds(go.fresh(first))
+
+
+def test_what_was_prepared_is_refused_where_the_model_was_moved_since(go, first, second):
+    merged = go.merge(first, again=lambda adapters, weights, allow: go.arranged(adapters or first, weights or 1))
+    ready = merged.prepare(second)
+    held = go.live["a.weight"]
+    go.live["a.weight"] = held.clone()
+    with pytest.raises(UsageError, match=r"a\.weight was moved, converted or replaced"):
+        merged.swap(ready)
+    go.live["a.weight"] = held
+    merged.swap(ready)
+    assert go.holds(go.fresh(second))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, Self, final
 
+from lorahub.engine.changing.arranged import Arranged, Prepared
 from lorahub.engine.changing.passage import Passage
 from lorahub.engine.changing.quantised import Quantised
-from lorahub.engine.changing.state import State, demand_in_place, demand_unaltered, reverse_of, untouched
+from lorahub.engine.changing.state import State, demand_in_place, demand_unaltered, untouched
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.crew import crew_size
-from lorahub.engine.folding.bind import Bound, HasDeltas
+from lorahub.engine.folding.bind import HasDeltas
 from lorahub.engine.folding.fold import with_rows
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.steps import Step
@@ -31,26 +32,9 @@ from lorahub.files.dtypes import to_torch, torch_shape
 from lorahub.lazy import torch
 from lorahub.storages.storage import Held
 
-__all__ = ["Again", "Arranged", "Merged", "merge_into"]
+__all__ = ["Again", "Arranged", "Merged", "Prepared", "merge_into"]
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arranged:
-    """A merge that only needs doing.
-
-    Attributes:
-        parameters: canonical name -> the live tensor.
-        plan: made for exactly these.
-        adapters: name -> adapter, as in the plan.
-        held: canonical name -> what is held there, for parameters that are quantised.
-    """
-
-    parameters: Mapping[str, torch.Tensor]
-    plan: Plan
-    adapters: Mapping[str, HasDeltas]
-    held: Mapping[str, Held] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Again(Protocol):
@@ -114,7 +98,7 @@ def _state(arranged: Arranged, keeping: Keeping, old: Mapping[str, Keeper]) -> S
     """What is to be merged, with keepers that hold nothing yet."""
     plan = arranged.plan
     plan.check()
-    bound = Bound(plan, arranged.adapters)
+    folds = arranged.folds()
     steps = tuple(step for step in plan.steps if step.out not in arranged.held)
     if plan.mode != FAST.spelled and len(steps) < len(plan.steps):
         raise Incompatible(
@@ -124,14 +108,14 @@ def _state(arranged: Arranged, keeping: Keeping, old: Mapping[str, Keeper]) -> S
     tensors = _tensors(arranged.parameters, plan, steps)
     return State(
         plan=plan,
-        bound=bound,
+        folds=folds,
         steps=steps,
         tensors=tensors,
-        keepers=keeping.keepers(steps, tensors, bound, reverse_of(bound, tensors), old),
+        keepers=keeping.keepers(steps, tensors, folds, old),
         quantised=Quantised(
             [step for step in plan.steps if step.out in arranged.held],
             arranged.held,
-            bound,
+            folds.bound,
             untouched(arranged.parameters, old),
         ),
     )
@@ -270,7 +254,7 @@ class Merged:
         nothing is merged any more.
 
         Args:
-            adapters: as for ``lorahub.merge``.
+            adapters: as for ``lorahub.merge``; or what ``prepare`` gave, which has its weights.
             weights: one per adapter, in order or by name.
             allow: finding codes to accept.
 
@@ -278,12 +262,40 @@ class Merged:
             UsageError: as ``undo``; or the merge was made from a plan: ``swap_to`` takes another.
             LorahubError: as ``lorahub.merge``.
         """
+        if isinstance(adapters, Prepared):
+            if weights is not None or allow:
+                raise UsageError("what was prepared has its weights, and was judged", "prepare(..., weights=, allow=)")
+            report = self.swap_to(adapters)
+            self._given = adapters.given
+        else:
+            arranged, given = self._arranged(adapters, weights, allow)
+            report = self.swap_to(arranged)
+            self._given = given
+        return report
+
+    def prepare(self, adapters: Any, *, weights: Any = None, allow: Collection[str] = ()) -> Prepared:
+        """Plan and judge a merge into the untouched model and read its tensors, for ``swap``, any number of times.
+
+        Nothing is written.  It holds its adapters, and after the first swap to it their factors as the engine
+        multiplies them: in memory, or on the device of the weights.
+
+        Args:
+            adapters: as for ``lorahub.merge``.
+            weights: one per adapter, in order or by name.
+            allow: finding codes to accept.
+
+        Raises:
+            UsageError: the merge was made from a plan, so it does not know how to plan.
+            LorahubError: as ``lorahub.merge``.
+        """
+        return Prepared.of(*self._arranged(adapters, weights, allow))
+
+    def _arranged(self, adapters: Any, weights: Any, allow: Collection[str]) -> tuple[Arranged, Any]:
+        """Another merge into the same model, and the adapters as they were given for it."""
         if self._plan_again is None:
             raise UsageError("this merge was made from a plan, so other adapters need one too", "swap_to(ARRANGED)")
         given = self._given if adapters is None else adapters
-        report = self.swap_to(self._plan_again(given, weights, allow))
-        self._given = given
-        return report
+        return self._plan_again(given, weights, allow), given
 
     def set_weights(self, weights: Any, *, allow: Collection[str] = ()) -> MergeReport:
         """Merge the adapters that ``merge`` or ``swap`` was given last at other weights instead; see ``swap``.
@@ -295,7 +307,7 @@ class Merged:
         return self.swap(None, weights=weights, allow=allow)
 
     def swap_to(self, arranged: Arranged, *, progress: Progress | None = None) -> MergeReport:
-        """As ``swap``, to a merge that is planned already, into the same model.
+        """As ``swap``, to a merge that is planned already, into the same model; ``Prepared`` ones are quicker.
 
         Args:
             arranged: what is to be merged instead.

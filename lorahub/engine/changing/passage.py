@@ -22,7 +22,6 @@ from lorahub.engine.interrupts import held
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding.fast import FAST, told_of_kernels
-from lorahub.engine.rounding.table import read_mode
 from lorahub.engine.undoing.keeper import Keeper, Way
 from lorahub.errors import IntegrityError
 from lorahub.lazy import torch
@@ -109,8 +108,8 @@ class Passage:
                 self._aside[step.out] = old.tensors[step.out].clone()
 
     def _fold(self, state: State, step: Step) -> Fold:
-        items = state.bound.ingredients(step, untouched(self._parameters, self._kept))
-        return Fold(step, items, state.tensors[step.out].device, read_mode(state.plan.mode))
+        device = state.tensors[step.out].device
+        return state.folds.of(step, device, untouched(self._parameters, self._kept))
 
     def _fold_ahead(self, step: Step) -> Job:
         def job(space: Workspace) -> None:
@@ -280,7 +279,7 @@ class Passage:
             changes=changes,
             seconds=seconds,
             threads=self._threads,
-            plan=self._new.plan.digest(),
+            plan=self._new.folds.digest,
             undo=held,
             retained=measured(sums),
             retention=overall(sums),

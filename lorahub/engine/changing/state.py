@@ -6,21 +6,20 @@ Also whether it is still there as it was left, which is asked before anything is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lorahub.bases.layout import Piece
+from lorahub.engine.changing.arranged import Folds
 from lorahub.engine.changing.quantised import Quantised
 from lorahub.engine.changing.undo import altered, restore
 from lorahub.engine.crew import Workspace
-from lorahub.engine.folding.bind import Bound
-from lorahub.engine.folding.fold import Fold
 from lorahub.engine.planning.plan import Plan
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.keeper import Keeper
 from lorahub.errors import UsageError
 from lorahub.lazy import torch
 
-__all__ = ["State", "demand_in_place", "demand_unaltered", "reverse_of", "untouched"]
+__all__ = ["State", "demand_in_place", "demand_unaltered", "untouched"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +28,7 @@ class State:
 
     Attributes:
         plan: what was done.
-        bound: with which deltas.
+        folds: with which deltas, and how.
         steps: those of the plan that change plain tensors.
         tensors: these, with an axis 0.
         keepers: the way back for each.
@@ -37,7 +36,7 @@ class State:
     """
 
     plan: Plan
-    bound: Bound
+    folds: Folds
     steps: tuple[Step, ...]
     tensors: Mapping[str, torch.Tensor]
     keepers: Mapping[str, Keeper]
@@ -91,26 +90,6 @@ def demand_unaltered(state: State, threads: int) -> None:
             f"{', '.join(names[:3])}{more} changed since they were merged, and undoing would lose that",
             "undo later merges first, the last one before the others; or load the base again",
         )
-
-
-def reverse_of(bound: Bound, tensors: Mapping[str, torch.Tensor]) -> Callable[[Step], Callable[[], Fold]]:
-    """What makes, for a step of additive changes, the fold that takes them off again.
-
-    It is in mode "fast", whichever the merge was in: what it gets wrong is recorded, so it only has to be the same
-    each time.
-    """
-
-    def unread(piece: Piece) -> torch.Tensor:
-        raise AssertionError(piece)  # a change that reads siblings has no journal
-
-    def of(step: Step) -> Callable[[], Fold]:
-        def make() -> Fold:
-            items = [replace(item, weight=-item.weight) for item in bound.ingredients(step, unread)]
-            return Fold(step, items, tensors[step.out].device)
-
-        return make
-
-    return of
 
 
 def untouched(parameters: Mapping[str, torch.Tensor], kept: Mapping[str, Keeper]) -> Callable[[Piece], torch.Tensor]:

@@ -5,13 +5,14 @@ Knows plans and tensors; what is kept and how is in ``undoing``, one file each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
+from lorahub.engine.changing.arranged import Folds
 from lorahub.engine.crew import Job, Workspace, run_jobs
 from lorahub.engine.folding.bind import Bound
-from lorahub.engine.folding.fold import Fold
 from lorahub.engine.kernels.choice import native, summer
 from lorahub.engine.planning.steps import Step
 from lorahub.engine.undoing.checksum import checksums
@@ -59,8 +60,7 @@ class Keeping:
         self,
         steps: Sequence[Step],
         tensors: Mapping[str, torch.Tensor],
-        bound: Bound,
-        reverse: Callable[[Step], Callable[[], Fold]],
+        folds: Folds,
         old: Mapping[str, Keeper],
     ) -> dict[str, Keeper]:
         """A keeper for each parameter that is changed.
@@ -68,15 +68,14 @@ class Keeping:
         Args:
             steps: of the plan.
             tensors: the parameters, with an axis 0.
-            bound: the plan with its deltas.
-            reverse: what makes the fold that takes a step's change off.
+            folds: of the plan.
             old: the keepers of what is merged now; their copies are shared.
 
         Raises:
             LorahubError: there is no room.
             BaseMismatch: the files do not have a parameter.
         """
-        policy, sizes = self._policy(steps, tensors, bound)
+        policy, sizes = self._policy(steps, tensors, folds.bound)
         passing = policy == "copy" and self.policy != "copy"  # chosen as the fastest, and noting in passing is faster
         if policy == "reload":
             assert self.base is not None  # demanded when this was made
@@ -87,9 +86,9 @@ class Keeping:
             if policy == "reload" and self.base is not None:
                 result[name] = Reload(name, tensor, self.base)
             elif passing and _is_noted_in_passing(step, tensor):
-                result[name] = InPassing(name, tensor, reverse(step))
+                result[name] = InPassing(name, tensor, partial(folds.reverse, step, tensor.device))
             elif policy == "journal" and can_journal(step, *([sizes[name]] if name in sizes else [])):
-                result[name] = Journal(name, tensor, reverse(step))
+                result[name] = Journal(name, tensor, partial(folds.reverse, step, tensor.device))
             else:
                 kind = HostCopies if policy == "host" else Copies
                 result[name] = kind(name, tensor, instead_of=before if type(before) is kind else None)
