@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorahub
-from lorahub.errors import IntegrityError, UsageError
+from lorahub.errors import IntegrityError, LorahubError, UsageError
 from lorahub.files.writer import save_file
 
 
@@ -70,6 +73,43 @@ def test_merge_swap_weights_and_undo(model, adapters, origin, undo):
     assert same(model, one)
     merged.undo()
     assert same(model, before)
+
+
+def test_prepared_swaps_need_no_files_and_give_the_same(model, adapters, tmp_path):
+    before = state(model)
+    merged = lorahub.merge(model, [adapters[0]], allow=["delta-lost"])
+    ready = [merged.prepare([adapters[1]], weights=[0.5]), merged.prepare(adapters)]
+    wanted = [
+        _fresh(model, before, [adapters[1]], weights=[0.5]),
+        _fresh(model, before, adapters),
+    ]
+    for folder in adapters:
+        shutil.rmtree(folder)
+    for number in (0, 1, 0, 1):
+        merged.swap(ready[number])
+        assert same(model, wanted[number])
+    assert not same(model, wanted[0])
+    merged.undo()
+    assert same(model, before)
+
+
+def test_preparing_what_does_not_fit_changes_nothing(model, adapters, tmp_path):
+    merged = lorahub.merge(model, [adapters[0]], allow=["delta-lost"])
+    one = state(model)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(adapters[1], wrong)
+    config = (wrong / "adapter_config.json").read_text().replace('"1"', '"7"')
+    (wrong / "adapter_config.json").write_text(config)
+    tensors = load_file(wrong / "adapter_model.safetensors")
+    renamed = {name.replace(".1.", ".7."): tensor for name, tensor in tensors.items()}
+    save_file(wrong / "adapter_model.safetensors", renamed, {"format": "pt"})
+    with pytest.raises(LorahubError, match="7"):
+        merged.prepare([wrong])
+    assert same(model, one)
+    ready = merged.prepare([adapters[1]])
+    model.float()
+    with pytest.raises(UsageError, match="moved, converted or replaced"):
+        merged.swap(ready)
 
 
 def _fresh(model, before, adapters, **options):
