@@ -1,10 +1,11 @@
 """Merging on a CUDA device: Llama-3-8B, SDXL's UNet and ViT-L, with random weights made there.
 
 The floor is what moving the bytes costs: a copy of one large buffer, timed in the same repeat, at whose rate the
-weights are read and written.  Three of lorahub's times are beside it: that of the kernel's launches alone, of the same
-with the untouched weights put aside or (a swap) read from there, and of the whole call of ``lorahub.merge``, which
-plans and checks.  Around them are PyTorch's ``addmm_``, layer by layer, and PEFT.  All sides change the same memory, by
-a change so small that weights need not be put back in between.
+weights are read and written.  Lorahub's times are beside it: that of the kernel's launches alone, made ready before, of
+the same with the untouched weights put aside or (a swap) read from there, of a whole swap that was prepared, and of the
+whole call of ``lorahub.merge``, which plans and checks.  Around them are PyTorch's ``addmm_``, layer by layer, and
+PEFT.  All sides change the same memory, by a change so small that weights need not be put back in between; only the
+whole swap, which looks whether anyone else wrote, has a model of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from diffusers import UNet2DConditionModel
 from measure import Sample, fold, ratios
-from models import LLAMA3, RANK, SDXL, lora_on, meta_llama, small
+from models import LLAMA3, RANK, SDXL, lora_on, meta_llama, meta_unet, small
 from torch import nn
 
 import lorahub
@@ -33,6 +35,7 @@ COPY = "a copy's time for the same bytes"
 LAUNCHED = "lorahub's kernel"
 SAVING = "lorahub's kernel, untouched weights put aside"
 SWAPPING = "lorahub's kernel, from the weights put aside"
+PREPARED = "lorahub swap, prepared"
 WHOLE = "lorahub.merge"
 UNDONE = "lorahub.merge, then undo"
 ADDMM = "torch addmm_"
@@ -50,11 +53,7 @@ def unet(quick: bool) -> dict[str, Any]:
     """The linear layers and convolutions of SDXL's UNet."""
     config = SDXL | _SMALL if quick else SDXL
 
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return UNet2DConditionModel(**config).to(torch.bfloat16)
-
-    return _case("the linear layers and convolutions of SDXL's UNet", build, quick)
+    return _case("the linear layers and convolutions of SDXL's UNet", partial(meta_unet, config), quick)
 
 
 def vit(quick: bool) -> dict[str, Any]:
@@ -76,9 +75,9 @@ def _case(what: str, build: Callable[[], nn.Module], quick: bool) -> dict[str, A
         return {"title": title, "skipped": "there is no CUDA device", "elsewhere": True}
     state = {name: _normal(tensor, device) for name, tensor in build().state_dict().items()}
 
-    def live() -> nn.Module:
+    def live(*, apart: bool = False) -> nn.Module:
         model = build()
-        model.load_state_dict(state, assign=True)  # every model of a run has the same memory
+        model.load_state_dict({name: each.clone() if apart else each for name, each in state.items()}, assign=True)
         return model.requires_grad_(False)
 
     changed = _changed(live())
@@ -114,7 +113,7 @@ def _changed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _sides(
-    live: Callable[[], nn.Module], changed: Mapping[str, torch.Tensor], folder: Path, buffer: int
+    live: Callable[..., nn.Module], changed: Mapping[str, torch.Tensor], folder: Path, buffer: int
 ) -> dict[str, Callable[[], object]]:
     in_peft, model = lora_on(live(), sorted(changed), dtype=torch.bfloat16), live()
     in_peft.save_pretrained(folder)
@@ -124,7 +123,10 @@ def _sides(
     saving = [replace(patch, saved=torch.empty_like(patch.weight)) for patch in patches]
     swapping = [replace(patch, before=patch.saved, saved=None) for patch in saving]
     device = patches[0].weight.device
-    run, (one, other) = merger(device).run, torch.empty(2, buffer, dtype=torch.uint8, device=device)
+    one, other = torch.empty(2, buffer, dtype=torch.uint8, device=device)
+
+    prepare, held = merger(device).run, lorahub.merge(live(apart=True), adapter, undo="copy")
+    ready, turn = [held.prepare(adapter, weights=[weight]) for weight in (0.5, 1.0)], cycle((0, 1))
 
     def peft() -> None:
         in_peft.merge_adapter()
@@ -133,9 +135,10 @@ def _sides(
 
     return {
         COPY: lambda: one.copy_(other),
-        LAUNCHED: lambda: run(patches),
-        SAVING: lambda: run(saving),
-        SWAPPING: lambda: run(swapping),
+        LAUNCHED: prepare(patches),
+        SAVING: prepare(saving),
+        SWAPPING: prepare(swapping),
+        PREPARED: lambda: held.swap(ready[next(turn)]),
         WHOLE: lambda: lorahub.merge(model, adapter, undo="none"),
         UNDONE: lambda: lorahub.merge(model, adapter, undo="copy").undo(),
         ADDMM: lambda: [patch.weight.addmm_(patch.up, patch.down) for patch in patches],

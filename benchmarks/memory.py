@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from machine import HERE
 from measure import Sample, fold, ratios
-from models import LLAMA, SDXL, TARGETS, Stack, lora_on, meta_llama, randomise, small
+from models import LLAMA, NARROW, TARGETS, lora_on, meta_llama, meta_stack, meta_unet, randomise, small, unet_targets
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -32,8 +31,6 @@ __all__ = ["kinds", "layers", "layers32", "llama", "many"]
 FLOOR = "read + write pass"
 FACTORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the adapter's factors; PEFT itself trains and saves float32 ones."""
-
-_NARROW = {"block_out_channels": (32, 64, 128), "attention_head_dim": (2, 2, 2), "cross_attention_dim": 64}
 
 _KINDS: dict[str, Callable[[list[str]], Any]] = {
     "LoRA": lambda names: LoraConfig(r=16, target_modules=names),
@@ -81,15 +78,9 @@ class Side:
 def layers(quick: bool) -> dict[str, Any]:
     """Eight layers of 4096 x 4096."""
     count, width = (2, 1024) if quick else (8, 4096)
-    with torch.device("meta"):
-        shapes = Stack(count, width).state_dict()
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return Stack(count, width)
-
+    build = partial(meta_stack, count, width)
     title = f"Merge in memory: {count} linear layers of {width} x {width}, bf16, rank 16, {HERE}"
-    return {"title": title} | _compare(build, shapes, _numbers(count), repeats=3 if quick else 9)
+    return {"title": title} | _compare(build, build().state_dict(), _numbers(count), repeats=3 if quick else 9)
 
 
 def layers32(quick: bool) -> dict[str, Any]:
@@ -97,8 +88,7 @@ def layers32(quick: bool) -> dict[str, Any]:
     count, width = (2, 1024) if quick else (4, 4096)
 
     def build() -> nn.Module:
-        with torch.device("meta"):
-            return Stack(count, width).float()
+        return meta_stack(count, width).float()
 
     title = f"Merge in memory: {count} linear layers of {width} x {width}, float32, rank 16, {HERE}"
     repeats = 3 if quick else 9
@@ -109,11 +99,7 @@ def kinds(quick: bool) -> dict[str, Any]:
     """Every kind of adapter that PEFT merges as we do, on four layers of 4096 x 4096."""
     count, width = (2, 512) if quick else (4, 4096)
     targets = _numbers(count)
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return Stack(count, width)
-
+    build = partial(meta_stack, count, width)
     state = randomise(build().state_dict(), seed=1)
     samples: dict[str, list[Sample]] = {}
     for kind, config in _KINDS.items():
@@ -156,14 +142,8 @@ def llama(quick: bool) -> dict[str, Any]:
 
 def many(quick: bool) -> dict[str, Any]:
     """SDXL's UNet with a tenth of its width: what a merge costs for a layer, however small that is."""
-    config = SDXL | _NARROW | ({"transformer_layers_per_block": (1, 1, 1)} if quick else {})
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return UNet2DConditionModel(**config).to(torch.bfloat16)
-
-    found = (nn.Linear, nn.Conv2d)
-    targets = sorted(name for name, module in build().named_modules() if isinstance(module, found))
+    build = partial(meta_unet, NARROW | ({"transformer_layers_per_block": (1, 1, 1)} if quick else {}))
+    targets = unet_targets(build())
     title = f"Merge in memory: the {len(targets)} layers of an SDXL UNet of a tenth of the width, bf16, rank 16, {HERE}"
     return {"title": title} | _compare(build, build().state_dict(), targets, repeats=3 if quick else 9)
 

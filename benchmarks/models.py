@@ -9,8 +9,10 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 __all__ = [
     "LLAMA",
     "LLAMA3",
+    "NARROW",
     "RANK",
     "SDXL",
     "TARGETS",
@@ -30,8 +33,11 @@ __all__ = [
     "llama_on_disk",
     "lora_on",
     "meta_llama",
+    "meta_stack",
+    "meta_unet",
     "randomise",
     "small",
+    "unet_targets",
 ]
 
 LLAMA = LlamaConfig(
@@ -85,6 +91,9 @@ SDXL = {
 }
 """SDXL's UNet."""
 
+NARROW = SDXL | {"block_out_channels": (32, 64, 128), "attention_head_dim": (2, 2, 2), "cross_attention_dim": 64}
+"""The same with a tenth of its width: many small layers."""
+
 RANK = 16
 DECAY = 0.85
 """Of adapters to be composed: what each further direction has of the one before, as trained ones fall off."""
@@ -113,6 +122,23 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers))
 
 
+def meta_stack(layers: int, width: int) -> Stack:
+    """A stack without any memory behind its parameters."""
+    with torch.device("meta"):
+        return Stack(layers, width)
+
+
+def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """A UNet in bfloat16 without any memory behind its parameters."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**config).to(torch.bfloat16)
+
+
+def unet_targets(unet: nn.Module) -> list[str]:
+    """The linear and convolutional layers of a UNet."""
+    return sorted(name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+
+
 def meta_llama(config: LlamaConfig) -> LlamaForCausalLM:
     """The model in bfloat16 without any memory behind its parameters."""
     with torch.device("meta"):
@@ -130,13 +156,13 @@ def randomise(state: dict[str, torch.Tensor], *, seed: int) -> dict[str, torch.T
     }
 
 
-def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype) -> PeftModel:
+def lora_on(model: nn.Module, targets: list[str], *, dtype: torch.dtype, seed: int = 7) -> PeftModel:
     """PEFT's LoRA of rank 16 on the targets, with random factors of the given dtype where the weights are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     for module in wrapped.modules():
         if "default" not in getattr(module, "lora_A", {}):
             continue

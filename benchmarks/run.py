@@ -34,6 +34,8 @@ CASES = {
     "memory-llama": ("memory", "llama"),
     "memory-float32": ("memory", "layers32"),
     "memory-kinds": ("memory", "kinds"),
+    "swap-layers": ("swapping", "layers"),
+    "swap-many": ("swapping", "many"),
     "device-llama": ("device", "llama"),
     "device-unet": ("device", "unet"),
     "device-vit": ("device", "vit"),

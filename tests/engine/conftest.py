@@ -26,9 +26,8 @@ from lorahub.engine.changing.merge import Merged, merge_into
 from lorahub.engine.folding import planes
 from lorahub.engine.kernels import checksum_torch, noting_torch
 from lorahub.engine.kernels.choice import Choice, Native
-from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.kernels.patches import Merge, Outcome, Patch
 from lorahub.engine.kernels.tiles import Noter
-from lorahub.engine.kernels.trials import Merger
 from lorahub.engine.planning.casting import cast
 from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport
@@ -233,12 +232,15 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[Patch]
     The kernels are a merger, and what notes journals.
     """
 
-    def use(merge: Merger, note: Noter = noting_torch.NOTER) -> list[list[Patch]]:
+    def use(merge: Callable[[Sequence[Patch]], list[Outcome]], note: Noter = noting_torch.NOTER) -> list[list[Patch]]:
         calls: list[list[Patch]] = []
 
-        def told(patches: Sequence[Patch]) -> list[Outcome]:
-            calls.append(list(patches))
-            return merge(patches)
+        def told(patches: Sequence[Patch]) -> Merge:
+            def run() -> list[Outcome]:
+                calls.append(list(patches))
+                return merge(patches)
+
+            return run
 
         for module in (fast, directed, launch):
             monkeypatch.setattr(module, "merger", lambda _: Choice("triton", told))

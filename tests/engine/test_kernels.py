@@ -270,6 +270,20 @@ def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even(kernel):
     assert torch.equal(weight, expected)
 
 
+def test_what_was_made_ready_merges_again_and_again(kernel, device):
+    for prepare, merge in (
+        (kernel.prepare_patches, kernel.merge_patches),
+        (merge_torch.prepare_patches, merge_torch.merge_patches),
+    ):
+        ours, theirs = (patches(torch.bfloat16, torch.float32, device) for _ in range(2))
+        ready = prepare(ours)
+        for _ in range(3):
+            assert ready() == merge(theirs)
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one.weight, other.weight)
+                assert torch.equal(one.saved, other.saved)
+
+
 def test_no_patches_and_empty_ones_are_nothing_to_do(merge):
     empty = Patch(weight=torch.empty(0, 4), up=torch.empty(0, 2), down=torch.empty(2, 4), scale=1.0)
     assert merge([]) == []
@@ -278,11 +292,14 @@ def test_no_patches_and_empty_ones_are_nothing_to_do(merge):
 
 def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
     def wrong(given):
-        outcomes = kernel.merge_patches(given)
-        given[0].weight[3, 3] += 1
-        return outcomes
+        def merge():
+            outcomes = kernel.merge_patches(given)
+            given[0].weight[3, 3] += 1
+            return outcomes
 
-    assert trials.merges_alike(kernel.merge_patches, torch.device("cpu"))
+        return merge
+
+    assert trials.merges_alike(kernel.prepare_patches, torch.device("cpu"))
     assert not trials.merges_alike(wrong, torch.device("cpu"))
 
 
@@ -295,7 +312,7 @@ def test_a_device_without_a_compiled_kernel_is_told_so():
 def test_a_kernel_that_cannot_be_compiled_is_replaced_and_the_reason_kept(monkeypatch):
     monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", None)
     chosen = choice.merger.__wrapped__(torch.device("cuda", 0))
-    assert chosen.run is merge_torch.merge_patches
+    assert chosen.run is merge_torch.prepare_patches
     assert "merge_triton" in chosen.reason
 
 
@@ -334,7 +351,7 @@ def test_nothing_is_said_of_a_kernel_where_none_would_have_run(tools, monkeypatc
     assert world.merge(world.live(), low, mode="exact").report.findings == ()
     assert world.merge(world.live(), low, mode="stochastic(3)").report.findings == ()
     assert world.merge(world.live(), {"m.weight": Full(weight.float() * 0.1)}).report.findings == ()
-    monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge_torch.merge_patches))
+    monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge_torch.prepare_patches))
     assert world.merge(world.live(), low).report.findings == ()
 
 
@@ -342,7 +359,7 @@ def test_what_is_rounded_at_random_is_not_left_to_a_kernel_that_rounds_to_the_ne
     world = tools.World({"m.weight": tools.weights(48, 40)})
     results = []
     for name in ("torch", "triton"):
-        monkeypatch.setattr(fast, "merger", lambda _, name=name: choice.Choice(name, merge_torch.merge_patches))
+        monkeypatch.setattr(fast, "merger", lambda _, name=name: choice.Choice(name, merge_torch.prepare_patches))
         live = world.live()
         world.merge(live, {"m.weight": tools.lora(48, 40)}, mode="stochastic(3)")
         results.append(live["m.weight"])

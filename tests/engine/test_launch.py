@@ -18,9 +18,11 @@ from lorahub.bases.layout import Layout, Piece, Region
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.lora import LoRA
-from lorahub.engine.changing.merge import Arranged, merge_into
+from lorahub.engine.changing import launch
+from lorahub.engine.changing.merge import Arranged, Prepared, merge_into
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.kernels import merge_torch
+from lorahub.engine.kernels.choice import Choice
 from lorahub.engine.rounding.nearest import nearest
 from lorahub.engine.undoing.reload import BaseRows
 from lorahub.errors import IntegrityError, NotFinite
@@ -216,6 +218,37 @@ def test_a_swap_reads_the_copies_and_makes_none(tools, world, changes, calls):
     assert sorted(patch.saved is None for patch in reduce(add, calls[2:])) == [False, True, True, True]
     merged.undo()
     assert the_same(live, world.tensors)
+
+
+def test_a_prepared_swap_is_launched_again_as_long_as_nothing_lies_elsewhere(tools, world, changes, calls, monkeypatch):
+    def prepared(adapter):
+        arranged = Arranged(parameters=live, plan=world.plan(adapter), adapters=tools.bring(adapter))
+        return Prepared.of(arranged, None)
+
+    def told(patches):
+        made.append(patches)
+        return merge_torch.prepare_patches(patches)
+
+    made = []
+    monkeypatch.setattr(launch, "merger", lambda _: Choice("triton", told))
+    live = world.live()
+    others = {name: small(tools, *shape, seed=70) for name, shape in SHAPES.items()}
+    one, other = prepared(changes), prepared(others)
+    wanted = [world.live(), world.live()]
+    for fresh, adapter in zip(wanted, (changes, others), strict=True):
+        world.merge(fresh, adapter)
+    for _ in range(2):  # the second time copies lie elsewhere
+        merged = world.merge(live, changes)
+        for ready, fresh in ((other, wanted[1]), (one, wanted[0])):
+            merged.swap_to(ready)
+            assert the_same(live, fresh)
+        made.clear()
+        for ready, fresh in ((other, wanted[1]), (one, wanted[0])) * 2:
+            merged.swap_to(ready)
+            assert the_same(live, fresh)
+        assert not made
+        merged.undo()
+        assert the_same(live, world.tensors)
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 from lorahub.bases.layout import Piece
 from lorahub.engine.folding.bind import Bound, HasDeltas
@@ -18,6 +18,8 @@ from lorahub.lazy import torch
 from lorahub.storages.storage import Held
 
 __all__ = ["Arranged", "Folds", "Prepared"]
+
+_T = TypeVar("_T")
 
 
 class Folds:
@@ -43,6 +45,16 @@ class Folds:
         """
         return Fold(step, self.bound.ingredients(step, sibling), device, self._mode)
 
+    def remember(self, what: Hashable, stamp: object, make: Callable[[], _T]) -> _T:
+        """What ``make`` gives: here that is forgotten.
+
+        Args:
+            what: is made.
+            stamp: what it was made for; for another one it is made anew.
+            make: makes it.
+        """
+        return make()
+
     def reverse(self, step: Step, device: torch.device) -> Fold:
         """The fold that takes a step of additive changes off again.
 
@@ -59,24 +71,24 @@ class _Kept(Folds):
 
     def __init__(self, plan: Plan, adapters: Mapping[str, HasDeltas]) -> None:
         super().__init__(plan, adapters)
-        self._made: dict[tuple[str, torch.device], Fold] = {}
-        self._reverses: dict[tuple[str, torch.device], Fold] = {}
+        self._made: dict[Hashable, tuple[object, Any]] = {}
 
     def of(self, step: Step, device: torch.device, sibling: Callable[[Piece], torch.Tensor]) -> Fold:
         """See ``Folds``; what looks at other parameters is made anew, since these change."""
-        if any(term.siblings for term in step.terms):
-            return super().of(step, device, sibling)
-        found = self._made.get((step.out, device))
-        if found is None:
-            found = self._made[step.out, device] = super().of(step, device, sibling)
-        return found
+        make = partial(super().of, step, device, sibling)
+        return make() if any(term.siblings for term in step.terms) else self.remember(("fold", step.out), device, make)
 
     def reverse(self, step: Step, device: torch.device) -> Fold:
         """See ``Folds``."""
-        found = self._reverses.get((step.out, device))
-        if found is None:
-            found = self._reverses[step.out, device] = super().reverse(step, device)
-        return found
+        return self.remember(("reverse", step.out), device, partial(super().reverse, step, device))
+
+    def remember(self, what: Hashable, stamp: object, make: Callable[[], _T]) -> _T:
+        """See ``Folds``; here it is kept."""
+        found = self._made.get(what)
+        if found is None or found[0] != stamp:
+            found = self._made[what] = stamp, make()
+        made: _T = found[1]
+        return made
 
 
 def _unread(piece: Piece) -> torch.Tensor:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+from lorahub.engine.changing.arranged import Folds
 from lorahub.engine.crew import Workspace
 from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.kernels.choice import merger, noter
-from lorahub.engine.kernels.patches import Outcome, Patch, batches
+from lorahub.engine.kernels.patches import Merge, Outcome, Patch, batches
 from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.copies import Copies
 from lorahub.engine.undoing.journal import Journal
@@ -31,6 +32,14 @@ Told: TypeAlias = "Callable[[str, slice, Change], None]"
 
 class Launch(ABC):
     """Parameters of one device that are put into it are all folded or none; but for those that ``run`` leaves."""
+
+    def __init__(self, folds: Folds) -> None:
+        """Nothing is put into it yet.
+
+        Args:
+            folds: of what is done; they may remember what was made ready for it.
+        """
+        self._folds = folds
 
     @abstractmethod
     def take(self, keeper: Keeper, fold: Fold) -> bool:
@@ -95,21 +104,18 @@ class _Entry:
 class _Copying(Launch):
     """One launch, which puts aside what rows held, or reads what was put aside."""
 
-    def __init__(self) -> None:
+    def __init__(self, folds: Folds) -> None:
+        super().__init__(folds)
         self._entries: list[_Entry] = []
 
     def take(self, keeper: Keeper, fold: Fold) -> bool:
         """See ``Launch``."""
         assert isinstance(keeper, Copies)
-        entries: list[_Entry] = []
-        for unit in fold.units:
-            live, copy = keeper.tensor[unit.rows], keeper.copy[unit.rows]
-            before, saved = (copy, None) if keeper.full else (live, copy)
-            parts = fold.launching(unit, before, live, saved)
-            if parts is None:
-                return False
-            entries.append(_Entry(keeper, fold, unit, tuple(parts)))
-        self._entries += entries
+        lies = keeper.tensor.data_ptr(), keeper.copy.data_ptr(), keeper.full
+        parts = self._folds.remember(("parts", keeper.name), lies, lambda: _parts(keeper, fold))
+        if parts is None:
+            return False
+        self._entries += [_Entry(keeper, fold, unit, own) for unit, own in zip(fold.units, parts, strict=True)]
         return True
 
     def run(self, told: Told, space: Workspace) -> Sequence[str]:
@@ -117,9 +123,9 @@ class _Copying(Launch):
         patches = [part.patch for entry in self._entries for part in entry.parts]
         outcomes: dict[int, Outcome] = {}  # by position among the patches
         try:
-            for numbers in batches(patches):
-                some = [patches[number] for number in numbers]
-                outcomes |= zip(numbers, merger(some[0].weight.device).run(some), strict=True)
+            same = tuple(map(id, patches))
+            for numbers, merge in self._folds.remember("launches", same, lambda: _ready(patches)):
+                outcomes |= zip(numbers, merge(), strict=True)
             found = iter([outcomes[number] for number in range(len(patches))])
             for entry in self._entries:
                 told(entry.keeper.name, entry.unit.rows, _settle(entry, [next(found) for _ in entry.parts], space))
@@ -138,7 +144,8 @@ class _Copying(Launch):
 class _Noting(Launch):
     """A launch that looks and one that writes, and notes the way back."""
 
-    def __init__(self) -> None:
+    def __init__(self, folds: Folds) -> None:
+        super().__init__(folds)
         self._entries: list[tuple[Journal, Ready]] = []
 
     def take(self, keeper: Keeper, fold: Fold) -> bool:
@@ -164,6 +171,28 @@ class _Noting(Launch):
             keeper.enter(each.unit.rows, entry.tiles, entry.before, entry.after)
             told(keeper.name, each.unit.rows, entry.change)
         return sorted(left)
+
+
+def _parts(keeper: Copies, fold: Fold) -> list[tuple[Launching, ...]] | None:
+    """The units of a parameter as its device's kernel takes them; None where it does not take them all."""
+    result: list[tuple[Launching, ...]] = []
+    for unit in fold.units:
+        live, copy = keeper.tensor[unit.rows], keeper.copy[unit.rows]
+        before, saved = (copy, None) if keeper.full else (live, copy)
+        parts = fold.launching(unit, before, live, saved)
+        if parts is None:
+            return None
+        result.append(tuple(parts))
+    return result
+
+
+def _ready(patches: Sequence[Patch]) -> list[tuple[Sequence[int], Merge]]:
+    """Launches for patches: the positions of those that each merges, and what does it; they hold the patches."""
+    result: list[tuple[Sequence[int], Merge]] = []
+    for numbers in batches(patches):
+        some = [patches[number] for number in numbers]
+        result.append((numbers, merger(some[0].weight.device).run(some)))
+    return result
 
 
 def _settle(entry: _Entry, outcomes: Sequence[Outcome], space: Workspace) -> Change:

@@ -154,7 +154,7 @@ class Passage:
                 apart.append(self._change(step))
             else:
                 together.setdefault((keeper.tensor.device, kind), []).append(step)
-        return [*(self._launch(kind(), several) for (_, kind), several in together.items()), *apart]
+        return [*(self._launch(kind(self._new.folds), several) for (_, kind), several in together.items()), *apart]
 
     def _launch(self, launch: Launch, steps: Iterable[Step]) -> Job:
         def job(space: Workspace) -> list[Job]:

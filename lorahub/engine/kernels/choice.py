@@ -88,8 +88,8 @@ def restore(noted: Steps | Sequence[Tiles], given: torch.Tensor) -> None:
 
 @lru_cache(maxsize=16)  # as many as a machine has devices
 def merger(device: torch.device) -> Choice[Merger]:
-    """What merges patches on ``device``; tried there once a process."""
-    return _tried(device, "merge_triton", "merge_patches", merge_torch.merge_patches, merges_alike)
+    """What makes patches ready to be merged on ``device``; tried there once a process."""
+    return _tried(device, "merge_triton", "prepare_patches", merge_torch.prepare_patches, merges_alike)
 
 
 @lru_cache(maxsize=16)

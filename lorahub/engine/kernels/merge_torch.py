@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from lorahub.deltas.delta import ratio
 from lorahub.engine.folding.sums import Change, all_finite
-from lorahub.engine.kernels.patches import Outcome, Patch, accumulator
+from lorahub.engine.kernels.patches import Merge, Outcome, Patch, accumulator
 from lorahub.lazy import torch
 
-__all__ = ["merge_patches", "result_of"]
+__all__ = ["merge_patches", "prepare_patches", "result_of"]
 
 
 def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
     """Change every weight, and say what came of each; see ``Patch``."""
     return [_merge(patch) for patch in patches]
+
+
+def prepare_patches(patches: Sequence[Patch]) -> Merge:
+    """What does ``merge_patches`` any number of times."""
+    return partial(merge_patches, patches)
 
 
 def _merge(patch: Patch) -> Outcome:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import final
 
 import triton
 import triton.language as tl
 
 from lorahub.engine.folding.sums import Change
 from lorahub.engine.kernels.bits_triton import to_bfloat16
-from lorahub.engine.kernels.patches import Outcome, Patch, batches
+from lorahub.engine.kernels.patches import Merge, Outcome, Patch, batches
 from lorahub.engine.kernels.sums_triton import (
     BLOCK,
     OPTIONS,
@@ -29,7 +30,7 @@ from lorahub.engine.kernels.sums_triton import (
 )
 from lorahub.lazy import torch
 
-__all__ = ["DIRECTED", "merge_patches"]
+__all__ = ["DIRECTED", "merge_patches", "prepare_patches"]
 
 DIRECTED = 16
 """Rows of a tile where they get lengths: few, so that they are still in the cache when they are written."""
@@ -154,11 +155,21 @@ def merge_patches(patches: Sequence[Patch]) -> list[Outcome]:
 
     Where something is raised, of a batch every weight was changed or none.
     """
-    outcomes: dict[int, Outcome] = {}
+    return prepare_patches(patches)()
+
+
+def prepare_patches(patches: Sequence[Patch]) -> Merge:
+    """What does ``merge_patches`` any number of times: all that is known before lies on the device then."""
     turned = [_along_rows(patch) for patch in patches]
-    for numbers in batches(turned):
-        outcomes |= zip(numbers, _launch([turned[number] for number in numbers]), strict=True)
-    return [outcomes[number] for number in range(len(patches))]
+    launches = [(numbers, _Launch([turned[number] for number in numbers])) for numbers in batches(turned)]
+
+    def merge() -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        for numbers, launch in launches:
+            outcomes |= zip(numbers, launch.run(), strict=True)
+        return [outcomes[number] for number in range(len(patches))]
+
+    return merge
 
 
 def _along_rows(patch: Patch) -> Patch:
@@ -170,30 +181,39 @@ def _along_rows(patch: Patch) -> Patch:
     return Patch(weight=patch.weight.T, up=up, down=down, scale=patch.scale)
 
 
-def _launch(patches: Sequence[Patch]) -> list[Outcome]:
+@final
+class _Launch:
     """One launch; what comes back from the device are a few numbers for each patch."""
-    first, device = patches[0], patches[0].weight.device
-    counts = list(map(_tiles, patches))
-    *starts, tiles = accumulate(counts, initial=0)
-    if not tiles:
-        return [Outcome(Change(), finite=True) for _ in patches]
-    table = torch.tensor([_row(patch, start) for patch, start in zip(patches, starts, strict=True)])
-    many = torch.tensor(counts).to(device)
-    parts = torch.arange(len(patches), dtype=torch.int32, device=device)
-    sums = torch.empty(tiles, int(_SUMS), dtype=torch.float64, device=device)
-    arguments = (
-        table.to(device),
-        torch.tensor([(patch.scale, patch.strength) for patch in patches], dtype=torch.float64).to(device),
-        parts.repeat_interleave(many, output_size=tiles),
-        tiles,
-        sums,
-    )
-    with on_device(device):
-        _start(arguments, first, min(tiles, programs(device)))
-    for patch in patches:
-        if not patch.weight.is_inference():
-            torch.autograd.graph.increment_version(patch.weight)  # as an operation of PyTorch's would
-    return [_outcome(found) for found in torch.segment_reduce(sums, "sum", lengths=many, axis=0).tolist()]
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self._patches, device = patches, patches[0].weight.device  # which are pointed to
+        counts = list(map(_tiles, patches))
+        *starts, self._tiles = accumulate(counts, initial=0)
+        table = torch.tensor([_row(patch, start) for patch, start in zip(patches, starts, strict=True)])
+        numbers = torch.tensor([(patch.scale, patch.strength) for patch in patches], dtype=torch.float64)
+        parts = torch.arange(len(patches), dtype=torch.int32, device=device)
+        self._many = torch.tensor(counts).to(device)
+        self._sums = torch.empty(self._tiles, int(_SUMS), dtype=torch.float64, device=device)
+        self._arguments = (
+            table.to(device),
+            numbers.to(device),
+            parts.repeat_interleave(self._many, output_size=self._tiles),
+            self._tiles,
+            self._sums,
+        )
+        self._versioned = [patch.weight for patch in patches if not patch.weight.is_inference()]
+
+    def run(self) -> list[Outcome]:
+        """Change every weight or none."""
+        device = self._sums.device
+        if not self._tiles:
+            return [Outcome(Change(), finite=True) for _ in self._patches]
+        with on_device(device):
+            _start(self._arguments, self._patches[0], min(self._tiles, programs(device)))
+        torch.autograd.graph.increment_version(self._versioned)  # as an operation of PyTorch's would
+        return [
+            _outcome(found) for found in torch.segment_reduce(self._sums, "sum", lengths=self._many, axis=0).tolist()
+        ]
 
 
 def _tiles(patch: Patch) -> int:

@@ -8,14 +8,14 @@ Sums are float32 where bfloat16 is stored and float64 where float16 or float32 i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 from lorahub.engine.folding.sums import Change
 from lorahub.lazy import torch
 
-__all__ = ["Outcome", "Patch", "accumulator", "batches"]
+__all__ = ["Merge", "Outcome", "Patch", "accumulator", "batches"]
 
 _ALIGNED = 16  # bytes of an address, and numbers of a width
 
@@ -76,6 +76,10 @@ class Outcome:
 
     change: Change
     finite: bool
+
+
+Merge: TypeAlias = "Callable[[], list[Outcome]]"
+"""Merges patches that were made ready for it, and says what came of each; any number of times."""
 
 
 def batches(patches: Sequence[Patch]) -> list[list[int]]:

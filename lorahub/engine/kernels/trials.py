@@ -10,14 +10,14 @@ from typing import TypeAlias
 from lorahub.engine.crew import Workspace
 from lorahub.engine.kernels import checksum_torch, merge_torch, segmented_torch
 from lorahub.engine.kernels.merge_c import Kernel, Notes, Packed
-from lorahub.engine.kernels.patches import Outcome, Patch
+from lorahub.engine.kernels.patches import Merge, Outcome, Patch
 from lorahub.engine.kernels.segments import Segments
 from lorahub.engine.kernels.tiles import Noter
 from lorahub.lazy import torch
 
 __all__ = ["Adder", "Merger", "Summer", "adds_alike", "is_right", "merges_alike", "notes_alike", "sums_alike"]
 
-Merger: TypeAlias = "Callable[[Sequence[Patch]], list[Outcome]]"
+Merger: TypeAlias = "Callable[[Sequence[Patch]], Merge]"
 Adder: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Segments, torch.Tensor], None]"
 Summer: TypeAlias = "Callable[[Sequence[torch.Tensor]], torch.Tensor]"
 
@@ -61,12 +61,12 @@ def _rows_are_right(found: Kernel, packed: Packed, merged: Patch, saved: torch.T
     return torch.equal(out, merged.weight) and torch.allclose(lengths, wide.norm(dim=1))
 
 
-def merges_alike(merge: Merger, device: torch.device) -> bool:
-    """Whether ``merge`` gives what the plain twin gives on small problems: at most one rounding apart."""
+def merges_alike(prepare: Merger, device: torch.device) -> bool:
+    """Whether what ``prepare`` makes gives what the plain twin gives on small problems: at most one rounding apart."""
     for storage in (torch.bfloat16, torch.float16, torch.float32):
         for factors in (torch.bfloat16, torch.float32):
             ours, theirs = (_problem(storage, factors, device) for _ in range(2))
-            found, expected = merge(ours), merge_torch.merge_patches(theirs)
+            found, expected = prepare(ours)(), merge_torch.merge_patches(theirs)
             if not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
                 return False
             if not all(map(_tell_alike, found, expected)):

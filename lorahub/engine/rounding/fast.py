@@ -203,7 +203,7 @@ class Product(Notable, Launchable):
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
         ready = self.launching(at, None)
         if ready is not None:
-            merger(at.out.device).run([ready.patch])
+            merger(at.out.device).run([ready.patch])()
         return ready is not None
 
     def _add(self, at: Stretch, sums: Sums, dtype: torch.dtype) -> None:
