@@ -20,6 +20,7 @@ from lorahub.merging.preparing import Several, named_weights, prepare
 from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.sources import Given, header_of
+from lorahub.weights import Numbers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,7 @@ def attach(
     model: nn.Module,
     adapters: Several,
     *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Numbers | None = None,
     active: Collection[str] | None = None,
     capacity: int = 0,
     allow: Collection[str] = (),
@@ -49,7 +50,8 @@ def attach(
             compiles everything again.  PyTorch 2.8 breaks the graph wherever an adapter is looked up; newer ones make
             one of all.
         adapters: name -> adapter, one, a list of them, or a sum of open adapters: ``0.7 * a - b``.
-        weights: one per adapter; 1 by default, or the weight in the reference.
+        weights: one number for all, or one per adapter, in order or by name; 1 by default, or the weight in the
+            reference.
         active: which act from the start; all of them by default, as after a merge.
         capacity: rank that every module keeps room for, so that a compiled graph takes any choice up to it; 0: none.
         allow: finding codes to accept.
@@ -75,7 +77,7 @@ def attach(
         for name, (source, weight) in given.items():
             live.add(name, source, weight=weight)
         try:
-            live.set_adapters([*given] if active is None else list(active))
+            live.set_adapters(_names(given if active is None else active))
         except BaseMismatch as error:
             if active is not None:
                 raise
@@ -151,6 +153,10 @@ def handle(model: nn.Module) -> Live | Trainee:
 
 def _trains(delta: Delta) -> bool:
     return any(tensor.requires_grad for tensor in delta.tensors().values())
+
+
+def _names(active: Collection[str]) -> list[str]:
+    return [active] if isinstance(active, str) else list(active)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "strict_json",
         "strict_toml",
         "strict_yaml",
+        "weights",
     ),
     (
         "bases",

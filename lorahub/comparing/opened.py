@@ -36,6 +36,7 @@ from lorahub.opening import Base, open_base
 from lorahub.plugins import load_registry
 from lorahub.registry import Registry
 from lorahub.sources import Given, header_of
+from lorahub.weights import finite, for_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -250,12 +251,13 @@ def about_names(headers: Sequence[AdapterHeader | None]) -> tuple[Finding, ...]:
     return tuple(dict.fromkeys(noted))
 
 
-def _factors(adapters: Sequence[Given], weights: Sequence[float] | None) -> tuple[float, ...]:
+def _factors(adapters: Sequence[Given], weights: float | Sequence[float] | None) -> tuple[float, ...]:
     """What each adapter is multiplied with."""
     if weights is not None:
-        if len(weights) != len(adapters):
-            raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", "give one for each")
-        return tuple(float(weight) for weight in weights)
+        found = for_each(weights, len(adapters))
+        if isinstance(found, Mapping):
+            raise UsageError("adapters have no names here", "give a number for all, or a list with one for each")
+        return tuple(finite(weight, whose=f"adapter {place}") for place, weight in enumerate(found, start=1))
     given = [None if isinstance(each, Adapter | AdapterHeader) else as_ref(each).weight for each in adapters]
     return tuple(1.0 if weight is None else weight for weight in given)
 

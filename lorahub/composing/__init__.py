@@ -60,9 +60,9 @@ class Compose:
         Args:
             adapters: name -> adapter, a list, a sum of open adapters (``0.7 * a - b``), a ``Recipe`` or the path of
                 one; a recipe says all that follows but ``out`` to ``progress``.
-            weights: one for each, in order or by name; 1 by default, or the weight in the reference.  Each is a number
-                or a rule as recipes have them (what ``learn`` gives).  They are never normalised unless a parameter
-                asks for it.
+            weights: one number for all, or one for each, in order or by name; 1 by default, or the weight in the
+                reference.  Each is a number or a rule as recipes have them (what ``learn`` gives).  They are never
+                normalised unless a parameter asks for it.
             method: "linear" by default; see ``lorahub compose --methods``.
             rank: of every target, at most; without a budget the result keeps every rank that the method gives, and of
                 methods that look at elements (TIES, DARE) as many as the adapters have together: the report says what

@@ -19,10 +19,11 @@ from lorahub.fetching import as_ref
 from lorahub.names import Ref
 from lorahub.recipe import Recipe
 from lorahub.sources import Given
+from lorahub.weights import for_each
 
 __all__ = ["Asked", "Request", "Weighing", "as_word", "requested"]
 
-Weighing: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
+Weighing: TypeAlias = "float | Sequence[Any] | Mapping[str, Any]"
 """Weights in order or by name, each a number or a rule as a recipe has it; ``Recipe`` checks them."""
 
 Asked: TypeAlias = "Mapping[str, Given] | Sequence[Given] | Combination | Recipe | str | os.PathLike[str]"
@@ -173,6 +174,7 @@ def _chosen(called: Sequence[str], names: Sequence[str], own: Sequence[float], g
     """The weights; in a mapping an adapter goes by what people call it, or by its name in the recipe."""
     if given is None:
         return list(own)
+    given = for_each(given, len(names))
     if isinstance(given, Mapping):
         own_names = {each: place for place, each in enumerate(called) if called.count(each) == 1}
         places = {**{name: place for place, name in enumerate(names)}, **own_names}
@@ -188,8 +190,6 @@ def _chosen(called: Sequence[str], names: Sequence[str], own: Sequence[float], g
                 raise UsageError(f"'{seen[place]}' and '{name}' are one adapter", "give it one weight")
             seen[place], chosen[place] = name, _rule(weight)
         return [_rule(weight) for weight in chosen]
-    if len(given) != len(names):
-        raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
     return [_rule(weight) for weight in given]
 
 

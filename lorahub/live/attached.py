@@ -23,6 +23,7 @@ from lorahub.live.copies import Copies, Recipe, uninstall
 from lorahub.live.desk import Desk
 from lorahub.live.loading import Loader
 from lorahub.live.parts import OpenPart, Parts
+from lorahub.weights import Numbers, finite, for_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,12 +125,12 @@ class Live:
             kept = {name: weight for name, weight in before.items() if name in self._desk.book}
             self.set_adapters([*kept], weights=[*kept.values()])
 
-    def set_adapters(self, names: Sequence[str], *, weights: Sequence[float] | None = None) -> None:
+    def set_adapters(self, names: str | Sequence[str], *, weights: Numbers | None = None) -> None:
         """Let these adapters act on all rows, together, from the next call on; none for the model as it is.
 
         Args:
-            names: which.
-            weights: one for each; those they were attached with by default.
+            names: which; one, or several.
+            weights: one number for all, one for each, or by name; those they were attached with by default.
 
         Raises:
             UsageError: no such adapter, one named twice, or another number of weights.
@@ -152,6 +153,8 @@ class Live:
             UsageError: no such adapter, or one that changes a parameter whose use for single rows is not known.
         """
         self._demand_open()
+        if isinstance(names, str):
+            raise UsageError(f"rows={names!r} is one name and not one for each row", f"live.set_adapters({names!r})")
         once = tuple(dict.fromkeys(name for name in names if name is not None))
         given = {**{name: self._given[name] for name in once if name in self._given}, **(weights or {})}
         chosen = self._chosen(once, [given.get(name, 1.0) for name in once])
@@ -169,7 +172,7 @@ class Live:
         self._desk.choose(tuple(chosen), tuple(chosen.values()), None if alike else names, before)
 
     @contextmanager
-    def using(self, names: Sequence[str], *, weights: Sequence[float] | None = None) -> Iterator[Self]:
+    def using(self, names: str | Sequence[str], *, weights: Numbers | None = None) -> Iterator[Self]:
         """``set_adapters`` for a block; afterwards this context has chosen what it had before."""
         before, default = self._desk.choice(), self._desk.default
         self.set_adapters(names, weights=weights)
@@ -309,18 +312,19 @@ class Live:
             known = ", ".join(self._desk.book) or "none"
             raise UsageError(f"no adapter '{name}' is attached", f"attached: {known}")
 
-    def _chosen(self, names: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
+    def _chosen(self, names: str | Sequence[str], weights: Numbers | None) -> dict[str, float]:
         self._demand_open()
-        if isinstance(names, str):
-            raise UsageError(f"{names!r} is one name and not a list of names", f"write [{names!r}]")
-        for name in names:
+        several = [names] if isinstance(names, str) else list(names)
+        for name in several:
             self._demand(name)
-        if len(set(names)) < len(names):
+        if len(set(several)) < len(several):
             raise UsageError("an adapter was named twice", "name each once, with the sum of its weights")
-        given = [self._given[name] for name in names] if weights is None else list(weights)
-        if len(given) != len(names):
-            raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
-        return dict(zip(names, map(_number, given), strict=True))
+        given = {} if weights is None else for_each(weights, len(several))
+        if not isinstance(given, Mapping):
+            given = dict(zip(several, given, strict=True))
+        elif unknown := sorted(given.keys() - set(several)):
+            raise UsageError(f"weights name {', '.join(unknown)} and the names do not", "name those that are to act")
+        return {name: finite(given.get(name, self._given[name]), whose=name) for name in several}
 
     def _demand_together(self, names: tuple[str, ...]) -> None:
         """Refuse what a merge of several would refuse; asked only where two of them replace the same parameter."""
@@ -354,10 +358,3 @@ def _twin(name: str, delta: Delta, memo: dict[int, Any]) -> Delta:
             "take it off before the model is copied: live.remove, or detach()",
         )
     return copy.deepcopy(delta, memo)
-
-
-def _number(weight: float) -> float:
-    number = float(weight)
-    if number - number != 0:
-        raise UsageError(f"a weight is {weight}", "give a finite number")
-    return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lorahub import patching
@@ -19,7 +19,7 @@ from lorahub.engine.writing.ranks import ALONE, Ranks
 from lorahub.engine.writing.where import folded_on
 from lorahub.errors import UsageError
 from lorahub.fetching import Progress, Source, quiet
-from lorahub.merging.apart import Weight
+from lorahub.merging.apart import Weights
 from lorahub.merging.job import Job, demand_own_layers
 from lorahub.merging.preparing import Several, open_recorded, prepare
 from lorahub.names import Ref
@@ -36,7 +36,7 @@ def plan(
     base: Source | nn.Module | Base,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     allow: Collection[str] = (),
     compat: str | None = None,
     mode: str = "fast",
@@ -54,7 +54,7 @@ def merge(
     base: Source | nn.Module,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     out: None = None,
     undo: Policy = "auto",
     origin: Source | None = None,
@@ -73,7 +73,7 @@ def merge(
     base: Source,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     out: str | os.PathLike[str],
     allow: Collection[str] = (),
     compat: str | None = None,
@@ -92,7 +92,7 @@ def merge(
     base: Source,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     in_place: Literal[True],
     keep_undo: bool = False,
     allow: Collection[str] = (),
@@ -110,7 +110,7 @@ def merge(
     base: Source | nn.Module,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     out: str | os.PathLike[str] | None = None,
     in_place: bool = False,
     keep_undo: bool = False,
@@ -133,9 +133,9 @@ def merge(
     Args:
         base: a live model (merged in place) or a folder, file or ``ns/name[@COMMIT]`` (then ``out`` is needed).
         adapters: name -> adapter, a list of references, or a sum of open adapters: ``0.7 * a - b``.
-        weights: one per adapter; 1 by default, or the weight in the reference.  Besides a number each may be one by
-            component (``{"ink": {"unet": 0.8, "text_encoder": 0.3}}``; 1 where nothing is said), by block or by
-            layer: any rule of a recipe.
+        weights: one number for all, or one per adapter, in order or by name; 1 by default, or the weight in the
+            reference.  Besides a number each may be one by component (``{"ink": {"unet": 0.8, "text_encoder": 0.3}}``;
+            1 where nothing is said), by block or by layer: any rule of a recipe.
         out: the new checkpoint's folder, or its one file (``.safetensors``); must not exist.
         in_place: write to the base's own files, only what changes; a run that was killed is completed by the next
             merge in place there, or has changed nothing.

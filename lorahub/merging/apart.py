@@ -6,7 +6,7 @@ what recipes take, and what diffusers' ``set_adapters`` does.  Names and numbers
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -21,10 +21,13 @@ from lorahub.engine.planning.steps import Step, Term
 from lorahub.errors import UsageError
 from lorahub.recipe_fields import RULE_KEYS, Components, Rule
 
-__all__ = ["Weight", "factors", "is_number", "plain", "targets_of", "weighted"]
+__all__ = ["Weight", "Weights", "factors", "is_number", "plain", "targets_of", "weighted"]
 
 Weight: TypeAlias = "float | Mapping[str, Any] | list[Any] | tuple[Any, ...]"
 """A number; {component: number}, with blocks in one; or any rule of a recipe."""
+
+Weights: TypeAlias = "float | Sequence[Weight] | Mapping[str, Weight]"
+"""One number for all adapters; one weight for each, in order; or by name."""
 
 _RULE: TypeAdapter[Any] = TypeAdapter(Rule)
 

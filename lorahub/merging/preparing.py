@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,12 +24,13 @@ from lorahub.engine.planning.plan import plan as plan_merge
 from lorahub.errors import Unavailable, UsageError
 from lorahub.fetching import Progress, Source, as_ref, quiet
 from lorahub.findings import Finding, Verdict
-from lorahub.merging.apart import Weight, factors, is_number, targets_of, weighted
+from lorahub.merging.apart import Weight, Weights, factors, is_number, targets_of, weighted
 from lorahub.merging.job import Job
 from lorahub.names import Ref
 from lorahub.opening import Base, open_base, recorded_base
 from lorahub.plugins import load_registry
 from lorahub.sources import Given, header_of
+from lorahub.weights import Numbers, finite, for_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +45,7 @@ def prepare(
     base: Source | nn.Module | Base | None,
     adapters: Several,
     *,
-    weights: Sequence[Weight] | Mapping[str, Weight] | None = None,
+    weights: Weights | None = None,
     allow: Collection[str] = (),
     compat: str | None = None,
     mode: str = "fast",
@@ -59,8 +59,8 @@ def prepare(
     Args:
         base: a folder, a file, ``ns/name[@COMMIT]`` or a live model; None takes the one that the first adapter records.
         adapters: by name, a list of references whose names are taken from them, or a sum (``0.7 * a - b``).
-        weights: one per adapter, in order or by name; they replace weights in references.  Each is a number, or apart
-            for components, blocks, layers: see ``apart.Weight``.
+        weights: one number for all, or one per adapter, in order or by name; they replace weights in references.  Each
+            is a number, or apart for components, blocks, layers: see ``apart.Weight``.
         allow: finding codes to accept.
         compat: "peft" or "strict": whose result counts where PEFT's is not the declared one.  None takes what each
             adapter's record or file says; where that is nothing, a finding asks.
@@ -76,7 +76,7 @@ def prepare(
     if not named:
         raise UsageError("no adapter was given", "lorahub merge REF --base BASE -o FOLDER")
     own = {name: weight for name, (_, weight) in named.items()}
-    plain, rules = _rules(list(named), weights)
+    plain, rules = _rules(list(named), None if weights is None else for_each(weights, len(named)))
     chosen = _weights(list(named), plain, own)
     if base is None:
         source = next(iter(named.values()))[0]
@@ -205,16 +205,15 @@ def _taken(named: str, ref: BaseRef) -> Finding:
     )
 
 
-def named_weights(
-    adapters: Several, weights: Sequence[float] | Mapping[str, float] | None = None
-) -> dict[str, tuple[Given, float]]:
+def named_weights(adapters: Several, weights: Numbers | None = None) -> dict[str, tuple[Given, float]]:
     """Adapters by name with the weight that is asked for, or that their reference carries.
 
     Raises:
         UsageError: a weight too many or too few, for an unknown name, or no finite number.
     """
     named = _named(adapters)
-    chosen = _weights(list(named), weights, {name: weight for name, (_, weight) in named.items()})
+    given = None if weights is None else for_each(weights, len(named))
+    chosen = _weights(list(named), given, {name: weight for name, (_, weight) in named.items()})
     return {name: (source, chosen[name]) for name, (source, _) in named.items()}
 
 
@@ -293,11 +292,6 @@ def _weight(source: Given) -> float:
 def _weights(
     names: Sequence[str], given: Sequence[float] | Mapping[str, float] | None, own: Mapping[str, float]
 ) -> dict[str, float]:
-    values = given.values() if isinstance(given, Mapping) else given or ()
-    if not all(map(is_number, values)):
-        raise UsageError(
-            "here an adapter has one weight", "by component or block: lorahub.merge, and load_lora_weights of a plugin"
-        )
     if given is None:
         result = dict(own)
     elif isinstance(given, Mapping):
@@ -306,12 +300,11 @@ def _weights(
                 f"weights name adapters that were not given: {', '.join(unknown)}",
                 f"the adapters are {', '.join(names)}",
             )
-        result = {name: float(given.get(name, own[name])) for name in names}
+        result = {name: given.get(name, own[name]) for name in names}
     else:
-        if len(given) != len(names):
-            raise UsageError(f"{len(given)} weights for {len(names)} adapters", "give one weight per adapter")
-        result = dict(zip(names, map(float, given), strict=True))
-    for name, weight in result.items():
-        if not math.isfinite(weight):
-            raise UsageError(f"the weight of {name} is {weight}", "give a finite number")
-    return result
+        result = dict(zip(names, given, strict=True))
+    if not all(map(is_number, result.values())):
+        raise UsageError(
+            "here an adapter has one weight", "by component or block: lorahub.merge, and load_lora_weights of a plugin"
+        )
+    return {name: finite(weight, whose=name) for name, weight in result.items()}

@@ -75,6 +75,45 @@ def test_merge_swap_weights_and_undo(model, adapters, origin, undo):
     assert same(model, before)
 
 
+def test_one_number_is_for_all(model, adapters):
+    before = state(model)
+    with lorahub.merge(model, adapters, weights=0.5):
+        one = state(model)
+    assert same(model, before)
+    merged = lorahub.merge(model, adapters, weights=[0.5, 0.5])
+    assert same(model, one)
+    merged.set_weights(0.25)
+    merged.set_weights(torch.tensor(0.5))
+    assert same(model, one)
+    merged.undo()
+    assert (
+        lorahub.plan(model, adapters, weights=0.5).digest()
+        == lorahub.plan(model, adapters, weights=(0.5, 0.5)).digest()
+    )
+    with lorahub.attach(model, dict(zip("ab", adapters, strict=True)), weights=0.5, active="a") as live:
+        assert live.active == {"a": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ("0.5", "weights='0.5' are no weights"),
+        (object, "are no weights"),
+        (["0.5", 1], "the weight of adapter0 is '0.5', which is no number"),
+        ({"adapter0": True}, "the weight of adapter0 is True, which is no number"),
+        ({"adapter0": float("inf")}, "the weight of adapter0 is inf"),
+        ([1], "1 weights for 2 adapters"),
+        (torch.ones(3), "3 weights for 2 adapters"),
+    ],
+)
+@pytest.mark.parametrize("act", [lorahub.merge, lorahub.attach, lorahub.plan])
+def test_weights_that_are_none_are_refused(model, adapters, weights, says, act):
+    before = state(model)
+    with pytest.raises(UsageError, match=says):
+        act(model, adapters, weights=weights)
+    assert same(model, before)
+
+
 def test_prepared_swaps_need_no_files_and_give_the_same(model, adapters, tmp_path):
     before = state(model)
     merged = lorahub.merge(model, [adapters[0]], allow=["delta-lost"])

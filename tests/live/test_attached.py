@@ -125,14 +125,39 @@ def test_rows_lie_along_the_second_axis_where_batches_do(bench, agree):
     agree(model(x), expected, plain)
 
 
+def test_one_name_and_one_number_need_no_list(bench, agree):
+    model, x = Two().eval(), bench.randn(3, 8)
+    plain = model(x)
+    live = bench.attach(model, {"one": low(bench), "two": low(bench, 5)})
+    live.set_adapters(["one"], weights=[0.5])
+    half = model(x)
+    for act in (
+        lambda: live.set_adapters("one", weights=0.5),
+        lambda: live.set_adapters(["one"], weights=torch.tensor(0.5)),
+        lambda: live.set_adapters(["one"], weights={"one": 0.5}),
+    ):
+        live.set_adapters([])
+        act()
+        agree(model(x), half, plain)
+        assert live.active == {"one": 0.5}
+    with live.using("two"):
+        assert live.active == {"two": 1.0}
+    live.set_adapters(["one", "two"], weights=0.25)
+    assert live.active == {"one": 0.25, "two": 0.25}
+
+
 @pytest.mark.parametrize(
     ("act", "says"),
     [
         (lambda live: live.set_adapters(["three"]), "no adapter 'three'"),
-        (lambda live: live.set_adapters("one"), "one name and not a list"),
+        (lambda live: live.set_adapters("o"), "no adapter 'o'"),
+        (lambda live: live.set_rows("one"), "one name and not one for each row"),
         (lambda live: live.set_adapters(["one", "one"]), "named twice"),
         (lambda live: live.set_adapters(["one"], weights=[1, 2]), "2 weights for 1"),
         (lambda live: live.set_adapters(["one"], weights=[float("nan")]), "nan"),
+        (lambda live: live.set_adapters(["one"], weights="1"), "are no weights"),
+        (lambda live: live.set_adapters(["one"], weights=["1"]), "the weight of one is '1', which is no number"),
+        (lambda live: live.set_adapters(["one"], weights={"two": 1}), "weights name two"),
         (lambda live: live.add("one", {}), "'one' already"),
         (lambda live: live.swap("three", {}), "no adapter 'three'"),
         (lambda live: live.remove("one"), "'one' is chosen"),
