@@ -13,7 +13,7 @@ from lorahub.deltas.full import Full
 from lorahub.deltas.ia3 import Gain
 from lorahub.deltas.loha import LOHA, LoHa
 from lorahub.deltas.replace import Replace
-from lorahub.engine.changing.merge import Arranged, Merged, merge_into
+from lorahub.engine.changing.merge import Arranged, Merged, Prepared, merge_into
 from lorahub.engine.changing.undo import Keeping
 from lorahub.engine.folding.bind import Bound
 from lorahub.engine.folding.fold import Fold
@@ -489,9 +489,11 @@ def test_a_merge_that_fails_at_any_unit_leaves_the_base(go, first, world, monkey
     assert _fails_everywhere(go, monkeypatch, lambda: None, lambda _: go.merge(first, policy, threads=1), check) > 8
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_swap_that_fails_at_any_unit_leaves_the_first_merge(go, first, second, world, monkeypatch, policy):
+def test_a_swap_that_fails_at_any_unit_leaves_the_first_merge(go, first, second, world, monkeypatch, policy, prepared):
     expected = go.fresh(first)
+    ready = Prepared.of(go.arranged(second), None)
 
     def prepare():
         for name, tensor in world.tensors.items():
@@ -503,7 +505,14 @@ def test_a_swap_that_fails_at_any_unit_leaves_the_first_merge(go, first, second,
         merged.undo()
         assert go.holds(world.tensors)
 
-    assert _fails_everywhere(go, monkeypatch, prepare, lambda merged: merged.swap_to(go.arranged(second)), check) > 8
+    def act(merged):
+        merged.swap_to(ready if prepared else go.arranged(second))
+
+    assert _fails_everywhere(go, monkeypatch, prepare, act, check) > 8
+    merged = prepare()
+    merged.swap_to(ready)
+    assert go.holds(go.fresh(second))
+    merged.undo()
 
 
 def test_an_undo_that_fails_at_any_unit_can_be_done_again(go, first, world, monkeypatch):
