@@ -123,8 +123,9 @@ class _Copying(Launch):
         patches = [part.patch for entry in self._entries for part in entry.parts]
         outcomes: dict[int, Outcome] = {}  # by position among the patches
         try:
-            same = tuple(map(id, patches))
-            for numbers, merge in self._folds.remember("launches", same, lambda: _ready(patches)):
+            devices = frozenset(patch.weight.device for patch in patches)
+            same = tuple(map(id, patches))  # which launches hold, so that no other ones can be called so
+            for numbers, merge in self._folds.remember(("launches", devices), same, lambda: _ready(patches)):
                 outcomes |= zip(numbers, merge(), strict=True)
             found = iter([outcomes[number] for number in range(len(patches))])
             for entry in self._entries:
