@@ -16,7 +16,9 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from lorahub.names import COMMIT, Ref, did_you_mean
 __all__ = ["Commit", "FolderStore", "State"]
 
 _MARK, _SCHEMA = "lorahub-hub.json", "1"
+_ABANDONED = 24 * 3600  # seconds since anything was written to a blob that is not there yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +164,7 @@ class FolderStore:
             return
         blob.parent.mkdir(exist_ok=True)
         flush_folder(blob.parent.parent)
+        _clear(blob.parent)
         copy, partial = new_partial(blob)
         try:
             with copy:
@@ -192,6 +196,14 @@ class FolderStore:
     def _repo(self, repo: str) -> Path:
         Ref(repo=repo)  # what is no repository's name must not become a path
         return self.root.joinpath("repos", *repo.split("/"))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed pushes left among some blobs; what anyone still writes is younger than that."""
+    for entry in folder.iterdir():
+        with suppress(OSError):  # another push was faster, or it is not ours to remove
+            if is_partial(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED:
+                entry.unlink()
 
 
 def _copy(source: Path | bytes, target: io.FileIO) -> str:

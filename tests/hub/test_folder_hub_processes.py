@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lorahub.errors import PushRefused
+from lorahub.files.atomic import is_partial
 from lorahub.hub.cache import Cache
 from lorahub.hub.folder import FolderHub
 from lorahub.hub.hub import Pin
@@ -187,6 +189,26 @@ def test_a_push_killed_anywhere_leaves_the_hub_as_it_was_and_runs_again(tmp_path
 
 def push(root: Path, folder: Path, version: str) -> None:
     FolderHub(root).push(folder, INK, version=version)
+
+
+def test_what_a_killed_push_left_is_removed_by_a_push_on_another_day(tmp_path, make_adapter):
+    root, folder = tmp_path / "hub", make_adapter("new", seed=2)
+    FolderHub(root).push(make_adapter("old", seed=1), INK, version="1.0.0")
+    steps, left = 0, []
+    while not left:
+        steps += 1
+        assert dies_at(steps, lambda _: push(root, folder, "2.0.0"))
+        left = [path for path in (root / "blobs").rglob("*") if is_partial(path.name)]
+    (old,) = left
+    yesterday = time.time() - 25 * 3600
+    os.utime(old, (yesterday, yesterday))
+    young = old.with_name(".lorahub-0123456789abcdef.partial")
+    young.write_bytes(b"another push's")
+    FolderHub(root).push(folder, INK, version="2.0.0")
+    assert not old.exists()
+    assert young.exists()
+    young.unlink()
+    assert_sound(root)
 
 
 def test_a_first_push_killed_anywhere_can_be_run_again(tmp_path, make_adapter):
