@@ -87,7 +87,8 @@ def compose(
       lorahub compose recipe.toml -o mix
 
     A recipe's file says all of it, and a lock beside it keeps what its references came to. Weights are never
-    normalised unless a parameter asks for it.
+    normalised unless a parameter asks for it. Of methods that look at elements (TIES, DARE) the result has as many
+    ranks as the adapters have together, unless --rank or another budget says otherwise; the report says what that lost.
     """  # noqa: D301 - click takes a backspace for "leave these lines as they are"
     registry = load_registry()
     if methods:
