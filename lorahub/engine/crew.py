@@ -50,6 +50,9 @@ class Workspace:
         return buffer[:size].view(*shape)
 
 
+_Place: TypeAlias = "tuple[int, ...]"
+"""Where a job stands: its number, and those of the jobs that returned it before."""
+
 Job: TypeAlias = "Callable[[Workspace], Iterable[Job] | None]"
 """Something to do; it may return more jobs, which come next."""
 
@@ -83,9 +86,10 @@ def run_jobs(
         to_the_end: an interrupt (Ctrl-C) waits until all jobs are done; otherwise no further job is begun.
 
     Raises:
-        BaseException: the first that a job, ``tick`` or an interrupt raised, after all threads are idle.
+        BaseException: what a job, ``tick`` or an interrupt raised, after all threads are idle.  Of jobs that fail it is
+            the first in order, whichever thread was faster: what stands before it is still done, and nothing behind it.
     """
-    crew = _Crew(deque(jobs))
+    crew = _Crew(jobs)
     before = torch.get_num_threads()
     with held() as interrupts:
 
@@ -111,16 +115,17 @@ def run_jobs(
 
 @final
 class _Crew:
-    """The jobs that wait, how many are being done, and the first failure.
+    """The jobs that wait with their places in the order, how many are being done, and the first failure.
 
     Whether all are idle is asked of the jobs and not of the threads: a ``Thread.join`` that is interrupted says that
     its thread has ended while it runs (CPython 3.11), and one that has not begun yet does no harm.
     """
 
-    def __init__(self, jobs: deque[Job]) -> None:
+    def __init__(self, jobs: Iterable[Job]) -> None:
         self.failure: BaseException | None = None
         self.interrupted: BaseException | None = None
-        self._jobs = jobs
+        self._jobs: deque[tuple[_Place, Job]] = deque(((number,), job) for number, job in enumerate(jobs))
+        self._failed: _Place = ()  # where the failure was
         self._busy = self._members = 0
         self._closed = False
         lock = threading.Lock()
@@ -152,7 +157,7 @@ class _Crew:
                 self._resting.wait()
 
     def work(self) -> None:
-        """Do jobs until none is left or one has failed."""
+        """Do jobs until none is left that is to be done."""
         with self._changed:
             if self._closed:
                 return
@@ -162,8 +167,8 @@ class _Crew:
             torch.set_num_threads(1)
             space = Workspace()
             with torch.inference_mode():  # also lets tensors made in it be written to
-                while job := self._next():
-                    self._done(list(job(space) or ()))
+                while following := self._next():
+                    self._do(*following, space)
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             failure = error
         with self._changed:
@@ -173,29 +178,52 @@ class _Crew:
                 self._stop(failure)
             self._resting.notify_all()
 
+    def _do(self, place: _Place, job: Job, space: Workspace) -> None:
+        try:
+            more = list(job(space) or ())
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+            self._fail(place, error)
+        else:
+            self._done([((*place, number), each) for number, each in enumerate(more)])
+
     @property
     def _over(self) -> bool:
         nobody_came = bool(self.interrupted) and not self._members
-        return not self._busy and (bool(self.failure) or not self._jobs or nobody_came)
+        return not self._busy and (not self._jobs or nobody_came)
 
     def _stop(self, reason: BaseException) -> None:
-        self.failure = self.failure or reason
+        """Begin no further job."""
+        self.failure, self._failed = self.failure or reason, ()
+        self._leave_out()
+
+    def _fail(self, place: _Place, reason: BaseException) -> None:
+        """Begin none that stands behind this one."""
+        with self._changed:
+            self._busy -= 1
+            if self.failure is None or place < self._failed:
+                self.failure, self._failed = reason, place
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        self._jobs = deque(each for each in self._jobs if each[0] < self._failed)
         self._changed.notify_all()
         self._resting.notify_all()
 
-    def _next(self) -> Job | None:
+    def _next(self) -> tuple[_Place, Job] | None:
         with self._changed:
-            while not self._jobs and self._busy and not self.failure:
+            while not self._jobs and self._busy:
                 self._changed.wait()
-            if self.failure or not self._jobs:
+            if not self._jobs:
                 return None
             self._busy += 1
             return self._jobs.popleft()
 
-    def _done(self, more: list[Job]) -> None:
+    def _done(self, more: list[tuple[_Place, Job]]) -> None:
         with self._changed:
             self._jobs.extendleft(reversed(more))
             self._busy -= 1
+            if self.failure is not None:
+                self._leave_out()
             self._changed.notify_all()
             if self._over:
                 self._resting.notify_all()
