@@ -88,8 +88,33 @@ def test_of_several_that_publish_one_version_one_wins_and_the_other_is_told(doub
     repo = double.repo("acme/ink")
     won = [out.strip() for out, _, code in done if code == 0]
     assert won == [repo.tags["v1.0.0"]]
-    assert len(repo.history()) == 2
+    (winner,) = (folder for folder, (*_, code) in zip(folders, done, strict=True) if code == 0)
+    published = repo.files(repo.tags["v1.0.0"])
+    assert published["adapter_model.safetensors"] == (winner / "adapter_model.safetensors").read_bytes()
+    # a commit and its tag are two requests: who looks between them builds on a commit that is no version yet
+    assert len(repo.history()) in {2, 3}
     assert all("Traceback" not in error and "Hint" in error for _, error, code in done if code)
+
+
+def test_who_builds_on_a_commit_before_it_is_tagged_wins_and_the_other_is_told(double: Double, environment, tmp_path):
+    double.repo("acme/ink").commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+    first, second = (trained_folder(tmp_path / f"out-{seed}", seed=seed) for seed in range(2))
+    stall = Stall(applied=False)
+    double.fault(stall, "/tag/", method="POST")
+    slow = start(environment, first, "-q")
+    try:
+        assert stall.reached.wait(60)
+        pin = lorahub.push(second, "acme/ink", version="1.0.0", hub=double.endpoint, token=TOKEN).pin
+    finally:
+        stall.gone.set()
+    _, error = slow.communicate(timeout=120)
+    repo = double.repo("acme/ink")
+    (theirs,) = (each for each in repo.history()[1:] if each.title.startswith("Publish"))
+    assert slow.returncode == 1
+    assert f"was made at commit {pin.commit[:12]} meanwhile" in error
+    assert f"commit {theirs.oid[:12]} is published without a version" in error
+    assert repo.tags == {"v1.0.0": pin.commit}
+    assert repo.files()["adapter_model.safetensors"] == (second / "adapter_model.safetensors").read_bytes()
 
 
 def test_several_that_publish_the_same_agree(double: Double, environment, tmp_path):
