@@ -208,18 +208,31 @@ def test_where_a_change_is_large_the_journal_says_copy(tools):
     assert merged.report.undo == {"copy": 64 * 512 * 2}
 
 
-def test_a_journal_whose_change_was_altered_is_refused_and_nothing_is_written(go, tools, world):
+ALTERATIONS = {
+    "all of a factor": lambda lora: lora.up.mul_(2),
+    "one number of the last row": lambda lora: lora.up[-1, 0].add_(0.5),
+    "one number that all rows read": lambda lora: lora.down[0, 0].add_(0.5),
+}
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS.values(), ids=ALTERATIONS)
+@pytest.mark.parametrize("policy", ["journal", "noted"])
+def test_a_journal_whose_change_was_altered_is_refused_and_nothing_is_written(go, tools, world, alter, policy):
     adapter = {"a.weight": thin(tools, 24, 16), "b.weight": thin(tools, 24, 16, seed=2)}
-    merged = go.merge(adapter, "journal")
+    given = {
+        name: dataclasses.replace(lora, up=lora.up.clone(), down=lora.down.clone()) for name, lora in adapter.items()
+    }
+    merged = go.merge(given, policy)
     held = {name: tensor.clone() for name, tensor in go.live.items()}
-    adapter["b.weight"].up.mul_(2)
+    alter(given["b.weight"])
     with pytest.raises(IntegrityError, match=r"b\.weight cannot be restored"):
         merged.undo()
     assert go.holds(held)
     with pytest.raises(IntegrityError, match=r"b\.weight cannot be restored"):
         merged.swap_to(go.arranged({"a.weight": tools.lora(24, 16, seed=3)}))
     assert go.holds(held)
-    adapter["b.weight"].up.div_(2)
+    for slot, tensor in given["b.weight"].tensors().items():
+        tensor.copy_(adapter["b.weight"].tensors()[slot])
     merged.undo()
     assert go.holds(world.tensors)
 

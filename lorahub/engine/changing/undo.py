@@ -178,7 +178,7 @@ def altered(keepers: Mapping[str, Keeper], threads: int) -> list[str]:
                     if not keeper.matches(rows, keeper.tensor[rows]):
                         names.add(keeper.name)
                     elif way is not None:
-                        way.recover(rows, space)
+                        way.demand(rows, space)
 
                 return job
 

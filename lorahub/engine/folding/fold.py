@@ -122,6 +122,11 @@ class Fold:
         assert isinstance(unit.plane, Rows)
         unit.plane.put(unit.windows, *_inside(unit, before, out), space, sign)
 
+    def operands(self, unit: Unit, rows: torch.Tensor, *, sign: float = 1.0) -> list[torch.Tensor]:
+        """What ``put`` reads for a unit besides its ``rows``: with the same bits in both, it gives the same bits."""
+        assert isinstance(unit.plane, Rows)
+        return unit.plane.operands(unit.windows, _inside(unit, rows, rows)[0], sign)
+
     def _cut(self, shape: tuple[int, ...]) -> Iterable[Unit]:
         if not shape:
             yield Unit(slice(0, 1), plane := Whole(shape, self._items, self._sums), plane.windows, inner=True)

@@ -205,6 +205,14 @@ class Rows:
             assert isinstance(recipe, Notable)
             recipe.put(at, sign)
 
+    def operands(self, windows: Sequence[slice], rows: torch.Tensor, sign: float) -> list[torch.Tensor]:
+        """What ``put`` reads for these windows besides their rows; ``rows`` are these."""
+        found: list[torch.Tensor] = []
+        for recipe, at in self._stretches(windows, rows, rows, Workspace()):
+            assert isinstance(recipe, Notable)
+            found += recipe.operands(at, sign)
+        return found
+
     def _stretches(
         self, windows: Sequence[slice], before: torch.Tensor | None, out: torch.Tensor, space: Workspace
     ) -> Iterator[tuple[Recipe, Stretch]]:

@@ -154,6 +154,10 @@ class Notable(ABC):
     def put(self, at: Stretch, sign: float = 1.0) -> None:
         """Do ``sign`` times what ``noting`` does where it can, as it does it, and note nothing."""
 
+    @abstractmethod
+    def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
+        """What ``put`` reads besides the rows: with the same bits in both, it gives the same bits."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,10 @@ class Keep(Notable, Launchable):
         """See ``Notable``."""
         if at.out.data_ptr() != at.untouched.data_ptr():
             at.out.copy_(at.untouched)
+
+    def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
+        """See ``Notable``."""
+        return ()
 
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
         """See ``Launchable``: a product of no factors."""

@@ -147,6 +147,15 @@ class Product(Notable, Launchable):
             noter(at.out.device).run.put([replace(ready.patch, scale=ready.patch.scale * sign)])
         at.take(here)
 
+    def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
+        """See ``Notable``."""
+        if self._kernel is not None:
+            packed = self._pack(at)
+            up, down = packed.up, packed.down
+        else:
+            up, down = self._joined(self._stored(torch.float32), at.out.device)
+        return up[at.rows], down, torch.tensor(self._weight * sign, dtype=torch.float64, device=up.device)
+
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
         """See ``Launchable``."""
         if not self._to_nearest or not has_kernel(at.out.device, at.out.dtype):

@@ -56,6 +56,9 @@ class Copies(Keeper):
         """See ``Way``."""
         self.mark(rows)
 
+    def demand(self, rows: slice, space: Workspace) -> None:
+        """Nothing can go wrong; see ``Way``."""
+
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
         """The copy of the rows; see ``Way``."""
         return self.copy[rows]

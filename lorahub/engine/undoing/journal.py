@@ -5,7 +5,8 @@ recorded when the change is made (``residual``), by doing exactly what undoing w
 same arithmetic gives the same bits, which a checksum of what was there proves before anything is written.  Serves
 changes that do not look at the weight.
 
-Where a compiled kernel folds, it notes the difference on its way, and no copy of what was there is made.
+Where a compiled kernel folds, it notes the difference on its way, and no copy of what was there is made.  The CPU's is
+always the same code, so that it will give back what was there is known of what it reads, without trying.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorahub.engine.folding.planes import Noted
 from lorahub.engine.folding.sums import all_finite
 from lorahub.engine.kernels.choice import restore
 from lorahub.engine.kernels.tiles import Tiles
-from lorahub.engine.undoing.checksum import checksum
+from lorahub.engine.undoing.checksum import checksum, checksums
 from lorahub.engine.undoing.keeper import Keeper, Policy
 from lorahub.engine.undoing.noted import look, ready, write
 from lorahub.engine.undoing.residual import Residual, Steps, Verbatim, encode
@@ -63,7 +64,14 @@ class Journal(Keeper):
         """Bytes of all entries; factors that they need are not counted."""
         return sum(residual.nbytes for residual, _ in self.entries.values())
 
-    def enter(self, rows: slice, noted: Steps | Sequence[Tiles], before: torch.Tensor, after: torch.Tensor) -> None:
+    def enter(
+        self,
+        rows: slice,
+        noted: Steps | Sequence[Tiles],
+        before: torch.Tensor,
+        after: torch.Tensor,
+        operands: torch.Tensor | None = None,
+    ) -> None:
         """Remember rows that a kernel merged.
 
         Args:
@@ -71,8 +79,9 @@ class Journal(Keeper):
             noted: by the CPU's, of all rows; or by a device's, one for each part of the rows.
             before: a checksum of what they held.
             after: of what they hold.
+            operands: checksums of what the kernel reads to take the change off again, where they prove that it can.
         """
-        self.entries[rows.start] = _Noted(noted), before
+        self.entries[rows.start] = _Noted(noted, operands), before
         self.mark(rows, after)
 
     def drop(self) -> None:
@@ -118,7 +127,8 @@ class _Open:
             noted = fold.run_noting(unit, live if untouched is None else untouched, live, space)
             if noted is None:
                 return self._fold_there(fold, unit, untouched)
-            self._journal.enter(rows, noted.notes.residual.copy(), *noted.notes.checksums())
+            operands = checksums(fold.operands(unit, live, sign=-1.0))
+            self._journal.enter(rows, noted.notes.residual.copy(), *noted.notes.checksums(), operands)
             _demand_finite(noted, fold, unit, live, space)
             return noted.change()
         except BaseException:
@@ -149,6 +159,17 @@ class _Open:
         residual = Verbatim(before.clone()) if back is None else encode(before, back)
         self._journal.entries[rows.start] = residual, checksum(before)
         self._journal.mark(rows)
+
+    def demand(self, rows: slice, space: Workspace) -> None:
+        residual, unit = self._journal.entries[rows.start][0], self._unit(rows)
+        if not isinstance(residual, _Noted) or residual.operands is None or unit is None:
+            self.recover(rows, space)
+        elif not torch.equal(residual.operands, checksums(self._fold.operands(unit, self._journal.tensor[rows]))):
+            raise IntegrityError(
+                f"{self._journal.name} cannot be restored from its journal: the tensors that were merged into it hold "
+                "other numbers now",
+                "give them back what they held, or load the base again",
+            )
 
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
         (residual, expected), live = self._journal.entries[rows.start], self._journal.tensor[rows]
@@ -189,9 +210,10 @@ class _Open:
 @final
 @dataclass(frozen=True, slots=True)
 class _Noted:
-    """A difference that a kernel noted, to be made up for by the same kernel."""
+    """A difference that a kernel noted, to be made up for by the same kernel; see ``Journal.enter``."""
 
     by: Steps | Sequence[Tiles]
+    operands: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:

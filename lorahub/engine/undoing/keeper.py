@@ -55,6 +55,13 @@ class Way(Protocol):
     def written(self, rows: slice, before: torch.Tensor, space: Workspace) -> None:
         """Remember what was written; ``before`` is what ``keep`` gave."""
 
+    def demand(self, rows: slice, space: Workspace) -> None:
+        """Return where ``recover`` will give back what the rows held, which are as they were written.
+
+        Raises:
+            IntegrityError: it will not.
+        """
+
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
         """What the rows held before; rows as they were written.
 
@@ -68,7 +75,7 @@ class Keeper(ABC):
 
     Attributes:
         policy: its name.
-        verified: ``recover`` can fail, so it is tried on all rows before anything is written.
+        verified: ``recover`` can fail, so ``demand`` is asked of all rows before anything is written.
         tensor: the parameter, with an axis 0.
         name: what it is called.
     """

@@ -137,6 +137,10 @@ class Reload(Keeper):
         """See ``Way``."""
         self.mark(rows)
 
+    def demand(self, rows: slice, space: Workspace) -> None:
+        """Read the rows; see ``Way``."""
+        self.recover(rows, space)
+
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
         """Read the rows; see ``Way``."""
         found = self._base.read(self.name, rows, self.tensor[rows])
