@@ -88,7 +88,7 @@ def _case(what: str, build: Callable[[], nn.Module], quick: bool) -> dict[str, A
     for sample in samples[COPY]:
         sample["wall_s"] *= moved / (2 * buffer)
     pairs = [*((side, COPY) for side in samples if side != COPY), (PEFT, WHOLE), (ADDMM, WHOLE), (UNDONE, WHOLE)]
-    kernel = merger(device)
+    kernel = merger(device, next(iter(changed.values())).dtype)
     why = f" ({kernel.reason})" if kernel.reason else ""
     return {
         "title": title,
@@ -125,7 +125,7 @@ def _sides(
     device = patches[0].weight.device
     one, other = torch.empty(2, buffer, dtype=torch.uint8, device=device)
 
-    prepare, held = merger(device).run, lorahub.merge(live(apart=True), adapter, undo="copy")
+    prepare, held = merger(device, patches[0].weight.dtype).run, lorahub.merge(live(apart=True), adapter, undo="copy")
     ready, turn = [held.prepare(adapter, weights=[weight]) for weight in (0.5, 1.0)], cycle((0, 1))
 
     def peft() -> None:

@@ -242,7 +242,7 @@ def _linear(
 
 def _is_compiled(y: torch.Tensor, x: torch.Tensor, prepared: _Prepared, weights: torch.Tensor | None) -> bool:
     """Whether the device has a kernel for these rows, and nobody wants gradients."""
-    if torch.compiler.is_compiling() or adder(y.device).name == "torch" or str(y.dtype) not in _COMPILED:
+    if torch.compiler.is_compiling() or str(y.dtype) not in _COMPILED or adder(y.device, y.dtype).name == "torch":
         return False
     if not torch.is_grad_enabled():
         return True
@@ -257,7 +257,7 @@ def _by_segments(
         prepared.segmented = _segmented(prepared, rows)
     segmented = prepared.segmented
     scales = segmented.scales if weights is None else segmented.scales * weights[segmented.which]
-    adder(y.device).run(y, x, segmented.segments, scales)
+    adder(y.device, y.dtype).run(y, x, segmented.segments, scales)
 
 
 def _segmented(prepared: _Prepared, rows: Rows) -> _Segmented:

@@ -243,11 +243,11 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[Patch]
             return run
 
         for module in (fast, directed, launch):
-            monkeypatch.setattr(module, "merger", lambda _: Choice("triton", told))
+            monkeypatch.setattr(module, "merger", lambda *_: Choice("triton", told))
         for other in (fast, directed, planes, undo):
             monkeypatch.setattr(other, "native", lambda: Native(None, "a device is played"))
         for noting in (fast, launch, noted):
-            monkeypatch.setattr(noting, "noter", lambda _: Choice("triton", note))
+            monkeypatch.setattr(noting, "noter", lambda *_: Choice("triton", note))
         monkeypatch.setattr(undo, "summer", lambda _: Choice("triton", checksum_torch.checksums))
         return calls
 

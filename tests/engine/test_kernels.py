@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -290,7 +291,8 @@ def test_no_patches_and_empty_ones_are_nothing_to_do(merge):
     assert [each.finite for each in merge([empty])] == [True]
 
 
-def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_kernel_that_gives_other_numbers_is_found_out(kernel, storage):
     def wrong(given):
         def merge():
             outcomes = kernel.merge_patches(given)
@@ -299,19 +301,38 @@ def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
 
         return merge
 
-    assert trials.merges_alike(kernel.prepare_patches, torch.device("cpu"))
-    assert not trials.merges_alike(wrong, torch.device("cpu"))
+    assert trials.merges_alike(kernel.prepare_patches, torch.device("cpu"), storage=storage)
+    assert not trials.merges_alike(wrong, torch.device("cpu"), storage=storage)
+
+
+def test_no_other_dtype_than_the_one_that_is_merged_is_tried(monkeypatch):
+    """Every dtype that is tried is compiled, which takes seconds."""
+    tried = []
+
+    def merge(patches):
+        tried.extend(patch.weight.dtype for patch in patches)
+        return merge_torch.prepare_patches(patches)
+
+    def tried_on_the_cpu(prepare, device, **options):
+        return trials.merges_alike(prepare, torch.device("cpu"), **options)
+
+    module = SimpleNamespace(prepare_patches=merge)
+    monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", module)
+    monkeypatch.setattr(choice, "merges_alike", tried_on_the_cpu)
+    monkeypatch.setattr(choice, "find_spec", lambda _: object())
+    assert choice.merger.__wrapped__(torch.device("cuda", 0), torch.bfloat16).name == "triton"
+    assert set(tried) == {torch.bfloat16}
 
 
 def test_a_device_without_a_compiled_kernel_is_told_so():
-    chosen = choice.merger(torch.device("cpu"))
+    chosen = choice.merger(torch.device("cpu"), torch.bfloat16)
     assert chosen.name == "torch"
     assert "CUDA" in chosen.reason
 
 
 def test_a_kernel_that_cannot_be_compiled_is_replaced_and_the_reason_kept(monkeypatch):
     monkeypatch.setitem(sys.modules, "lorahub.engine.kernels.merge_triton", None)
-    chosen = choice.merger.__wrapped__(torch.device("cuda", 0))
+    chosen = choice.merger.__wrapped__(torch.device("cuda", 0), torch.bfloat16)
     assert chosen.run is merge_torch.prepare_patches
     assert "merge_triton" in chosen.reason
 
@@ -351,7 +372,7 @@ def test_nothing_is_said_of_a_kernel_where_none_would_have_run(tools, monkeypatc
     assert world.merge(world.live(), low, mode="exact").report.findings == ()
     assert world.merge(world.live(), low, mode="stochastic(3)").report.findings == ()
     assert world.merge(world.live(), {"m.weight": Full(weight.float() * 0.1)}).report.findings == ()
-    monkeypatch.setattr(fast, "merger", lambda _: choice.Choice("triton", merge_torch.prepare_patches))
+    monkeypatch.setattr(fast, "merger", lambda *_: choice.Choice("triton", merge_torch.prepare_patches))
     assert world.merge(world.live(), low).report.findings == ()
 
 
@@ -359,7 +380,7 @@ def test_what_is_rounded_at_random_is_not_left_to_a_kernel_that_rounds_to_the_ne
     world = tools.World({"m.weight": tools.weights(48, 40)})
     results = []
     for name in ("torch", "triton"):
-        monkeypatch.setattr(fast, "merger", lambda _, name=name: choice.Choice(name, merge_torch.prepare_patches))
+        monkeypatch.setattr(fast, "merger", lambda *_, name=name: choice.Choice(name, merge_torch.prepare_patches))
         live = world.live()
         world.merge(live, {"m.weight": tools.lora(48, 40)}, mode="stochastic(3)")
         results.append(live["m.weight"])

@@ -230,7 +230,7 @@ def test_a_prepared_swap_is_launched_again_as_long_as_nothing_lies_elsewhere(too
         return merge_torch.prepare_patches(patches)
 
     made = []
-    monkeypatch.setattr(launch, "merger", lambda _: Choice("triton", told))
+    monkeypatch.setattr(launch, "merger", lambda *_: Choice("triton", told))
     live = world.live()
     others = {name: small(tools, *shape, seed=70) for name, shape in SHAPES.items()}
     one, other = prepared(changes), prepared(others)

@@ -186,10 +186,11 @@ def test_what_is_no_number_is_foreseen(noter, device, broken):
     assert torch.equal(wrong.weight, before[1])
 
 
-def test_a_kernel_is_tried_before_its_first_use(device):
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_a_kernel_is_tried_before_its_first_use(device, storage):
     right = importlib.import_module("lorahub.engine.kernels.noting_triton").NOTER
-    assert trials.notes_alike(right, device)
-    assert trials.notes_alike(noting_torch.NOTER, device)
+    assert trials.notes_alike(right, device, storage=storage)
+    assert trials.notes_alike(noting_torch.NOTER, device, storage=storage)
 
     def forgetful(foreseen):
         return [replace(each, counts=torch.zeros_like(each.counts)) for each in right.write(foreseen)]
@@ -197,13 +198,13 @@ def test_a_kernel_is_tried_before_its_first_use(device):
     def late(foreseen):
         return [replace(each, begins=each.begins + 1) for each in right.write(foreseen)]
 
-    assert not trials.notes_alike(replace(right, write=forgetful), device)
-    assert not trials.notes_alike(replace(right, write=late), device)
-    assert not trials.notes_alike(replace(right, put=lambda _: []), device)
+    assert not trials.notes_alike(replace(right, write=forgetful), device, storage=storage)
+    assert not trials.notes_alike(replace(right, write=late), device, storage=storage)
+    assert not trials.notes_alike(replace(right, put=lambda _: []), device, storage=storage)
 
 
 def test_the_cpu_has_its_own_way():
-    assert choice.noter(torch.device("cpu")).name == "torch"
+    assert choice.noter(torch.device("cpu"), torch.bfloat16).name == "torch"
 
 
 COMPILE = """

@@ -134,7 +134,8 @@ def test_empty_batches_are_nothing_to_do(add):
         assert torch.equal(y, before)
 
 
-def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_kernel_that_gives_other_numbers_is_found_out(kernel, dtype):
     def wrong(y, x, segments, scales):
         kernel.add_segments(y, x, segments, scales)
         y[0, 0, 0] += 1
@@ -142,9 +143,9 @@ def test_a_kernel_that_gives_other_numbers_is_found_out(kernel):
     def untouched(y, x, segments, scales):
         pass
 
-    assert trials.adds_alike(kernel.add_segments, torch.device("cpu"))
-    assert not trials.adds_alike(wrong, torch.device("cpu"))
-    assert not trials.adds_alike(untouched, torch.device("cpu"))
+    assert trials.adds_alike(kernel.add_segments, torch.device("cpu"), dtype=dtype)
+    assert not trials.adds_alike(wrong, torch.device("cpu"), dtype=dtype)
+    assert not trials.adds_alike(untouched, torch.device("cpu"), dtype=dtype)
 
 
 COMPILE = """

@@ -315,7 +315,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Segments]:
         seen.append(segments)
         segmented_torch.add_segments(y, x, segments, scales)
 
-    monkeypatch.setattr(grouped, "adder", lambda _: Choice("triton", run))
+    monkeypatch.setattr(grouped, "adder", lambda *_: Choice("triton", run))
     return seen
 
 

@@ -17,6 +17,7 @@ from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.kernels.choice import merger, noter
 from lorahub.engine.kernels.patches import Merge, Outcome, Patch, batches
+from lorahub.engine.rounding.fast import has_kernel
 from lorahub.engine.undoing.checksum import checksums
 from lorahub.engine.undoing.copies import Copies
 from lorahub.engine.undoing.journal import Journal
@@ -71,11 +72,11 @@ def launch_for(keeper: Keeper, *, merged: bool) -> type[Launch] | None:
         keeper: of what is about to be merged.
         merged: something is merged there now.
     """
-    device = keeper.tensor.device
+    device, storage = keeper.tensor.device, keeper.tensor.dtype
     if isinstance(keeper, Copies) and keeper.copy.device == device and (keeper.full or not merged):
-        return _Copying if merger(device).name != "torch" else None
+        return _Copying if has_kernel(device, storage) else None
     if isinstance(keeper, Journal) and not merged:  # otherwise what was there is restored a parameter at a time
-        return _Noting if noter(device).name != "torch" else None
+        return _Noting if has_kernel(device, storage) and noter(device, storage).name != "torch" else None
     return None
 
 
@@ -192,7 +193,7 @@ def _ready(patches: Sequence[Patch]) -> list[tuple[Sequence[int], Merge]]:
     result: list[tuple[Sequence[int], Merge]] = []
     for numbers in batches(patches):
         some = [patches[number] for number in numbers]
-        result.append((numbers, merger(some[0].weight.device).run(some)))
+        result.append((numbers, merger(some[0].weight.device, some[0].weight.dtype).run(some)))
     return result
 
 

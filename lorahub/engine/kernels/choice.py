@@ -1,7 +1,7 @@
 """Which twin of a kernel runs on a device: the compiled one where it is there and gives the right numbers.
 
-A compiled kernel is tried on a small problem before its first use on a device, against its plain twin.  Where it
-cannot be compiled, or gives other numbers, the plain twin runs, and whoever asks is told why.
+A compiled kernel is tried on small problems before its first use on a device and with a dtype, against its plain twin.
+Where it cannot be compiled, or gives other numbers, the plain twin runs, and whoever asks is told why.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = ["Choice", "Native", "adder", "merger", "native", "noter", "restore", 
 _Kernel = TypeVar("_Kernel")
 
 _MERGED = ("bfloat16", "float16", "float32")  # what the CPU's kernel may take
+_DEVICES = 48  # no fewer than a machine has, each with every dtype
 
 
 @final
@@ -83,28 +84,32 @@ def restore(noted: Steps | Sequence[Tiles], given: torch.Tensor) -> None:
         found.restore(noted, given)
     else:
         parts = torch.split(given.view(-1), [rows * columns for rows, columns in (each.shape for each in noted)])
-        noter(given.device).run.restore([*zip(noted, parts, strict=True)])
+        noter(given.device, given.dtype).run.restore([*zip(noted, parts, strict=True)])
 
 
-@lru_cache(maxsize=16)  # as many as a machine has devices
-def merger(device: torch.device) -> Choice[Merger]:
-    """What makes patches ready to be merged on ``device``; tried there once a process."""
-    return _tried(device, "merge_triton", "prepare_patches", merge_torch.prepare_patches, merges_alike)
+@lru_cache(maxsize=_DEVICES)
+def merger(device: torch.device, storage: torch.dtype) -> Choice[Merger]:
+    """What makes patches of weights of a dtype ready to be merged on ``device``; tried there once a process."""
+    return _tried(
+        device, "merge_triton", "prepare_patches", merge_torch.prepare_patches, partial(merges_alike, storage=storage)
+    )
 
 
-@lru_cache(maxsize=16)
-def adder(device: torch.device) -> Choice[Adder]:
+@lru_cache(maxsize=_DEVICES)
+def adder(device: torch.device, dtype: torch.dtype) -> Choice[Adder]:
     """What adds changes to the rows of a batch, each its own, on ``device``; tried there once a process."""
-    return _tried(device, "segmented_triton", "add_segments", segmented_torch.add_segments, adds_alike)
+    return _tried(
+        device, "segmented_triton", "add_segments", segmented_torch.add_segments, partial(adds_alike, dtype=dtype)
+    )
 
 
-@lru_cache(maxsize=16)
-def noter(device: torch.device) -> Choice[Noter]:
-    """What merges patches on ``device`` and notes the way back; tried there once a process."""
-    return _tried(device, "noting_triton", "NOTER", noting_torch.NOTER, notes_alike)
+@lru_cache(maxsize=_DEVICES)
+def noter(device: torch.device, storage: torch.dtype) -> Choice[Noter]:
+    """What merges patches of weights of a dtype on ``device`` and notes the way back; tried there once a process."""
+    return _tried(device, "noting_triton", "NOTER", noting_torch.NOTER, partial(notes_alike, storage=storage))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_DEVICES)
 def summer(device: torch.device) -> Choice[Summer]:
     """What gives the checksums of tensors on ``device``; tried there once a process."""
     return _tried(device, "checksum_triton", "checksums", checksum_torch.checksums, sums_alike)

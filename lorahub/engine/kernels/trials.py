@@ -61,58 +61,55 @@ def _rows_are_right(found: Kernel, packed: Packed, merged: Patch, saved: torch.T
     return torch.equal(out, merged.weight) and torch.allclose(lengths, wide.norm(dim=1))
 
 
-def merges_alike(prepare: Merger, device: torch.device) -> bool:
+def merges_alike(prepare: Merger, device: torch.device, *, storage: torch.dtype) -> bool:
     """Whether what ``prepare`` makes gives what the plain twin gives on small problems: at most one rounding apart."""
-    for storage in (torch.bfloat16, torch.float16, torch.float32):
-        for factors in (torch.bfloat16, torch.float32):
-            ours, theirs = (_problem(storage, factors, device) for _ in range(2))
-            found, expected = prepare(ours)(), merge_torch.merge_patches(theirs)
-            if not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
-                return False
-            if not all(map(_tell_alike, found, expected)):
-                return False
+    for factors in (torch.bfloat16, torch.float32):
+        ours, theirs = (_problem(storage, factors, device) for _ in range(2))
+        found, expected = prepare(ours)(), merge_torch.merge_patches(theirs)
+        if not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
+            return False
+        if not all(map(_tell_alike, found, expected)):
+            return False
     return True
 
 
-def notes_alike(noter: Noter, device: torch.device) -> bool:
+def notes_alike(noter: Noter, device: torch.device, *, storage: torch.dtype) -> bool:
     """Whether ``noter`` merges small problems as plain torch does, and its notes give back what was there."""
-    for storage in (torch.bfloat16, torch.float16):
-        for factors in (torch.bfloat16, torch.float32):
-            ours, theirs = (_problem(storage, factors, device) for _ in range(2))
-            expected = merge_torch.merge_patches(theirs)
-            foreseen = noter.look([replace(patch, saved=None) for patch in ours])
-            if not all(_tell_alike(each.outcome, other) for each, other in zip(foreseen, expected, strict=True)):
-                return False
-            tiles = noter.write(foreseen)
-            if not all(_near(patch.weight, other.weight) for patch, other in zip(ours, theirs, strict=True)):
-                return False
-            noter.put([replace(patch, saved=None, scale=-patch.scale) for patch in ours])
-            noter.restore([(each, patch.weight) for each, patch in zip(tiles, ours, strict=True)])
-            pairs = [(patch.weight, other.saved) for patch, other in zip(ours, theirs, strict=True)]
-            if not all(before is not None and torch.equal(found, before) for found, before in pairs):
-                return False
+    for factors in (torch.bfloat16, torch.float32):
+        ours, theirs = (_problem(storage, factors, device) for _ in range(2))
+        expected = merge_torch.merge_patches(theirs)
+        foreseen = noter.look([replace(patch, saved=None) for patch in ours])
+        if not all(_tell_alike(each.outcome, other) for each, other in zip(foreseen, expected, strict=True)):
+            return False
+        tiles = noter.write(foreseen)
+        if not all(_near(patch.weight, other.weight) for patch, other in zip(ours, theirs, strict=True)):
+            return False
+        noter.put([replace(patch, saved=None, scale=-patch.scale) for patch in ours])
+        noter.restore([(each, patch.weight) for each, patch in zip(tiles, ours, strict=True)])
+        pairs = [(patch.weight, other.saved) for patch, other in zip(ours, theirs, strict=True)]
+        if not all(before is not None and torch.equal(found, before) for found, before in pairs):
+            return False
     return True
 
 
-def adds_alike(add: Adder, device: torch.device) -> bool:
+def adds_alike(add: Adder, device: torch.device, *, dtype: torch.dtype) -> bool:
     """Whether ``add`` gives what the plain twin gives on a small problem: at most one rounding apart."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
-        def numbers(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
-        for tokens, inputs, outputs in _BATCHES:
-            ups = [numbers(outputs, rank) for rank in _RANKS]
-            downs = [numbers(rank, inputs) / inputs**0.5 for rank in _RANKS]
-            segments = Segments.of(((4, 1), (2,), (0,)), ups, downs)
-            ours, x = numbers(5, tokens, outputs), numbers(5, tokens, inputs)
-            theirs = ours.clone()
-            scales = torch.tensor([0.1, 0.2, 0.05, 0.3], device=device)
-            add(ours, x, segments, scales)
-            segmented_torch.add_segments(theirs, x, segments, scales)
-            if not _near(ours, theirs, steps=_STEPS if dtype == torch.float32 else 1):
-                return False
+    for tokens, inputs, outputs in _BATCHES:
+        ups = [numbers(outputs, rank) for rank in _RANKS]
+        downs = [numbers(rank, inputs) / inputs**0.5 for rank in _RANKS]
+        segments = Segments.of(((4, 1), (2,), (0,)), ups, downs)
+        ours, x = numbers(5, tokens, outputs), numbers(5, tokens, inputs)
+        theirs = ours.clone()
+        scales = torch.tensor([0.1, 0.2, 0.05, 0.3], device=device)
+        add(ours, x, segments, scales)
+        segmented_torch.add_segments(theirs, x, segments, scales)
+        if not _near(ours, theirs, steps=_STEPS if dtype == torch.float32 else 1):
+            return False
     return True
 
 

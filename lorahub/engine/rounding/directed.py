@@ -92,7 +92,7 @@ class _Launched(Launchable):
         ready = self.launching(at, None)
         if ready is None:
             return self._plain.fold(at, sums)
-        (outcome,) = merger(at.out.device).run([ready.patch])()
+        (outcome,) = merger(at.out.device, at.out.dtype).run([ready.patch])()
         return outcome.change
 
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:

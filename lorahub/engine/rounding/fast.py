@@ -144,7 +144,7 @@ class Product(Notable, Launchable):
         else:
             ready = self.launching(here, None)
             assert ready is not None  # as when it was noted
-            noter(at.out.device).run.put([replace(ready.patch, scale=ready.patch.scale * sign)])
+            noter(at.out.device, at.out.dtype).run.put([replace(ready.patch, scale=ready.patch.scale * sign)])
         at.take(here)
 
     def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
@@ -212,7 +212,7 @@ class Product(Notable, Launchable):
         """Add the product by the compiled kernel of the device; False, with nothing done, where there is none."""
         ready = self.launching(at, None)
         if ready is not None:
-            merger(at.out.device).run([ready.patch])()
+            merger(at.out.device, at.out.dtype).run([ready.patch])()
         return ready is not None
 
     def _add(self, at: Stretch, sums: Sums, dtype: torch.dtype) -> None:
@@ -236,12 +236,12 @@ class _Compiled:
 
     Attributes:
         stored: names of the dtypes that it merges into.
-        reason: why it does not run on a device, or "".
+        reason: why it does not run on a device for weights of a dtype, or "".
         remedy: what to do about that.
     """
 
     stored: frozenset[str]
-    reason: Callable[[torch.device], str]
+    reason: Callable[[torch.device, torch.dtype], str]
     remedy: str
 
     def takes(self, storage: torch.dtype) -> bool:
@@ -253,12 +253,12 @@ _COMPILED: Mapping[str, _Compiled] = MappingProxyType(
     {
         "cuda": _Compiled(
             frozenset({"bfloat16", "float16"}),
-            lambda device: merger(device).reason,
+            lambda device, storage: merger(device, storage).reason,
             "for speed: install the triton that this PyTorch asks for, and see that it runs on the device",
         ),
         "cpu": _Compiled(
             frozenset({"bfloat16", "float16", "float32"}),
-            lambda _: native().reason,
+            lambda _device, _storage: native().reason,
             "for speed: install a C compiler, or name one that works (CC=gcc); LORAHUB_KERNELS=off wants none",
         ),
     }
@@ -268,7 +268,7 @@ _COMPILED: Mapping[str, _Compiled] = MappingProxyType(
 
 def has_kernel(device: torch.device, storage: torch.dtype) -> bool:
     """Whether a device beyond the CPU has a kernel that merges into weights of a dtype."""
-    return _COMPILED["cuda"].takes(storage) and merger(device).name != "torch"
+    return _COMPILED["cuda"].takes(storage) and merger(device, storage).name != "torch"
 
 
 def told_of_kernels(
@@ -289,7 +289,7 @@ def told_of_kernels(
             and step.terms
             and step.products
             and kernel.takes(storage)
-            and (reason := kernel.reason(device))
+            and (reason := kernel.reason(device, storage))
         ):
             plain.setdefault((str(device), reason, kernel.remedy), []).append(step.out)
     return tuple(

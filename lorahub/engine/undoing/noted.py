@@ -13,8 +13,8 @@ from lorahub.engine.folding.fold import Change, Fold, Unit
 from lorahub.engine.folding.recipes import Launching
 from lorahub.engine.folding.sums import all_finite
 from lorahub.engine.kernels.choice import noter
-from lorahub.engine.kernels.patches import batches
-from lorahub.engine.kernels.tiles import Foreseen, Tiles
+from lorahub.engine.kernels.patches import Patch, batches
+from lorahub.engine.kernels.tiles import Foreseen, Noter, Tiles
 from lorahub.engine.undoing.checksum import checksums
 from lorahub.lazy import torch
 
@@ -68,7 +68,7 @@ def ready(fold: Fold, unit: Unit, live: torch.Tensor, untouched: torch.Tensor | 
         live: these, in the model.
         untouched: what they held before anything was merged; None where that is what they hold now.
     """
-    if live.dtype.itemsize != 2 or noter(live.device).name == "torch":
+    if live.dtype.itemsize != 2 or noter(live.device, live.dtype).name == "torch":
         return None
     before = live if untouched is None else untouched
     parts = fold.launching(unit, before, live, None)
@@ -86,7 +86,7 @@ def look(several: Sequence[Ready]) -> list[tuple[Foreseen, ...] | None]:
         NotFinite: as ``Fold.run``.
     """
     patches = [part.patch for each in several for part in each.parts]
-    found = iter(noter(patches[0].weight.device).run.look(patches) if patches else ())
+    found = iter(_noter(patches[0]).look(patches) if patches else ())
     result: list[tuple[Foreseen, ...] | None] = []
     for each in several:
         own = tuple(next(found) for _ in each.parts)
@@ -109,7 +109,7 @@ def write(several: Sequence[tuple[Ready, tuple[Foreseen, ...]]]) -> list[Entry]:
     try:
         for numbers in batches([one.patch for one in foreseen]):
             some = [foreseen[number] for number in numbers]
-            tiles |= zip(numbers, noter(some[0].patch.weight.device).run.write(some), strict=True)
+            tiles |= zip(numbers, _noter(some[0].patch).write(some), strict=True)
         after = checksums([each.live for each, _ in several])
     except BaseException:
         _give_back(foreseen, tiles)
@@ -121,12 +121,17 @@ def write(several: Sequence[tuple[Ready, tuple[Foreseen, ...]]]) -> list[Entry]:
     ]
 
 
+def _noter(patch: Patch) -> Noter:
+    """What notes a patch and others of its device, for all of which ``ready`` asked."""
+    return noter(patch.weight.device, patch.weight.dtype).run
+
+
 def _give_back(foreseen: Sequence[Foreseen], tiles: dict[int, Tiles]) -> None:
     for number, noted in tiles.items():
         patch = foreseen[number].patch
         if patch.before is not None:
             patch.weight.copy_(patch.before)
         else:
-            run = noter(patch.weight.device).run
+            run = _noter(patch)
             run.put([replace(patch, scale=-patch.scale)])
             run.restore([(noted, patch.weight)])
