@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -169,9 +170,19 @@ def expected_turns(stored, factors, strength):
     return [turned(patch) for patch in directed(stored, factors, strength=strength)]
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.3])
-@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("stored", STORED)
+QUICK = {
+    (torch.bfloat16, torch.bfloat16, 0.3),
+    (torch.float16, torch.float32, 1.0),
+    (torch.float32, torch.bfloat16, 0.3),
+}
+LENGTHENED = [
+    pytest.param(*each, marks=[] if each in QUICK else pytest.mark.slow)
+    for each in product(STORED, (torch.bfloat16, torch.float32), (1.0, 0.3))
+]
+"""All of them take half a minute in the interpreter."""
+
+
+@pytest.mark.parametrize(("stored", "factors", "strength"), LENGTHENED)
 def test_rows_get_the_lengths_that_they_are_to_have(merge, device, stored, factors, strength):
     given = directed(stored, factors, device, strength=strength)
     before = [patch.weight.clone() for patch in given]

@@ -186,7 +186,7 @@ def test_what_is_no_number_is_foreseen(noter, device, broken):
     assert torch.equal(wrong.weight, before[1])
 
 
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_a_kernel_is_tried_before_its_first_use(device, storage):
     right = importlib.import_module("lorahub.engine.kernels.noting_triton").NOTER
     assert trials.notes_alike(right, device, storage=storage)

@@ -134,7 +134,9 @@ def test_empty_batches_are_nothing_to_do(add):
         assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in DTYPES[1:])]
+)
 def test_a_kernel_that_gives_other_numbers_is_found_out(kernel, dtype):
     def wrong(y, x, segments, scales):
         kernel.add_segments(y, x, segments, scales)

@@ -49,7 +49,10 @@ def base_of(built: dict[str, Any], name: str, class_name: str) -> Any:
     return model_class(config).eval()
 
 
-@pytest.fixture(params=list(CASES))
+SLOW = {"BK7195__deltacompression-poc__opencalm_fp16_r1"}  # a base with the widths of a billion parameters
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def case(request: pytest.FixtureRequest, real_adapters: Path) -> tuple[Path, Any, Any]:
     """The adapter's folder, and its base twice."""
     name, class_name = CASES[request.param]
