@@ -16,10 +16,11 @@ from lorahub.engine.folding.sums import Ingredient, Sums
 from lorahub.engine.folding.windows import cut, gather
 from lorahub.engine.planning.steps import Form, Step
 from lorahub.engine.rounding.fast import FAST
+from lorahub.engine.rounding.table import read_mode
 from lorahub.errors import NotFinite, UsageError
 
 
-def make(weight, *deltas, piece=None, local=True, weights=None):
+def make(weight, *deltas, piece=None, local=True, weights=None, mode=FAST):
     codes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
     form = Form(tuple(weight.shape), codes[weight.dtype])
     step = Step(out="m.weight", source="m.weight", before=form, after=form, terms=())
@@ -33,7 +34,7 @@ def make(weight, *deltas, piece=None, local=True, weights=None):
         )
         for n, delta in enumerate(deltas)
     ]
-    return Fold(step, items)
+    return Fold(step, items, mode=mode)
 
 
 def run(fold, weight):
@@ -115,6 +116,21 @@ def test_opposite_adapters_change_nothing(tools):
     out, change = run(make(weight, delta, delta, weights=[1.0, -1.0]), weight)
     assert torch.equal(out, weight)
     assert change.relative < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weights", [(0.0, 0.5), (0.5, 0.0), (1e-43, 0.5), (1e-43, -0.5), (0.0, 0.0, 0.25), (0.0, 0.0)])
+def test_an_adapter_of_no_weight_or_next_to_none_takes_nothing_from_the_others(tools, weights, dtype, mode):
+    weight = tools.weights(24, 16, dtype=dtype)
+    deltas = [tools.lora(24, 16, seed=number) for number in range(len(weights))]
+    out, _ = run(make(weight, *deltas, weights=list(weights), mode=read_mode(mode)), weight)
+    total = weight.double()
+    for strength, delta in zip(weights, deltas, strict=True):
+        total += strength * delta.scale * (delta.up.double() @ delta.down.double())
+    assert (out != total.to(dtype)).sum() <= (4 if mode == "fast" else 0)
+    torch.testing.assert_close(out.double(), total, rtol=torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(out, weight) == (not any(each > 1e-3 for each in map(abs, weights)))
 
 
 def test_sums_are_finer_than_what_they_are_rounded_to():

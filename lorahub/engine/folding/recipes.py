@@ -33,6 +33,7 @@ __all__ = [
     "Stretch",
     "Sum",
     "joined",
+    "leading",
 ]
 
 
@@ -195,17 +196,22 @@ class Factors:
     weight: float
 
 
+def leading(factors: Sequence[Factors]) -> float:
+    """The weight that ``joined`` leaves out: the largest, so that no ratio to it overflows; zero where all are."""
+    return max((each.weight for each in factors), key=abs)
+
+
 def joined(factors: Sequence[Factors], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up and down of one product that is the sum of all, over the first one's weight; float64 until the end."""
-    leading = factors[0].weight
-    if len(factors) == 1 and leading:
-        return factors[0].up.to(device, dtype).contiguous(), factors[0].down.to(device, dtype).contiguous()
+    """Up and down of one product that is the sum of all, over the ``leading`` weight; float64 until the end."""
+    whole = leading(factors)
     ups, downs = [], []
     for each in factors:
-        ratio = each.weight / leading if leading else each.weight
+        ratio = each.weight / whole if whole else 1
         ups.append(each.up.to(device, dtype) if ratio == 1 else (each.up.to(device).double() * ratio).to(dtype))
         downs.append(each.down.to(device, dtype))
-    return torch.cat(ups, 1).contiguous(), torch.cat(downs).contiguous()
+    if len(factors) == 1:
+        return ups[0].contiguous(), downs[0].contiguous()
+    return torch.cat(ups, 1), torch.cat(downs)
 
 
 @final
@@ -293,7 +299,7 @@ class Sum:
         sums: Sums,
     ) -> None:
         self._value, self._deltas = value, deltas
-        self._product = (*joined(factors, sums.device, sums.dtype), factors[0].weight) if factors else None
+        self._product = (*joined(factors, sums.device, sums.dtype), leading(factors)) if factors else None
 
     def fold(self, at: Stretch, sums: Sums) -> Change:
         """See ``Recipe``."""

@@ -15,7 +15,17 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import final
 
-from lorahub.engine.folding.recipes import Factors, Launchable, Launching, Notable, Noting, Recipe, Stretch, joined
+from lorahub.engine.folding.recipes import (
+    Factors,
+    Launchable,
+    Launching,
+    Notable,
+    Noting,
+    Recipe,
+    Stretch,
+    joined,
+    leading,
+)
 from lorahub.engine.folding.sums import Change, Sums
 from lorahub.engine.folding.windows import sample
 from lorahub.engine.kernels.choice import merger, native, noter
@@ -102,7 +112,7 @@ class Product(Notable, Launchable):
     """Low-rank changes alone, as one product."""
 
     def __init__(self, factors: Sequence[Factors], sums: Sums) -> None:
-        self._factors, self._weight = factors, factors[0].weight
+        self._factors, self._weight = factors, leading(factors)
         self._made: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._to_nearest = sums.mode == FAST  # as compiled kernels round; other modes round what is summed here
         storage = sums.storage
