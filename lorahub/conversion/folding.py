@@ -8,10 +8,12 @@ widened first, which is exact.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 from lorahub.lazy import torch
 
-__all__ = ["fold", "narrowed"]
+__all__ = ["commonest", "fold", "narrowed"]
 
 
 def fold(tensor: torch.Tensor, factor: float) -> torch.Tensor:
@@ -24,6 +26,12 @@ def fold(tensor: torch.Tensor, factor: float) -> torch.Tensor:
             return there
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return (tensor.to(torch.float64) * factor).to(wide)
+
+
+def commonest(scales: Iterable[float]) -> float:
+    """The commonest scale, which the others are folded over: never zero but where all are, for nothing is over zero."""
+    given = Counter(scales)
+    return max((scale for scale in given if scale), key=lambda scale: given[scale], default=0.0)
 
 
 def narrowed(tensor: torch.Tensor, like: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from functools import partial
 from lorahub.bases.index import BaseIndex
 from lorahub.bases.layout import Layout, Piece, Region, Target
 from lorahub.conversion.change import Change, Origin, Weight, target_of
-from lorahub.conversion.folding import fold
+from lorahub.conversion.folding import commonest, fold
 from lorahub.conversion.rewrite import Obstacle, rewrite
 from lorahub.conversion.stacked import expert_of, stacked
 from lorahub.deltas.delta import ALL, Delta, Index
@@ -205,7 +205,7 @@ def _factors(
     deltas: Sequence[LoRA] | Sequence[DoRA], rows: Sequence[torch.Tensor], size: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(up, down, scale) of the whole: one ``down`` where all have the same, else each beside the others."""
-    scale = Counter(each.scale for each in deltas).most_common(1)[0][0]
+    scale = commonest(each.scale for each in deltas)
     ups = [fold(each.up, each.scale / scale) if scale else each.up for each in deltas]
     downs = [each.down for each in deltas]
     dtype = _common([*ups, *downs])

@@ -7,13 +7,12 @@ to the commonest.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lorahub.bases.layout import Region, Target
 from lorahub.conversion.change import Change
-from lorahub.conversion.folding import fold
+from lorahub.conversion.folding import commonest, fold
 from lorahub.conversion.rewrite import Obstacle
 from lorahub.deltas.delta import Delta, take
 from lorahub.deltas.expert_lora import ExpertLoRA
@@ -73,7 +72,7 @@ def stacked(
 
 def _together(experts: Mapping[int, LoRA], count: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(up [E, out, r], down [E, r, in], scale), zeros where an expert is missing or of a smaller rank."""
-    scale = Counter(each.scale for each in experts.values()).most_common(1)[0][0]
+    scale = commonest(each.scale for each in experts.values())
     ups = {at: fold(each.up, each.scale / scale) if scale else each.up for at, each in experts.items()}
     rank = max(each.down.shape[0] for each in experts.values())
     first = next(iter(experts.values()))

@@ -6,13 +6,12 @@ back; what it cannot bring into line stays as it is, and the format will say so.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from lorahub.conversion.change import Change, Weight
-from lorahub.conversion.folding import fold
+from lorahub.conversion.folding import commonest, fold
 from lorahub.conversion.rewrite import Obstacle, rewrite
 from lorahub.deltas.dora import DoRA
 from lorahub.deltas.full import Full
@@ -57,8 +56,7 @@ def biases_beside(changes: Sequence[Change]) -> list[Change]:
 
 def one_scale(changes: Sequence[Change]) -> list[Change]:
     """The commonest scale everywhere; the ratio to it is multiplied into the other modules' ``up``."""
-    scales = Counter(change.delta.scale for change in changes if isinstance(change.delta, LoRA | DoRA))
-    common = next((scale for scale, _ in scales.most_common() if scale), None)
+    common = commonest(change.delta.scale for change in changes if isinstance(change.delta, LoRA | DoRA))
     return [_scaled(change, common) if common else change for change in changes]
 
 

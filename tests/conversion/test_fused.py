@@ -101,6 +101,40 @@ def test_split_projections_fuse_beside_each_other_or_at_their_own_rank_where_dow
     close(change_of(small, (sum(SIZES), IN)), expected, 1e-15)
 
 
+def test_parts_of_scale_zero_take_nothing_from_the_part_beside_them(tmp_path: Path) -> None:
+    scales = (0.0, 1.5, 0.0)
+    apart = {
+        part: lora(seed, out=size, scale=scale)
+        for seed, (part, size, scale) in enumerate(zip(PARTS, SIZES, scales, strict=True))
+    }
+    write(tmp_path / "apart", apart)
+    lorahub.convert(tmp_path / "apart", "peft", tmp_path / "out", base=fusing())
+    whole = change_of(read(tmp_path / "out").deltas[FUSED], (sum(SIZES), IN))
+    first, middle, last = bands()
+    assert not whole[first].any()
+    assert not whole[last].any()
+    close(whole[middle], change_of(apart[PARTS[1]], (SIZES[1], IN)))
+
+
+def test_experts_of_scale_zero_take_nothing_from_those_beside_them(tmp_path: Path) -> None:
+    places = gates(0, 2)
+    apart = {
+        target: lora(seed, out=INNER, into=HIDDEN, scale=1.5 * (place.expert == 2))
+        for seed, (target, place) in enumerate(places.items())
+    }
+    write(tmp_path / "apart", apart)
+    pieces = {target: (Piece(parameter=STACK.name, of_parameter=place),) for target, place in gates(0, 1, 2).items()}
+    stack = based({STACK.name: (EXPERTS, 2 * INNER, HIDDEN)}, pieces)
+    lorahub.convert(tmp_path / "apart", "peft", tmp_path / "stack", base=stack)
+    header = open_header(tmp_path / "stack", REGISTRY, index=stack.index)
+    (found,) = load(header, REGISTRY).deltas.values()
+    whole = found.delta(torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=torch.float64)).numpy()
+    assert not whole[:2].any()
+    for target, place in places.items():
+        if place.expert == 2:
+            close(whole[2][place.rows], change_of(apart[target], (INNER, HIDDEN)))  # type: ignore[index]
+
+
 def test_lengths_of_dora_go_with_their_rows(tmp_path: Path) -> None:
     size = sum(SIZES)
     whole = DoRA(drawn(size, RANK), drawn(RANK, IN, seed=1), 1.0, drawn(size, seed=2).abs() + 1)
