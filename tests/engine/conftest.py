@@ -32,6 +32,7 @@ from lorahub.engine.planning.casting import cast
 from lorahub.engine.planning.plan import Plan, plan
 from lorahub.engine.report import MergeReport
 from lorahub.engine.rounding import directed, fast
+from lorahub.engine.rounding.nearest import nearest
 from lorahub.engine.undoing import noted
 from lorahub.engine.writing.stream import stream_merge
 from lorahub.files.dtypes import from_torch
@@ -143,6 +144,18 @@ class World:
 
     def merge(self, live: Mapping[str, torch.Tensor], *adapters: Deltas, threads: int = 1, **options: Any) -> Merged:
         return merge_into(live, self.plan(*adapters, **options), bring(*adapters), threads=threads)
+
+    def demand_merged(self, live: Mapping[str, torch.Tensor], changes: Deltas) -> None:
+        """Parameters hold what the float64 sums are rounded to, but for two elements in a thousand."""
+        for name, change in changes.items():
+            weight = self.tensors[name]
+            exact = weight.double() + change.delta(weight.double())
+            assert not torch.equal(live[name], weight)
+            assert (live[name] != nearest(exact, weight.dtype)).double().mean() < 2e-3
+
+    @staticmethod
+    def same(live: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> bool:
+        return all(torch.equal(live[name], tensor) for name, tensor in tensors.items())
 
     def stream(
         self, files: BaseFiles, out: Path, *adapters: Deltas, threads: int = 1, companions: Any = None, **options: Any

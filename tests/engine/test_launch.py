@@ -50,17 +50,6 @@ def calls(as_device):
     return as_device(merge_torch.merge_patches)
 
 
-def demand_merged(live, world, changes):
-    for name, weight in world.tensors.items():
-        exact = weight.double() + changes[name].delta(weight.double())
-        assert not torch.equal(live[name], weight)
-        assert (live[name] != nearest(exact, weight.dtype)).double().mean() < 2e-3
-
-
-def the_same(live, tensors):
-    return all(torch.equal(live[name], tensor) for name, tensor in tensors.items())
-
-
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_by_the_compiled_kernel_there_and_back(tools, world, changes, as_device, stored):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -71,9 +60,9 @@ def test_by_the_compiled_kernel_there_and_back(tools, world, changes, as_device,
     live = world.live()
     merged = world.merge(live, changes)
     assert sum(map(len, calls)) == len(SHAPES)
-    demand_merged(live, world, changes)
+    world.demand_merged(live, changes)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_one_launch_merges_all_and_puts_aside_what_undoing_needs(world, changes, calls):
@@ -82,7 +71,7 @@ def test_one_launch_merges_all_and_puts_aside_what_undoing_needs(world, changes,
     narrow, wide = calls  # what does not lie on multiples of 16 bytes, and what does
     assert (len(wide), len(narrow)) == (2, 2)
     assert all(patch.saved is not None and patch.before is None for patch in (*wide, *narrow))
-    demand_merged(live, world, changes)
+    world.demand_merged(live, changes)
     for name, weight in world.tensors.items():
         wanted = changes[name].delta(weight.double())
         effect = live[name].double() - weight.double()
@@ -92,7 +81,7 @@ def test_one_launch_merges_all_and_puts_aside_what_undoing_needs(world, changes,
         assert merged.report.changes[name] == pytest.approx((wanted.norm() / weight.double().norm()).item(), rel=1e-3)
         assert (retention.gain, retention.error) == pytest.approx((gain.item(), error.item()), rel=1e-5)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_the_numbers_are_those_of_merging_one_by_one(world, changes, calls):
@@ -102,7 +91,7 @@ def test_the_numbers_are_those_of_merging_one_by_one(world, changes, calls):
     for name, change in changes.items():
         world.merge(alone, {name: change})
     assert sum(map(len, calls)) == 2 * len(SHAPES)
-    assert the_same(together, alone)
+    assert world.same(together, alone)
 
 
 def test_factors_of_bfloat16_go_to_the_kernel_as_they_are(tools, world, calls):
@@ -110,7 +99,7 @@ def test_factors_of_bfloat16_go_to_the_kernel_as_they_are(tools, world, calls):
     live = world.live()
     world.merge(live, short)
     assert {patch.up.dtype for call in calls for patch in call} == {torch.bfloat16}
-    demand_merged(live, world, short)
+    world.demand_merged(live, short)
     calls.clear()
     world.merge(world.live(), short, short, weights=[1.0, 0.3])  # a ratio that bfloat16 does not hold
     assert {patch.up.dtype for call in calls for patch in call} == {torch.float32}
@@ -123,9 +112,9 @@ def test_a_change_too_large_for_float32_sums_is_summed_in_float64(tools, world, 
     assert merged.report.changes["c.weight"] > 0.125
     exact = world.tensors["c.weight"].double() + large["c.weight"].delta(world.tensors["c.weight"].double())
     assert torch.equal(live["c.weight"], nearest(exact, torch.bfloat16))
-    demand_merged(live, world, large)
+    world.demand_merged(live, large)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_what_changes_only_in_part_goes_along(tools, world, changes, calls):
@@ -139,7 +128,7 @@ def test_what_changes_only_in_part_goes_along(tools, world, changes, calls):
     assert not torch.equal(live["c.weight"][16:48], world.tensors["c.weight"][16:48])
     assert torch.equal(live["c.weight"][48:], world.tensors["c.weight"][48:])
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_stacked_experts_go_along(tools, calls):
@@ -158,7 +147,7 @@ def test_stacked_experts_go_along(tools, calls):
         assert not torch.equal(live["experts"][number], before[number])
     assert torch.equal(live["experts"][1], before[1])
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_new_lengths_of_rows_go_along(tools, world, changes, calls):
@@ -168,9 +157,9 @@ def test_new_lengths_of_rows_go_along(tools, world, changes, calls):
     merged = world.merge(live, mixed)
     assert sum(patch.lengths is not None for call in calls for patch in call) == 1
     assert sum(map(len, calls)) == len(SHAPES)
-    demand_merged(live, world, mixed)
+    world.demand_merged(live, mixed)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_new_lengths_of_rows_that_are_not_copied_go_by_themselves(tools, calls, tmp_path):
@@ -186,7 +175,7 @@ def test_new_lengths_of_rows_that_are_not_copied_go_by_themselves(tools, calls, 
     assert (live["a.weight"] != exact).double().mean() < 2e-3
     assert merged.report.retained["a.weight"].gain == pytest.approx(1, abs=0.01)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_what_looks_at_the_weight_in_other_ways_is_merged_beside_the_launch(tools, world, changes, calls):
@@ -194,9 +183,9 @@ def test_what_looks_at_the_weight_in_other_ways_is_merged_beside_the_launch(tool
     live = world.live()
     merged = world.merge(live, mixed)
     assert sum(map(len, calls)) == len(SHAPES) - 1
-    demand_merged(live, world, mixed)
+    world.demand_merged(live, mixed)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_a_swap_reads_the_copies_and_makes_none(tools, world, changes, calls):
@@ -213,11 +202,11 @@ def test_a_swap_reads_the_copies_and_makes_none(tools, world, changes, calls):
     patches = reduce(add, calls)
     assert len(patches) == len(others)
     assert all(patch.before is not None and patch.saved is None for patch in patches)
-    assert the_same(live, fresh)  # and what only the first one changed is as it was
+    assert world.same(live, fresh)  # and what only the first one changed is as it was
     merged.swap_to(arranged(changes, 0.5))  # "b.weight" is copied anew
     assert sorted(patch.saved is None for patch in reduce(add, calls[2:])) == [False, True, True, True]
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_a_prepared_swap_is_launched_again_as_long_as_nothing_lies_elsewhere(tools, world, changes, calls, monkeypatch):
@@ -241,14 +230,14 @@ def test_a_prepared_swap_is_launched_again_as_long_as_nothing_lies_elsewhere(too
         merged = world.merge(live, changes)
         for ready, fresh in ((other, wanted[1]), (one, wanted[0])):
             merged.swap_to(ready)
-            assert the_same(live, fresh)
+            assert world.same(live, fresh)
         made.clear()
         for ready, fresh in ((other, wanted[1]), (one, wanted[0])) * 2:
             merged.swap_to(ready)
-            assert the_same(live, fresh)
+            assert world.same(live, fresh)
         assert not made
         merged.undo()
-        assert the_same(live, world.tensors)
+        assert world.same(live, world.tensors)
 
 
 @dataclass
@@ -271,7 +260,7 @@ def test_a_launch_that_fails_leaves_everything_as_it_was(world, changes, as_devi
     live = world.live()
     with pytest.raises(RuntimeError, match="out of memory"):
         world.merge(live, changes)
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 @pytest.mark.parametrize("at", [3, 4])
@@ -282,11 +271,11 @@ def test_a_swap_whose_launch_fails_leaves_the_first_merge(tools, world, changes,
     before = {name: tensor.clone() for name, tensor in live.items()}
     with pytest.raises(RuntimeError, match="out of memory"):
         merged.swap_to(second)
-    assert the_same(live, before)
+    assert world.same(live, before)
     merged.swap_to(second)
-    assert not the_same(live, before)
+    assert not world.same(live, before)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_a_device_that_goes_on_failing_leaves_nothing_merged_and_says_so(tools, world, changes, as_device):
@@ -296,7 +285,7 @@ def test_a_device_that_goes_on_failing_leaves_nothing_merged_and_says_so(tools, 
     with pytest.raises(IntegrityError, match="Every weight is what it was before anything was merged"):
         merged.swap_to(other_than(tools, world, live))
     assert merged.undone
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def other_than(tools, world, live):
@@ -318,7 +307,7 @@ def test_a_result_that_is_no_number_leaves_everything_as_it_was_and_says_where(t
     merge = partial(merged.swap_to, again) if merged is not None else partial(world.merge, live, broken)
     with pytest.raises(NotFinite, match=r"m3\.weight beyond 65504"):
         merge()
-    assert the_same(live, before)
+    assert world.same(live, before)
     if merged is not None:
         merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)

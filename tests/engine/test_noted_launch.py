@@ -64,18 +64,6 @@ def journalled(tools, world, live, changes):
     return merge_into(live, world.plan(changes), tools.bring(changes), keeping=Keeping(policy="journal"))
 
 
-def demand_merged(live, world, changes):
-    for name, change in changes.items():
-        weight = world.tensors[name]
-        exact = weight.double() + change.delta(weight.double())
-        assert not torch.equal(live[name], weight)
-        assert (live[name] != nearest(exact, weight.dtype)).double().mean() < 2e-3
-
-
-def the_same(live, tensors):
-    return all(torch.equal(live[name], tensor) for name, tensor in tensors.items())
-
-
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_by_the_compiled_kernel_there_and_back(tools, world, changes, as_device, stored):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -87,9 +75,9 @@ def test_by_the_compiled_kernel_there_and_back(tools, world, changes, as_device,
     live = world.live()
     merged = journalled(tools, world, live, changes)
     assert set(merged.report.undo) == {"journal"}
-    demand_merged(live, world, changes)
+    world.demand_merged(live, changes)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_all_is_noted_in_the_pass_that_writes_and_the_numbers_are_those_of_other_ways_back(
@@ -100,16 +88,16 @@ def test_all_is_noted_in_the_pass_that_writes_and_the_numbers_are_those_of_other
     assert [len(each) for each in noting.looks] == [len(SHAPES)]
     assert sum(map(len, noting.writes)) == len(SHAPES)
     assert not noting.merges
-    demand_merged(live, world, changes)
+    world.demand_merged(live, changes)
     other = world.merge(copied, changes).report
     assert noting.merges
-    assert the_same(live, copied)
+    assert world.same(live, copied)
     assert merged.report.retained == other.retained
     assert merged.report.changes == other.changes
     assert 0 < merged.report.undo["journal"] < other.undo["copy"] / 5
     merged.undo()
     assert noting.puts
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_a_swap_notes_parameter_by_parameter(tools, world, changes, noting):
@@ -121,9 +109,9 @@ def test_a_swap_notes_parameter_by_parameter(tools, world, changes, noting):
     merged.swap_to(Arranged(parameters=live, plan=world.plan(others), adapters=tools.bring(others)))
     assert sorted(map(len, noting.writes)) == [1, 1, 1]
     assert all(one.patch.before is not None for each in noting.writes for one in each)
-    assert the_same(live, fresh)
+    assert world.same(live, fresh)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_what_wants_wider_sums_is_left_and_folded_by_itself(tools, world, changes, noting):
@@ -137,9 +125,9 @@ def test_what_wants_wider_sums_is_left_and_folded_by_itself(tools, world, change
     assert set(merged.report.undo) == {"journal"}
     exact = weight.double() + mixed["c.weight"].delta(weight.double())
     assert torch.equal(live["c.weight"], nearest(exact, torch.bfloat16))
-    demand_merged(live, world, mixed)
+    world.demand_merged(live, mixed)
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_a_part_of_a_parameter_and_some_of_its_experts_go_along(tools, noting):
@@ -162,7 +150,7 @@ def test_a_part_of_a_parameter_and_some_of_its_experts_go_along(tools, noting):
     assert torch.equal(live["whole"][:16], world.tensors["whole"][:16])
     assert torch.equal(live["experts"][2], world.tensors["experts"][2])
     merged.undo()
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 def test_where_a_result_is_no_number_nothing_is_written_and_the_message_says_where(tools, noting):
@@ -175,7 +163,7 @@ def test_where_a_result_is_no_number_nothing_is_written_and_the_message_says_whe
         journalled(tools, world, live, changes)
     assert noting.looks
     assert not noting.writes
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -193,4 +181,4 @@ def test_a_launch_that_fails_leaves_everything_as_it_was(tools, world, changes, 
     with pytest.raises(RuntimeError, match="out of memory"):
         journalled(tools, world, live, changes)  # in two launches: rows of 33 numbers do not lie on multiples of 16
     assert len(calls) == at
-    assert the_same(live, world.tensors)
+    assert world.same(live, world.tensors)

@@ -19,6 +19,7 @@ from lorahub.engine.folding.bind import Bound
 from lorahub.engine.folding.fold import Fold
 from lorahub.engine.folding.planes import Noted
 from lorahub.engine.kernels import merge_torch
+from lorahub.engine.kernels.choice import native
 from lorahub.engine.planning.plan import plan
 from lorahub.engine.undoing import noted as noted_module
 from lorahub.engine.undoing.keeper import Keeper
@@ -234,6 +235,38 @@ def test_a_journal_whose_change_was_altered_is_refused_and_nothing_is_written(go
     for slot, tensor in given["b.weight"].tensors().items():
         tensor.copy_(adapter["b.weight"].tensors()[slot])
     merged.undo()
+    assert go.holds(world.tensors)
+
+
+def compiled():
+    if native().kernel is None:
+        pytest.skip("no kernel is compiled here")
+
+
+def test_a_journal_that_was_altered_is_refused_and_nothing_is_written(go, tools, world):
+    compiled()
+    merged = go.merge({"a.weight": thin(tools, 24, 16)}, "journal")
+    held = {name: tensor.clone() for name, tensor in go.live.items()}
+    (*_, (noted, _)) = merged._now.keepers["a.weight"].entries.values()
+    assert len(noted.by.codes)
+    with torch.inference_mode():
+        noted.by.codes[-1] ^= 1
+    with pytest.raises(IntegrityError, match=r"a\.weight cannot be restored"):
+        merged.undo()
+    assert go.holds(held)
+    with torch.inference_mode():
+        noted.by.codes[-1] ^= 1
+    merged.undo()
+    assert go.holds(world.tensors)
+
+
+def test_what_a_kernel_noted_is_taken_off_once_and_not_tried_before(go, tools, world, monkeypatch):
+    compiled()
+    merged = go.merge({"a.weight": thin(tools, 24, 16)}, "journal")
+    units, put, calls = merged._now.keepers["a.weight"].units, Fold.put, []
+    monkeypatch.setattr(Fold, "put", lambda *given, **options: (calls.append(given), put(*given, **options)))
+    merged.undo()
+    assert len(calls) == len(units) == 3
     assert go.holds(world.tensors)
 
 

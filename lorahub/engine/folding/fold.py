@@ -123,7 +123,7 @@ class Fold:
         unit.plane.put(unit.windows, *_inside(unit, before, out), space, sign)
 
     def operands(self, unit: Unit, rows: torch.Tensor, *, sign: float = 1.0) -> list[torch.Tensor]:
-        """What ``put`` reads for a unit besides its ``rows``: with the same bits in both, it gives the same bits."""
+        """What ``put`` reads for a unit on the CPU besides its ``rows``: the same bits in both give the same bits."""
         assert isinstance(unit.plane, Rows)
         return unit.plane.operands(unit.windows, _inside(unit, rows, rows)[0], sign)
 

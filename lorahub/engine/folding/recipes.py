@@ -157,7 +157,7 @@ class Notable(ABC):
 
     @abstractmethod
     def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
-        """What ``put`` reads besides the rows: with the same bits in both, it gives the same bits."""
+        """What ``put`` of rows on the CPU reads besides these: with the same bits in both, it gives the same bits."""
 
 
 @final

@@ -159,12 +159,8 @@ class Product(Notable, Launchable):
 
     def operands(self, at: Stretch, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
         """See ``Notable``."""
-        if self._kernel is not None:
-            packed = self._pack(at)
-            up, down = packed.up, packed.down
-        else:
-            up, down = self._joined(self._stored(torch.float32), at.out.device)
-        return up[at.rows], down, torch.tensor(self._weight * sign, dtype=torch.float64, device=up.device)
+        packed = self._pack(at)
+        return packed.up[at.rows], packed.down, torch.tensor(self._weight * sign, dtype=torch.float64)
 
     def launching(self, at: Stretch, saved: torch.Tensor | None) -> Launching | None:
         """See ``Launchable``."""

@@ -70,7 +70,7 @@ class Journal(Keeper):
         noted: Steps | Sequence[Tiles],
         before: torch.Tensor,
         after: torch.Tensor,
-        operands: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
     ) -> None:
         """Remember rows that a kernel merged.
 
@@ -79,9 +79,9 @@ class Journal(Keeper):
             noted: by the CPU's, of all rows; or by a device's, one for each part of the rows.
             before: a checksum of what they held.
             after: of what they hold.
-            operands: checksums of what the kernel reads to take the change off again, where they prove that it can.
+            read: checksums of all that is read besides the rows to restore them, where they prove that it can be done.
         """
-        self.entries[rows.start] = _Noted(noted, operands), before
+        self.entries[rows.start] = _Noted(noted, read), before
         self.mark(rows, after)
 
     def drop(self) -> None:
@@ -127,8 +127,9 @@ class _Open:
             noted = fold.run_noting(unit, live if untouched is None else untouched, live, space)
             if noted is None:
                 return self._fold_there(fold, unit, untouched)
-            operands = checksums(fold.operands(unit, live, sign=-1.0))
-            self._journal.enter(rows, noted.notes.residual.copy(), *noted.notes.checksums(), operands)
+            residual = noted.notes.residual.copy()
+            read = checksums([*fold.operands(unit, live, sign=-1.0), *residual.tensors])
+            self._journal.enter(rows, residual, *noted.notes.checksums(), read)
             _demand_finite(noted, fold, unit, live, space)
             return noted.change()
         except BaseException:
@@ -162,13 +163,16 @@ class _Open:
 
     def demand(self, rows: slice, space: Workspace) -> None:
         residual, unit = self._journal.entries[rows.start][0], self._unit(rows)
-        if not isinstance(residual, _Noted) or residual.operands is None or unit is None:
+        if not isinstance(residual, _Noted) or residual.read is None or unit is None:
             self.recover(rows, space)
-        elif not torch.equal(residual.operands, checksums(self._fold.operands(unit, self._journal.tensor[rows]))):
+            return
+        assert isinstance(residual.by, Steps)
+        operands = self._fold.operands(unit, self._journal.tensor[rows])
+        if not torch.equal(residual.read, checksums([*operands, *residual.by.tensors])):
             raise IntegrityError(
-                f"{self._journal.name} cannot be restored from its journal: the tensors that were merged into it hold "
-                "other numbers now",
-                "give them back what they held, or load the base again",
+                f"{self._journal.name} cannot be restored from its journal: the tensors that were merged into it, or "
+                "the journal itself, hold other numbers now",
+                "give the adapter's tensors back what they held, or load the base again",
             )
 
     def recover(self, rows: slice, space: Workspace) -> torch.Tensor:
@@ -213,7 +217,7 @@ class _Noted:
     """A difference that a kernel noted, to be made up for by the same kernel; see ``Journal.enter``."""
 
     by: Steps | Sequence[Tiles]
-    operands: torch.Tensor | None
+    read: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:

@@ -54,10 +54,14 @@ class _Coded:
         target.index_add_(0, places, difference)
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it is made of."""
+        return [getattr(self, each.name) for each in fields(self)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
-        tensors: list[torch.Tensor] = [getattr(self, each.name) for each in fields(self)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @final
